@@ -1,0 +1,75 @@
+# From a fresh clone: `make pretrain` trains the sample model, `make test` runs what CI runs.
+
+VENV := .venv
+# Byte code is written where a module is first imported, not for all of torch and its company now.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# The repository root stays off sys.path: its kernels/ would shadow a package of that name.
+export PYTHONSAFEPATH := 1
+# DeepSpeed's CPU op is compiled here once, by `install`; launch/pretrain.py looks in the same place.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+
+# The first Python >= 3.11 that can make a virtual environment; set PYTHON to choose another.
+PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
+
+.PHONY: install dev pretrain pretrain-3d test test-slow lint format gpu-check docs clean
+
+install: $(VENV)/.installed $(TORCH_EXTENSIONS_DIR)/.built
+dev: install $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv was found; install one or set PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: setup.py $(VENV)/.installed
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
+	touch $@
+
+# A build that was killed leaves a lock on which the next one would wait for ever.
+$(TORCH_EXTENSIONS_DIR)/.built: $(VENV)/.installed
+	rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
+	mkdir -p $(TORCH_EXTENSIONS_DIR)
+	$(VENV)/bin/python launch/build_ops.py
+	touch $@
+
+data/tiny/.prepared: | install
+	megatron-mode prepare --sample --out data/tiny --vocab-size 2048 --valid-share 0.05
+	touch $@
+
+pretrain: install data/tiny/.prepared
+	deepspeed --num_gpus 1 launch/pretrain.py --config configs/run/tiny.yaml
+
+pretrain-3d: install data/tiny/.prepared
+	deepspeed --num_gpus 8 launch/pretrain.py --config configs/run/tiny-3d.yaml
+
+lint: dev
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+test: lint
+	pytest -m "not slow and not gpu"
+
+test-slow: dev
+	pytest -m "slow and not gpu"
+
+# On a machine with a GPU.
+gpu-check: dev
+	pytest -m gpu
+
+format: dev
+	ruff check --fix .
+	ruff format .
+
+docs: install
+	python -m megatron_mode.config.table configs/README.md
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

@@ -1,0 +1,118 @@
+"""Compute the LM + mode loss by plain autograd: the oracle of the other implementations.
+
+    logit_iv = hidden_i . lm_weight_v                 over the real columns v of all shards
+    lse_i    = log sum_v exp(logit_iv)
+    nll_i    = lse_i - logit_i,target_i
+    z_i      = hidden_i . mode_weight + mode_bias
+    bce_i    = max(z_i, 0) - m_i * z_i + log(1 + exp(-|z_i|))
+    lm_sum   = sum_i a_i * (nll_i + z_weight * lse_i^2)
+    mode_sum = sum_i c_i * bce_i
+
+Letters: N tokens, n tokens of weight other than zero, D hidden size, V columns of this shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from megatron_mode.kernels.mode_loss.arguments import TokenTargets, VocabShard
+from megatron_mode.kernels.mode_loss.results import TokenLosses, accumulation_dtype
+
+
+def reference_loss(
+    hidden_ND: Tensor,
+    lm_weight_VD: Tensor,
+    mode_weight_D: Tensor,
+    mode_bias: Tensor,
+    targets: TokenTargets,
+    *,
+    shard: VocabShard,
+    z_weight: float,
+) -> TokenLosses:
+    """Return both sums and the losses of each token; keeps all n x V logits."""
+    lm_rows_n = targets.lm_weight_N.nonzero().squeeze(1)
+    nll_n, lse_n = _negative_log_likelihood(
+        hidden_ND[lm_rows_n], lm_weight_VD, targets.target_N[lm_rows_n], shard
+    )
+    weight_n = targets.lm_weight_N[lm_rows_n]
+    z_loss_sum = (weight_n * z_weight * lse_n.square()).sum()
+    lm_sum = (weight_n * nll_n).sum() + z_loss_sum
+
+    mode_logit_N = reference_mode_logit(hidden_ND, mode_weight_D, mode_bias)
+    mode_rows_n = targets.mode_weight_N.nonzero().squeeze(1)
+    bce_n = binary_cross_entropy_with_logits(
+        reference_mode_logit(hidden_ND[mode_rows_n], mode_weight_D, mode_bias),
+        targets.mode_label_N[mode_rows_n],
+        reduction="none",
+    )
+    mode_sum = (targets.mode_weight_N[mode_rows_n] * bce_n).sum()
+
+    zero_N = torch.zeros_like(targets.lm_weight_N)
+    return TokenLosses(
+        lm_sum=lm_sum,
+        mode_sum=mode_sum,
+        z_loss_sum=z_loss_sum.detach(),
+        nll_N=zero_N.index_copy(0, lm_rows_n, nll_n.detach()),
+        bce_N=zero_N.index_copy(0, mode_rows_n, bce_n.detach()),
+        mode_logit_N=mode_logit_N.detach(),
+    )
+
+
+def reference_mode_logit(hidden_ND: Tensor, mode_weight_D: Tensor, mode_bias: Tensor) -> Tensor:
+    """Return the mode logit z of each token, in fp32 (fp64 for fp64 hidden states)."""
+    dtype = accumulation_dtype(hidden_ND)
+    return hidden_ND.to(dtype) @ mode_weight_D.to(dtype) + mode_bias.to(dtype).reshape(())
+
+
+def _negative_log_likelihood(
+    hidden_nD: Tensor, lm_weight_VD: Tensor, target_n: Tensor, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Return (nll_n, lse_n) over all shards, differentiable in the local one."""
+    dtype = accumulation_dtype(hidden_nD)
+    columns = shard.real_columns(lm_weight_VD.shape[0])
+    hidden_nD = hidden_nD.to(dtype)
+    if shard.reduce is not None:
+        reduce_gradient = cast(Callable[..., Tensor], _ReduceGradient.apply)
+        hidden_nD = reduce_gradient(hidden_nD, shard.reduce)
+    logit_nV = hidden_nD @ lm_weight_VD[:columns].to(dtype).T
+    local_target_n = target_n - shard.start
+    owned_n = (local_target_n >= 0) & (local_target_n < columns)
+    # A column of zeros gives the gather something to take where the shard holds no real column.
+    padded_nV = torch.cat([logit_nV, logit_nV.new_zeros(len(logit_nV), 1)], dim=1)
+    index_n = torch.where(owned_n, local_target_n, columns)
+    target_logit_n = padded_nV.gather(1, index_n[:, None]).squeeze(1)
+    if shard.merge is None:
+        lse_n = logit_nV.logsumexp(1)
+        return lse_n - target_logit_n, lse_n
+
+    with torch.no_grad():
+        floor_n = logit_nV.new_full((len(logit_nV), 1), -torch.inf)
+        maximum_n = torch.cat([logit_nV, floor_n], dim=1).amax(1)
+        sum_n = (logit_nV - maximum_n[:, None]).exp().sum(1)
+        whole_3n = shard.merge(torch.stack([maximum_n, sum_n, target_logit_n]))
+        whole_lse_n = whole_3n[0] + whole_3n[1].log()
+    # d lse / d logit is the softmax: `share` has that gradient and adds zero to the value.
+    share_n = (logit_nV - whole_lse_n[:, None]).exp().sum(1)
+    lse_n = whole_lse_n + (share_n - share_n.detach())
+    whole_target_logit_n = whole_3n[2] + (target_logit_n - target_logit_n.detach())
+    return lse_n - whole_target_logit_n, lse_n
+
+
+class _ReduceGradient(torch.autograd.Function):
+    """Pass a value on and sum its gradient over the shards."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, reduce: Callable[[Tensor], None]) -> Tensor:
+        ctx.reduce = reduce
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed = gradients[0].clone()
+        ctx.reduce(summed)
+        return summed, None

@@ -1,0 +1,1 @@
+"""Save, find, check and load checkpoints."""

@@ -1,0 +1,120 @@
+"""Load a checkpoint: into the engine that continues it, or whole into a single process.
+
+Files are loaded with torch's weights-only unpickler and an allow-list, so that a checkpoint cannot
+run code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_mode.checkpoint.manifest import Manifest, read_manifest
+from megatron_mode.config import Config
+from megatron_mode.engine.step import Engine
+from megatron_mode.errors import CheckpointError
+from megatron_mode.model.decoder import Decoder
+from megatron_mode.model.layers import transformer_config
+from megatron_mode.model.sharding import Cut, join_parts, parameter_cuts
+
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def restore(engine: Engine, folder: Path) -> None:
+    """Load every rank's share of a checkpoint, weights, optimizer and generators."""
+    with weights_only():
+        path, client_state = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+    if path is None:
+        raise CheckpointError(f"{folder} could not be loaded: name a finished checkpoint folder")
+    torch.set_rng_state(client_state["cpu_generator"])
+    if torch.cuda.is_available() and "cuda_generator" in client_state:
+        torch.cuda.set_rng_state(client_state["cuda_generator"])
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Make every torch.load inside refuse pickles, but for the three classes DeepSpeed saves."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
+
+
+def resolve_folder(path: Path) -> Path:
+    """Accept a checkpoint folder, a run's checkpoints folder or a run folder; return the first."""
+    for parent in (path, path / "checkpoints"):
+        latest = parent / "latest"
+        if latest.is_file():
+            return parent / latest.read_text().strip()
+    return path
+
+
+def load_decoder(path: Path) -> tuple[Decoder, Config, Manifest]:
+    """Build the whole model of a checkpoint in this process, in fp32, whatever its layout was."""
+    folder = resolve_folder(path)
+    manifest = read_manifest(folder)
+    config = Config.model_validate(manifest.config)
+    _join_alone()
+    decoder = Decoder(config.model, transformer_config(config.model, 1, torch.float32))
+    with torch.no_grad():
+        for index, link in enumerate(decoder.links):
+            if link.shares is None:
+                module = dict(decoder.named_links())[link.name]
+                _fill(module, read_link(folder, index, parameter_cuts(module)))
+    return decoder.eval(), config, manifest
+
+
+def read_link(folder: Path, index: int, cuts: dict[str, Cut]) -> dict[str, Tensor]:
+    """Read one link's parameters from its `layer_II-model_TT` files, parts joined."""
+    files = sorted(folder.glob(f"layer_{index:02d}-model_*-model_states.pt"))
+    if not files:
+        raise CheckpointError(
+            f"{folder} lacks layer_{index:02d}-model_*-model_states.pt: the checkpoint is not "
+            "complete; name another"
+        )
+    shards: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            shards.append(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({type(error).__name__}): the file is damaged; name "
+                "another checkpoint"
+            ) from error
+    return {
+        name: join_parts([shard[name] for shard in shards], cuts[name]) if name in cuts else tensor
+        for name, tensor in shards[0].items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(tensors[name])
+
+
+def _join_alone() -> None:
+    # megatron-core's layers ask for their groups even when there is nobody to talk to.
+    from megatron.core import parallel_state
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()

@@ -1,0 +1,159 @@
+"""Describe a checkpoint in its own file, and refuse to resume what does not belong together.
+
+A checkpoint is `RUN/checkpoints/step-NNNNNNNN/`; its manifest is written last, so a folder without
+one is unfinished and is ignored. `latest` names the newest finished one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mode.config import Config
+from megatron_mode.engine.optimizer import learning_rate
+from megatron_mode.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+LATEST_NAME = "latest"
+
+# What a resumed run may change: where things lie, how often it reports, and how rows fall into
+# micro-batches. run.steps is judged by the past it implies.
+FREE_KEYS = (
+    "run.dir",
+    "run.steps",
+    "run.eval_every_steps",
+    "run.eval_rows",
+    "run.threads",
+    "data.root",
+    "mix.valid.",
+    "checkpoint.",
+    "batch.micro_rows",
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """State what a checkpoint holds; every field is JSON."""
+
+    step: int
+    tokens_seen: int
+    config: dict[str, Any]
+    layout: dict[str, int]
+    precision: str
+    order: dict[str, Any]
+    order_digest: str
+    recent_digests: list[tuple[int, str]]
+    blocked_shares: tuple[float, float]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+
+def tag_of(step: int) -> str:
+    """Return the folder name of the checkpoint taken after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest whole or not at all."""
+    _replace(folder / MANIFEST_NAME, json.dumps(asdict(manifest), indent=1))
+
+
+def write_latest(checkpoints: Path, step: int) -> None:
+    """Point `latest` at a finished checkpoint."""
+    _replace(checkpoints / LATEST_NAME, tag_of(step) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest; CheckpointError when it is missing or not ours."""
+    path = folder / MANIFEST_NAME
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} holds no {MANIFEST_NAME}: name a finished checkpoint folder such as "
+            f"RUN/checkpoints/{tag_of(100)}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): name another checkpoint or delete this one"
+        ) from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a manifest of format {FORMAT}: it was written by another version; "
+            "start a new run.dir or use that version"
+        )
+    fields["recent_digests"] = [tuple(pair) for pair in fields["recent_digests"]]
+    fields["blocked_shares"] = tuple(fields["blocked_shares"])
+    return Manifest(**fields)
+
+
+def find_latest(checkpoints: Path) -> Path | None:
+    """Return the newest finished checkpoint of a run, or None when it has none."""
+    finished = sorted(path.parent for path in checkpoints.glob(f"step-*/{MANIFEST_NAME}"))
+    return finished[-1] if finished else None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_resumable(
+    manifest: Manifest, config: Config, layout: dict[str, int], precision: str
+) -> None:
+    """Refuse to resume under another model, layout or training recipe, naming every differing key.
+
+    The order of the data is judged elsewhere, by its digest.
+    """
+    saved, wanted = flatten(manifest.config), flatten(config.model_dump(mode="json"))
+    keys = [key for key in sorted(saved | wanted) if not key.startswith(FREE_KEYS)]
+    differing = [
+        f"{key} is {wanted.get(key)!r} but the checkpoint has {saved.get(key)!r}"
+        for key in keys
+        if saved.get(key) != wanted.get(key)
+    ]
+    for axis, size in layout.items():
+        if manifest.layout[axis] != size:
+            differing.append(f"the {axis} size is {size}, the checkpoint has {manifest.layout[axis]}")
+    if manifest.precision != precision:
+        differing.append(f"precision is {precision}, the checkpoint has {manifest.precision}")
+    differing += _changed_past(manifest, config)
+    if differing:
+        raise CheckpointError(
+            f"the checkpoint at step {manifest.step} belongs to another run: "
+            + "; ".join(differing)
+            + " -- restore these or start a new run.dir"
+        )
+
+
+def _changed_past(manifest: Manifest, config: Config) -> list[str]:
+    old_steps = int(manifest.config["run"]["steps"])
+    if config.run.steps < manifest.step:
+        return [f"run.steps is {config.run.steps} but {manifest.step} steps are already taken"]
+    samples = {*range(min(manifest.step, 1000)), *range(0, manifest.step, 997), manifest.step - 1}
+    for step in sorted(samples - {-1}):
+        old = learning_rate(config.optimizer, step, old_steps)
+        if learning_rate(config.optimizer, step, config.run.steps) != old:
+            return [
+                f"run.steps is {config.run.steps} instead of {old_steps}, which would have changed "
+                f"the learning rate of step {step} (optimizer.schedule "
+                f"{config.optimizer.schedule}; constant and wsd can be prolonged)"
+            ]
+    return []
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

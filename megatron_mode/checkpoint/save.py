@@ -1,0 +1,65 @@
+"""Save a checkpoint with all ranks, then let old ones go."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_mode.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    tag_of,
+    write_latest,
+    write_manifest,
+)
+from megatron_mode.engine.step import Engine
+
+
+def save_checkpoint(engine: Engine, checkpoints: Path, manifest: Manifest, keep: int) -> Path:
+    """Write `step-NNNNNNNN` with every rank's share; rank 0 finishes it and keeps the newest.
+
+    The manifest comes last: a folder without it is unfinished and never resumed from.
+    """
+    folder = checkpoints / tag_of(manifest.step)
+    if engine.rank == 0:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.barrier()
+    engine.deepspeed.save_checkpoint(
+        str(checkpoints), tag=folder.name, client_state=random_state(), save_latest=False
+    )
+    dist.barrier()
+    if engine.rank == 0:
+        write_manifest(folder, manifest)
+        write_latest(checkpoints, manifest.step)
+        prune(checkpoints, keep)
+    dist.barrier()
+    return folder
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """Return the generators' states; no layer draws from them today, resume restores them anyway."""
+    state = {"cpu_generator": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_generator"] = torch.cuda.get_rng_state()
+    return state
+
+
+def prune(checkpoints: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` finished checkpoints, and unfinished ones before them."""
+    finished = sorted(path.parent for path in checkpoints.glob(f"step-*/{MANIFEST_NAME}"))
+    kept = set(finished[-keep:])
+    newest = finished[-1] if finished else None
+    dropped = [
+        folder
+        for folder in sorted(checkpoints.glob("step-*"))
+        if newest is not None and folder not in kept and folder < newest
+    ]
+    for folder in dropped:
+        # The manifest goes first, so that a folder half deleted counts as unfinished.
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return dropped

@@ -1,0 +1,1 @@
+"""Train in 3D: process start-up, topology, DeepSpeed pipeline, optimizer, one step."""

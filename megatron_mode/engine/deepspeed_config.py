@@ -1,0 +1,39 @@
+"""Derive the DeepSpeed configuration from ours; users do not write one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_mode.config import Config
+
+
+def accumulation_steps(config: Config, data: int) -> int:
+    """Return micro-batches a data-parallel rank runs in one step."""
+    return config.batch.global_rows // (config.batch.micro_rows * data)
+
+
+def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]:
+    """Return DeepSpeed's dict for `data` data-parallel ranks.
+
+    bf16 needs `grad_accum_dtype: fp32`: it selects BF16_Optimizer, which keeps fp32 master weights
+    and gradients; without it DeepSpeed accumulates gradients in bf16. `use_reentrant: False` lets
+    the first stage recompute from integer inputs.
+    """
+    recompute = config.parallel.activation_checkpointing == "full"
+    derived: dict[str, Any] = {
+        "train_batch_size": config.batch.global_rows,
+        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "gradient_accumulation_steps": accumulation_steps(config, data),
+        "steps_per_print": 1_000_000_000,
+        "gradient_clipping": config.optimizer.clip_grad_norm,
+        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "pipeline": {
+            "activation_checkpoint_interval": int(recompute),
+            "use_reentrant": False,
+        },
+    }
+    if bf16:
+        derived["bf16"] = {"enabled": True}
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    return derived

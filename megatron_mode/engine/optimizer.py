@@ -1,0 +1,64 @@
+"""Set AdamW up: weight-decay groups and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_mode.config.fields import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Return the learning rate of the update made by step `step` (0-based) of `steps`.
+
+    Linear warm-up reaches the peak at step `warmup_steps`; then constant, cosine (SGDR, eq. 5),
+    linear, or wsd (MiniCPM, section 4.2: stable, then a linear decay over `decay_steps`).
+    """
+    peak, low = config.learning_rate, min(config.min_learning_rate, config.learning_rate)
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return peak
+    begin = config.warmup_steps
+    if config.schedule == "wsd":
+        begin = max(begin, steps - config.decay_steps)
+        if step < begin:
+            return peak
+    progress = min(1.0, (step - begin) / max(1, steps - begin))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return low + (peak - low) * share
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Tell whether weight decay applies: to matrices and the mode head's weight, not to norms
+    and biases."""
+    return parameter.dim() > 1 or name.endswith("mode_weight")
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Split parameters into those with and those without weight decay; no group is empty."""
+    decayed, plain = [], []
+    for name, parameter in named:
+        (decayed if decays(name, parameter) else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(config: OptimizerConfig, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
+    """Return torch's fused AdamW over both groups; the learning rate is set before each step."""
+    return torch.optim.AdamW(
+        parameter_groups(named, config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )

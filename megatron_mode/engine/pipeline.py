@@ -1,0 +1,102 @@
+"""Turn the decoder's chain into a DeepSpeed PipelineModule; the only one in the project.
+
+One tensor travels between stages: hidden states with the positions written behind them as base-256
+digits, which are exact in bf16. Rotary tables and attention masks follow from positions alone, so
+every stage builds its own.
+
+T row length, B rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_mode.config.fields import ModelConfig
+from megatron_mode.engine.topology import Layout
+from megatron_mode.model.decoder import Context, Link, decoder_links
+
+POSITION_DIGITS = 3
+DIGIT_BASE = 256
+
+
+def pack(hidden_TBD: Tensor, position_BT: Tensor) -> Tensor:
+    """Append the positions' base-256 digits to the hidden states: [T, B, D + 3]."""
+    rest_TB1 = position_BT.t().unsqueeze(-1)
+    digits = []
+    for _ in range(POSITION_DIGITS):
+        digits.append(rest_TB1 % DIGIT_BASE)
+        rest_TB1 = rest_TB1 // DIGIT_BASE
+    return torch.cat((hidden_TBD, torch.cat(digits, dim=-1).to(hidden_TBD.dtype)), dim=-1)
+
+
+def unpack(packed_TBX: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `pack`: hidden states [T, B, D] and int64 positions [B, T]."""
+    hidden_TBD = packed_TBX[..., :-POSITION_DIGITS]
+    digits_TBX = packed_TBX[..., -POSITION_DIGITS:].detach().long()
+    scale_X = DIGIT_BASE ** torch.arange(POSITION_DIGITS, device=packed_TBX.device)
+    return hidden_TBD, (digits_TBX * scale_X).sum(dim=-1).t()
+
+
+class ModePipeline(PipelineModule):
+    """Hold one stage of the chain."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        layout: Layout,
+        loss_fn: Callable[..., Tensor],
+    ) -> None:
+        self.links = decoder_links(model, config)
+        self.context = Context(model, config)
+        super().__init__(
+            layers=[layer_spec(link, model.tied_embeddings) for link in self.links],
+            topology=PipeModelDataParallelTopology(
+                num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
+            ),
+            loss_fn=loss_fn,
+            partition_method="type:DecoderLayer",
+            checkpointable_layers=["DecoderLayer"],
+        )
+
+    def named_links(self) -> list[tuple[str, nn.Module]]:
+        """Return (global name, module) of this stage's links that hold parameters.
+
+        A tied link on the last stage goes by the name of the link that it shares.
+        """
+        found: dict[str, nn.Module] = {}
+        for index in range(self._local_start, self._local_stop):
+            link = self.links[index]
+            module = self.forward_funcs[index - self._local_start]
+            if link.shares is not None:
+                module = self.tied_modules[link.shares]
+            found.setdefault(link.shares or link.name, module)
+        return list(found.items())
+
+    def forward(self, forward_input: Any) -> Any:
+        """Run the stage: (input_BT, position_BT) or a packed tensor in, packed or heads out."""
+        packed = isinstance(forward_input, Tensor)
+        state_B, position_BT = unpack(forward_input) if packed else forward_input
+        state = super().forward((state_B, *self.context(position_BT)))
+        last = self._local_stop == len(self.links)
+        return state if last else pack(state[0], position_BT)
+
+
+def layer_spec(link: Link, tied: bool) -> LayerSpec:
+    """Return DeepSpeed's description of a link; a link that is shared becomes a TiedLayerSpec."""
+    if link.shares is None and not (tied and link.name == "embedding"):
+        return LayerSpec(link.build, *link.args)
+    return TiedLayerSpec(
+        link.shares or link.name,
+        link.build,
+        *link.args,
+        forward_fn=link.shared_forward,
+        tied_weight_attr=["word.weight"],
+    )

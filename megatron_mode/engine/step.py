@@ -1,0 +1,195 @@
+"""Run one training step or one evaluation through DeepSpeed's pipeline.
+
+Only the last stage computes the loss; it keeps the detached per-token outputs of every micro-batch
+for metrics. `Engine.sum_over_ranks` adds what the ranks hold with a single all-reduce.
+
+T row length, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mode.config import Config
+from megatron_mode.engine.deepspeed_config import accumulation_steps
+from megatron_mode.engine.optimizer import learning_rate
+from megatron_mode.engine.topology import Coordinates, Layout
+from megatron_mode.kernels.mode_loss import Targets
+from megatron_mode.loss.mode_loss import ModeLoss
+from megatron_mode.loss.normalise import BlockedShares, LossScales, loss_scales, scaled_loss
+from megatron_mode.mix.loader import MicroBatch
+from megatron_mode.model.heads import HeadInputs
+
+
+class TokenOutputs(NamedTuple):
+    """Hold what the loss knew of every token of a micro-batch, detached; all tensors [B, T]."""
+
+    nll_BT: Tensor
+    bce_BT: Tensor
+    mode_logit_BT: Tensor
+    blocked_BT: Tensor
+    target_BT: Tensor
+    lm_weight_BT: Tensor
+    mode_label_BT: Tensor
+    mode_weight_BT: Tensor
+    flags_BT: Tensor
+    position_BT: Tensor
+
+
+class StepResult(NamedTuple):
+    """Report a training step; `outputs` is empty on all but the last stage."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    outputs: list[TokenOutputs]
+
+
+class StepLoss:
+    """Serve as the pipeline's loss_fn: weigh both sums and keep the per-token outputs.
+
+    A plain object, not a module: a module hung on `loss_fn` would be registered on every stage.
+    """
+
+    def __init__(self, mode_loss: ModeLoss) -> None:
+        self.mode_loss = mode_loss
+        self.scales = LossScales(0.0, 0.0)
+        self.blocking_active = False
+        self.outputs: list[TokenOutputs] = []
+
+    def start(self, scales: LossScales, blocking_active: bool) -> None:
+        """Set the weights of the coming step and forget the outputs of the last."""
+        self.scales = scales
+        self.blocking_active = blocking_active
+        self.outputs = []
+
+    def __call__(self, outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+        """Return the micro-batch's scalar loss, scaled so that the engine's average is global."""
+        heads = HeadInputs(*outputs)
+        target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT, flags_BT, position_BT = labels
+        targets = Targets(target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT)
+        result = self.mode_loss(
+            heads.hidden_TBD,
+            heads.local_lm_weight_VD,
+            heads.mode_weight_D,
+            heads.mode_bias,
+            targets,
+            blocking_active=self.blocking_active,
+        )
+        self.outputs.append(
+            TokenOutputs(
+                result.nll_BT,
+                result.bce_BT,
+                result.mode_logit_BT,
+                result.blocked_BT,
+                target_BT,
+                lm_weight_BT,
+                mode_label_BT,
+                mode_weight_BT,
+                flags_BT,
+                position_BT,
+            )
+        )
+        return scaled_loss(result.lm_sum, result.mode_sum, self.scales)
+
+
+class Engine:
+    """Drive one rank of a run: steps, evaluation and the sums over ranks that metrics need."""
+
+    def __init__(self, config: Config, layout: Layout, pipeline_engine: Any) -> None:
+        self.config = config
+        self.layout = layout
+        self.deepspeed = pipeline_engine
+        self.step_loss: StepLoss = pipeline_engine.module.loss_fn
+        self.rank: int = dist.get_rank()
+        self.at: Coordinates = layout.coordinates(self.rank)
+        self.device: torch.device = torch.device(pipeline_engine.device)
+        self.accumulation_steps = accumulation_steps(config, layout.data)
+        self.blocked_shares = BlockedShares()
+
+    @property
+    def computes_loss(self) -> bool:
+        """Tell whether this rank is in the last stage."""
+        return self.at.pipeline == self.layout.pipeline - 1
+
+    @property
+    def reads_data(self) -> bool:
+        """Tell whether this rank needs batches: the first and the last stage do."""
+        return self.at.pipeline == 0 or self.computes_loss
+
+    def train_step(self, step: int, micro_batches: list[MicroBatch]) -> StepResult:
+        """Run step `step` (0-based) on this rank's micro-batches and update the weights."""
+        tokens_seen = step * self.config.batch.global_rows * self.config.model.seq_len
+        blocking = self.config.loss.blocking
+        self.step_loss.start(
+            self._scales(micro_batches),
+            blocking.policy != "none" and tokens_seen >= blocking.warmup_tokens,
+        )
+        rate = learning_rate(self.config.optimizer, step, self.config.run.steps)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.deepspeed.train_batch(data_iter=_pairs(micro_batches))
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(float(loss), float(norm or 0.0), rate, self.step_loss.outputs)
+
+    def evaluate(self, micro_batches: list[MicroBatch], count: int) -> list[TokenOutputs]:
+        """Run `count` micro-batches forward only; per-token outputs on the last stage, else []."""
+        self.step_loss.start(LossScales(0.0, 0.0), blocking_active=False)
+        self.deepspeed.eval_batch(
+            _pairs(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=count
+        )
+        return self.step_loss.outputs
+
+    def sum_over_ranks(self, vector: Tensor) -> Tensor:
+        """Add a float64 vector over data ranks and give it to every rank.
+
+        Counted once a data rank: the last stage's first tensor part contributes, others add zeros.
+        """
+        counted = self.computes_loss and self.at.tensor == 0
+        total = vector.to(self.device) if counted else torch.zeros_like(vector).to(self.device)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def _scales(self, micro_batches: list[MicroBatch]) -> LossScales:
+        weights = torch.zeros(2, dtype=torch.float64)
+        for batch in micro_batches:
+            weights[0] += batch.lm_weight_BT.sum(dtype=torch.float64)
+            weights[1] += batch.mode_weight_BT.sum(dtype=torch.float64)
+        if self.computes_loss and self.layout.data > 1:
+            weights = weights.to(self.device)
+            dist.all_reduce(weights, group=self.deepspeed.grid.get_data_parallel_group())
+        lm_weight_sum, mode_weight_sum = weights.tolist()
+        renormalise = self.config.loss.blocking.renormalise
+        return loss_scales(
+            lm_weight_sum,
+            mode_weight_sum,
+            mode_weight=self.config.loss.mode_weight,
+            gradient_accumulation_steps=self.accumulation_steps,
+            data_parallel_size=self.layout.data,
+            previous_shares=self.blocked_shares if renormalise else None,
+        )
+
+
+def _pairs(micro_batches: list[MicroBatch]) -> Iterator[tuple[Any, Any]] | None:
+    """Give DeepSpeed (inputs for the first stage, labels for the last) of each micro-batch."""
+    if not micro_batches:
+        return None
+    return (
+        (
+            (batch.input_BT, batch.position_BT),
+            (
+                batch.target_BT,
+                batch.lm_weight_BT,
+                batch.mode_label_BT,
+                batch.mode_weight_BT,
+                batch.flags_BT,
+                batch.position_BT,
+            ),
+        )
+        for batch in micro_batches
+    )

@@ -1,0 +1,17 @@
+"""Raise these for a user's mistake: each message names field, value, what is accepted and the fix."""
+
+
+class MegatronModeError(Exception):
+    """Report a mistake that the user can mend; programs print it as one sentence and exit with 2."""
+
+
+class ConfigError(MegatronModeError):
+    """Report a configuration or a command line that cannot run."""
+
+
+class DataError(MegatronModeError):
+    """Report input text, a tokenizer or a prepared source that cannot be used."""
+
+
+class CheckpointError(MegatronModeError):
+    """Report a checkpoint that is missing, damaged or belongs to another run."""

@@ -1,0 +1,1 @@
+"""Turn hidden states into the LM loss and the mode loss of the global batch."""

@@ -1,0 +1,18 @@
+"""Say which row of which source is taken at which step, and read it.
+
+    schedule     share of Mode 2 by tokens seen, and its exact integral F
+    floors       exact floors of F over consecutive rows, in integers where they fit
+    apportion    rows of one mode dealt to its sources, each against the rest
+    permutation  keyed, invertible shuffling of a source's rows
+    order        row index -> (mode, source, source row, epoch), and back
+    digest       the chain of hashes that pins the order of a run
+    rows         source row -> ids, targets, weights, positions
+    loader       rows of a step -> micro-batches of one reader, ahead of time
+
+The order is a pure function of the row index: nothing is built before a run and nothing but the
+step is kept across a restart. Row i is Mode 2 exactly when floor(F(i + 1)) > floor(F(i)), so
+the number of Mode 2 rows before row i is floor(F(i)), whatever the schedule's path was. Sources
+are apportioned inside their mode by the same rule. Only `loader` imports torch.
+
+Letters: B rows of a micro-batch, T row length, R_s rows of source s, P its permutation.
+"""

@@ -1,0 +1,160 @@
+"""Read steps ahead of the training loop, so that it never waits.
+
+A step is a pure function of its number: order -> rows -> dealing -> this reader's micro-batches.
+Worker threads compute steps in any order, the loop receives them in order, so neither their number
+nor their timing shows in the result. There is nothing to save: a new loader starts at any step.
+
+A step's Gb slots are laid out as [micro-batch, reader, row of the micro-batch]. Readers that share
+a batch have the same `readers` count and each its own index; every slot is read exactly once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from megatron_mode.errors import ConfigError
+from megatron_mode.mix.order import Order, Rows
+from megatron_mode.mix.rows import RowReader
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Hold B rows of T tokens as CPU tensors; dtypes and meaning as in `rows.RowBatch`."""
+
+    input_BT: Tensor
+    target_BT: Tensor
+    lm_weight_BT: Tensor
+    mode_label_BT: Tensor
+    mode_weight_BT: Tensor
+    position_BT: Tensor
+    flags_BT: Tensor
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Hold one reader's micro-batches of a step, and the rows of the whole step in index order."""
+
+    step: int
+    micro_batches: list[MicroBatch]
+    rows: Rows
+
+
+def micro_batch(
+    reader: RowReader, source_index: Sequence[int], source_row: Sequence[int]
+) -> MicroBatch:
+    """Read the given rows as tensors."""
+    batch = reader.read_batch(source_index, source_row)
+    return MicroBatch(
+        **{field.name: torch.from_numpy(getattr(batch, field.name)) for field in fields(batch)}
+    )
+
+
+class Loader:
+    """Iterate over the steps first_step .. end_step - 1 of one reader."""
+
+    def __init__(
+        self,
+        order: Order,
+        reader: RowReader,
+        *,
+        global_rows: int,
+        micro_rows: int,
+        end_step: int,
+        first_step: int = 0,
+        reader_index: int = 0,
+        readers: int = 1,
+        prefetch_steps: int = 4,
+        threads: int = 1,
+    ) -> None:
+        """Start reading; `readers` share each batch of `global_rows` rows.
+
+        Raises ConfigError where global_rows does not split into micro-batches of all readers.
+        """
+        if global_rows % (micro_rows * readers):
+            raise ConfigError(
+                f"batch.global_rows is {global_rows}, but it must be a multiple of "
+                f"batch.micro_rows * data-parallel size = {micro_rows} * {readers}; change "
+                "batch.global_rows or batch.micro_rows"
+            )
+        if not 0 <= reader_index < readers:
+            raise ValueError(f"reader_index {reader_index} is not in [0, {readers})")
+        self.data_wait_seconds = 0.0
+        self._order, self._reader = order, reader
+        self._global_rows, self._micro_rows = global_rows, micro_rows
+        self._reader_index, self._readers = reader_index, readers
+        self._next_step, self._end_step = first_step, end_step
+        self._pending: deque[Future[StepBatch]] = deque()
+        self._prefetch_steps = max(1, prefetch_steps)
+        self._closed = False
+        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="loader")
+        self._submit()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Return the loader itself: steps come once."""
+        return self
+
+    def __next__(self) -> StepBatch:
+        """Return the next step, and note the wait for it in `data_wait_seconds`.
+
+        An error of a worker is raised here, at the step that it belongs to, and closes the loader.
+        """
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        if not self._pending:
+            raise StopIteration
+        begin = time.perf_counter()
+        try:
+            batch = self._pending.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self.data_wait_seconds = time.perf_counter() - begin
+        self._submit()
+        return batch
+
+    def __enter__(self) -> Loader:
+        """Return the loader; leaving the block closes it."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the loader."""
+        self.close()
+
+    def close(self) -> None:
+        """Drop steps not yet begun and wait for the one in work; may be called again."""
+        self._closed = True
+        self._pending.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self) -> None:
+        """Keep `prefetch_steps` steps in work or ready."""
+        while len(self._pending) < self._prefetch_steps and self._next_step < self._end_step:
+            self._pending.append(self._pool.submit(self._load, self._next_step))
+            self._next_step += 1
+
+    def _load(self, step: int) -> StepBatch:
+        """Read this reader's slots of a step."""
+        rows = self._order.rows(step * self._global_rows, (step + 1) * self._global_rows)
+        slots = self._order.deal(step, self._global_rows).reshape(
+            -1, self._readers, self._micro_rows
+        )
+        micro_batches = []
+        for slot in slots[:, self._reader_index]:
+            mine = rows[slot]
+            micro_batches.append(
+                micro_batch(self._reader, mine.source.tolist(), mine.source_row.tolist())
+            )
+        return StepBatch(step, micro_batches, rows)

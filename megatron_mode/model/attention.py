@@ -1,0 +1,94 @@
+"""Attend inside documents: rotary positions and a causal mask that stops at document borders.
+
+T row length, B rows, H query heads, G key/value groups, K head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class AttentionContext(NamedTuple):
+    """Hold what every layer of a stage needs beside the hidden states; built once a micro-batch."""
+
+    cos_TB1K: Tensor
+    sin_TB1K: Tensor
+    mask_B1TT: Tensor
+
+
+def attention_context(
+    position_BT: Tensor, head_size: int, rope_base: float, dtype: torch.dtype
+) -> AttentionContext:
+    """Derive rotary tables and the attention mask from positions alone.
+
+    A position of 0 opens a document, so the running count of zeros numbers the documents of a
+    row. `sin` carries the sign of rotate_half (RoFormer, eq. 34) in its first half, which saves a
+    negation in each layer. Angles are taken in fp32 whatever `dtype` is.
+    """
+    half = torch.arange(0, head_size, 2, device=position_BT.device, dtype=torch.float32)
+    frequency_K2 = rope_base ** (-half / head_size)
+    angle_TBK2 = position_BT.t().unsqueeze(-1).float() * frequency_K2
+    cos_TBK2, sin_TBK2 = angle_TBK2.cos(), angle_TBK2.sin()
+    cos_TB1K = torch.cat((cos_TBK2, cos_TBK2), dim=-1).unsqueeze(2).to(dtype)
+    sin_TB1K = torch.cat((-sin_TBK2, sin_TBK2), dim=-1).unsqueeze(2).to(dtype)
+    document_BT = (position_BT == 0).cumsum(dim=1)
+    same_BTT = document_BT.unsqueeze(2) == document_BT.unsqueeze(1)
+    return AttentionContext(cos_TB1K, sin_TB1K, same_BTT.tril().unsqueeze(1))
+
+
+class Rotate(torch.autograd.Function):
+    """Rotate pairs of features by position; the gradient is the rotation back.
+
+    Written out because autograd's own graph would keep two more copies of queries and keys alive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features_TBHK: Tensor, cos_TB1K: Tensor, sin_TB1K: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TB1K, sin_TB1K)
+        return rotate(features_TBHK, cos_TB1K, sin_TB1K)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos_TB1K, sin_TB1K = ctx.saved_tensors
+        return rotate(grads[0], cos_TB1K, -sin_TB1K), None, None
+
+
+def rotate(features_TBHK: Tensor, cos_TB1K: Tensor, sin_TB1K: Tensor) -> Tensor:
+    """Return features * cos + swap_halves(features) * signed sin."""
+    half = features_TBHK.shape[-1] // 2
+    rotated_TBHK = features_TBHK * cos_TB1K
+    rotated_TBHK[..., :half].addcmul_(features_TBHK[..., half:], sin_TB1K[..., :half])
+    rotated_TBHK[..., half:].addcmul_(features_TBHK[..., :half], sin_TB1K[..., half:])
+    return rotated_TBHK
+
+
+class DocumentAttention(nn.Module):
+    """Serve as megatron-core's core attention: rotary positions and document-aware attention.
+
+    megatron-core hands `attention_mask` through untouched; here it is the AttentionContext.
+    """
+
+    def __init__(self, config: Any, **_: Any) -> None:
+        super().__init__()
+        self.scale = config.softmax_scale
+
+    def forward(
+        self, query_TBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, context: Any, /, **_: Any
+    ) -> Tensor:
+        """Return attended values [T, B, H*K]."""
+        cos_TB1K, sin_TB1K, mask_B1TT = context
+        query_TBHK = Rotate.apply(query_TBHK, cos_TB1K, sin_TB1K)
+        key_TBGK = Rotate.apply(key_TBGK, cos_TB1K, sin_TB1K)
+        out_BHTK = scaled_dot_product_attention(
+            query_TBHK.permute(1, 2, 0, 3),
+            key_TBGK.permute(1, 2, 0, 3),
+            value_TBGK.permute(1, 2, 0, 3),
+            attn_mask=mask_B1TT,
+            scale=self.scale,
+            enable_gqa=query_TBHK.shape[2] != key_TBGK.shape[2],
+        )
+        return out_BHTK.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,84 @@
+"""List the links of the decoder's chain, and run the whole chain on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_mode.config.fields import ModelConfig
+from megatron_mode.model.attention import AttentionContext, attention_context
+from megatron_mode.model.heads import HeadInputs, LMHead, ModeHead, tied_lm_head
+from megatron_mode.model.layers import DecoderLayer, Embedding
+
+
+class Link(NamedTuple):
+    """Describe one link: its global name, how to build it, and whether it re-uses an earlier one.
+
+    `shared_forward(module, inputs)` runs on the module that `shares` names; such a link owns no
+    parameters of its own.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    args: tuple[Any, ...]
+    shares: str | None = None
+    shared_forward: Callable[[Any, tuple[Tensor, ...]], Any] | None = None
+
+
+def decoder_links(model: ModelConfig, config: TransformerConfig) -> list[Link]:
+    """Return the chain: embedding, layers.0 ... layers.(L-1), mode_head, lm_head."""
+    links = [Link("embedding", Embedding, (model, config))]
+    links += [
+        Link(f"layers.{index}", DecoderLayer, (config, index + 1)) for index in range(model.layers)
+    ]
+    links.append(Link("mode_head", ModeHead, (model, config)))
+    if model.tied_embeddings:
+        args = (model, config)
+        links.append(Link("lm_head", Embedding, args, "embedding", tied_lm_head))
+    else:
+        links.append(Link("lm_head", LMHead, (model, config)))
+    return links
+
+
+class Context:
+    """Build the attention context from positions, for every row of a micro-batch."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+        self.head_size = model.hidden_size // model.attention_heads
+        self.rope_base = model.rope_base
+        self.dtype = config.params_dtype
+
+    def __call__(self, position_BT: Tensor) -> AttentionContext:
+        """Return rotary tables and mask for positions that restart at 0 at each document."""
+        return attention_context(position_BT, self.head_size, self.rope_base, self.dtype)
+
+
+class Decoder(nn.Module):
+    """Run the whole chain in one process: for scoring, generation and as a test's subject."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        self.context = Context(model, config)
+        self.links = decoder_links(model, config)
+        self.owned = nn.ModuleDict(
+            {link.name.replace(".", "/"): link.build(*link.args)
+             for link in self.links if link.shares is None}
+        )  # fmt: skip
+
+    def named_links(self) -> list[tuple[str, nn.Module]]:
+        """Return (global name, module) of the links that own parameters."""
+        return [(name.replace("/", "."), module) for name, module in self.owned.items()]
+
+    def forward(self, input_BT: Tensor, position_BT: Tensor) -> HeadInputs:
+        """Return final hidden states [T, B, D] with the parameters of both heads."""
+        state: Any = (input_BT, *self.context(position_BT))
+        modules = dict(self.named_links())
+        for link in self.links:
+            if link.shares is not None and link.shared_forward is not None:
+                state = link.shared_forward(modules[link.shares], state)
+            else:
+                state = modules[link.name](state)
+        return HeadInputs(*state)

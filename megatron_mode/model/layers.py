@@ -1,0 +1,94 @@
+"""Wrap megatron-core's embedding and transformer layer as the links of a chain of layers.
+
+Every link takes and gives (hidden_TBD, *context): T row length, B rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_mode.config.fields import ModelConfig
+from megatron_mode.model.attention import AttentionContext, DocumentAttention
+
+
+def transformer_config(model: ModelConfig, tensor: int, dtype: torch.dtype) -> TransformerConfig:
+    """Translate our model config into megatron-core's; DeepSpeed owns the pipeline, so it is 1.
+
+    Weights are left unset here (`perform_initialization=False`): `init.initialise` fills them.
+    """
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.attention_heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.hidden_size // model.attention_heads,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=1,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
+
+
+def layer_spec() -> ModuleSpec:
+    """Take megatron-core's local layer spec and put document-aware attention at its core."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = DocumentAttention
+    return spec
+
+
+class Embedding(nn.Module):
+    """Look up token embeddings, sharded along the vocabulary."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        if model.vocab_size is None:
+            raise ValueError("model.vocab_size is unset; resolve it from the data first")
+        self.word = VocabParallelEmbedding(
+            model.vocab_size, model.hidden_size, init_method=nn.init.zeros_, config=config
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """Give the local shard [V, D], which a tied LM head reads."""
+        return self.word.weight
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Turn (input_BT, *context) into (hidden_TBD, *context)."""
+        input_BT, *context = inputs
+        return (self.word(input_BT).transpose(0, 1).contiguous(), *context)
+
+
+class DecoderLayer(nn.Module):
+    """Run one megatron-core transformer layer inside documents."""
+
+    def __init__(self, config: TransformerConfig, number: int) -> None:
+        super().__init__()
+        self.layer: Any = build_module(layer_spec(), config=config, layer_number=number)
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Turn (hidden_TBD, *context) into the same with the next hidden states."""
+        hidden_TBD, *context = inputs
+        hidden_TBD, _ = self.layer(hidden_TBD, attention_mask=AttentionContext(*context))
+        return (hidden_TBD, *context)

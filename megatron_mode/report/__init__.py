@@ -1,0 +1,1 @@
+"""Turn what a run measured into files and pages: metrics, writers, evaluation, the HTML report."""

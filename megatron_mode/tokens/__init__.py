@@ -1,0 +1,11 @@
+"""Turn text into token ids: the first word of the flow, without torch.
+
+    JSON lines -> documents -> template -> tokenizer -> staging -> shards
+
+`documents` reads and checks lines; `template` renders a document as pieces and roles; `tokenizer`
+turns text into ids; `split` decides which documents are held out and which lose their role
+markers; `staging` shuffles; `shards` writes and reads prepared sources (`index` is the
+megatron-core file, `document_table` the ids); `folder` makes a whole preparation appear at once;
+`prepare` is the pipeline, `prepare_command` the verb. Design: the folder DATA_ROOT holds one
+tokenizer and any number of sources; a source has one mode.
+"""

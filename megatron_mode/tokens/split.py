@@ -1,0 +1,64 @@
+"""Decide by seeded draws which documents are held out and which are rendered plain.
+
+A draw is a pure function of seed, purpose and names, so it does not depend on the order of the
+input, the number of workers, or how the work is split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_mode.tokens.documents import Document
+from megatron_mode.tokens.template import Rendering
+
+DRAW_RANGE = 1 << 64
+
+
+def draw(seed: int, purpose: str, *names: str) -> int:
+    """Return a number in [0, 2**64) drawn for these names."""
+    text = "\x1f".join((str(seed), purpose, *names))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Output(NamedTuple):
+    """Name a prepared source and the rendering of one document in it."""
+
+    name: str
+    rendering: Rendering
+
+
+@dataclass(frozen=True)
+class Split:
+    """Hold the shares (0 to 1, by document) and the sources held out whole."""
+
+    seed: int
+    plain_share: float
+    valid_share: float
+    valid_sources: frozenset[str]
+
+    def is_held_out(self, document: Document) -> bool:
+        """Tell whether a document is kept from training; equal ids of a source stay together."""
+        if document.source in self.valid_sources:
+            return True
+        value = draw(self.seed, "valid", document.source, document.id)
+        return value < self.valid_share * DRAW_RANGE
+
+    def outputs(self, document: Document, line_number: int) -> list[Output]:
+        """Return the prepared sources that a document goes to, with its rendering in each."""
+        if self.is_held_out(document):
+            held_out = f"{document.source}-valid"
+            if document.mode == 1:
+                return [Output(held_out, "plain")]
+            return [Output(f"{held_out}-plain", "plain"), Output(f"{held_out}-chat", "chat")]
+        if document.mode == 1:
+            return [Output(document.source, "plain")]
+        # The line takes part so that a source whose lines all share one id is still mixed.
+        names = (document.source, document.id, str(line_number))
+        is_plain = draw(self.seed, "plain", *names) < self.plain_share * DRAW_RANGE
+        return [Output(document.source, "plain" if is_plain else "chat")]
+
+    def order_key(self, source: str, identifier: str) -> int:
+        """Return the key by which the documents of a prepared source are sorted: the shuffle."""
+        return draw(self.seed, "order", source, identifier)

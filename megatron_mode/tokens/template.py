@@ -1,0 +1,96 @@
+"""Render a document as token ids and flags.
+
+    text     <|doc|> text
+    chat     <|doc|> (<|role|> content <|end|>)*     tools: JSON, first in a system message
+    plain    <|doc|> content, blank line, content    no other piece: nothing gives the roles away
+
+In `chat` the pieces around a content carry its role; in `plain` the blank line after a content
+does, because it is what ends the turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from megatron_mode.tokens.documents import Document, Message, compact_json
+from megatron_mode.tokens.flags import CONTROL, MODE2, role_bits
+from megatron_mode.tokens.tokenizer import Tokenizer
+
+Rendering = Literal["chat", "plain"]
+BLANK_LINE = "\n\n"
+
+
+class Part(NamedTuple):
+    """Hold a control piece or a stretch of text, with the role it belongs to."""
+
+    text: str
+    role: str
+    is_control: bool
+
+
+def dialogue(document: Document) -> tuple[Message, ...]:
+    """Return the messages with the tools as JSON at the head of a leading system message."""
+    if not document.tools:
+        return document.messages
+    schema = compact_json(document.tools)
+    first, *others = document.messages
+    if first.role == "system":
+        merged = f"{schema}{BLANK_LINE}{first.content}" if first.content else schema
+        return (Message("system", merged), *others)
+    return (Message("system", schema), *document.messages)
+
+
+def parts(document: Document, rendering: Rendering) -> list[Part]:
+    """Return what a document is made of, in order, starting with <|doc|>."""
+    result = [Part("<|doc|>", "none", True)]
+    if document.mode == 1:
+        return [*result, Part(document.text, "none", False)]
+    messages = dialogue(document)
+    for index, message in enumerate(messages):
+        if rendering == "chat":
+            result.append(Part(f"<|{message.role}|>", message.role, True))
+            result.append(Part(message.content, message.role, False))
+            result.append(Part("<|end|>", message.role, True))
+        else:
+            last = index == len(messages) - 1
+            separator = "" if last else BLANK_LINE
+            result.append(Part(message.content + separator, message.role, False))
+    return result
+
+
+def plain_text(document: Document) -> str:
+    """Return the text of the plain rendering."""
+    return "".join(part.text for part in parts(document, "plain") if not part.is_control)
+
+
+def render_batch(
+    documents: Sequence[Document], renderings: Sequence[Rendering], tokenizer: Tokenizer
+) -> list[tuple[list[int], bytes]]:
+    """Return (ids, flags) of each document in its rendering, with one call of the tokenizer."""
+    parts_by_document = [parts(d, r) for d, r in zip(documents, renderings, strict=True)]
+    texts = [p.text for found in parts_by_document for p in found if not p.is_control]
+    encoded = iter(tokenizer.encode_batch(texts))
+    rendered = []
+    for document, found in zip(documents, parts_by_document, strict=True):
+        mode_bit = MODE2 if document.mode == 2 else 0
+        ids: list[int] = []
+        flags = bytearray()
+        for part in found:
+            bits = mode_bit | role_bits(part.role)
+            if part.is_control:
+                ids.append(tokenizer.control[part.text])
+                flags.append(bits | CONTROL)
+            else:
+                text_ids = next(encoded)
+                ids += text_ids
+                flags += bytes([bits]) * len(text_ids)
+        rendered.append((ids, bytes(flags)))
+    return rendered
+
+
+def render(
+    document: Document, tokenizer: Tokenizer, rendering: Rendering
+) -> tuple[list[int], bytes]:
+    """Return the ids of one document and a flag byte for each."""
+    return render_batch([document], [rendering], tokenizer)[0]

@@ -1,0 +1,238 @@
+"""Turn text into ids and back, exactly: SentencePiece BPE with byte fallback, no normalisation.
+
+Control pieces are SentencePiece control symbols, so they never arise from text: encoding the
+literal text "<|doc|>" gives ordinary pieces. The one character that SentencePiece would change,
+U+2581 (its own mark for a space), is written as its three byte pieces.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_mode.errors import DataError
+from megatron_mode.tokens.vocabulary import (
+    CONTROL_PIECES,
+    INFO_FILE,
+    Vocabulary,
+    check_digest,
+    padded,
+    read_vocabulary,
+)
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+SPACE_MARK = "\u2581"
+UNKNOWN_DISPLAY = "\u2047"
+PROBE_TEXT = "  a\n\n\tb  <|doc|>\u00e9\u2581 \u2160\r\n "
+# SentencePiece skips training sentences that hold these, and no piece spans a line break.
+TRAINING_BREAKS = re.compile("[\n\r\t\x00\u2581\u2585]+")
+TRAINING_LINE_CHARACTERS = 4000
+# Fixed, because the model file records it; BPE merges use one thread anyway.
+TRAINING_THREADS = 2
+
+
+class Tokenizer:
+    """Encode and decode with one SentencePiece model that holds our control pieces."""
+
+    def __init__(self, processor: SentencePieceProcessor, digest: str, origin: str) -> None:
+        self._processor = processor
+        self._byte_ids = tuple(processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self._space_mark_ids = [self._byte_ids[byte] for byte in SPACE_MARK.encode()]
+        self._bytes_by_id = {index: byte for byte, index in enumerate(self._byte_ids)}
+        size = processor.get_piece_size()
+        control = {piece: processor.piece_to_id(piece) for piece in CONTROL_PIECES}
+        self.vocabulary = Vocabulary(digest, size, padded(size), control)
+        self._check(origin)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Load a model file.
+
+        Raises DataError when it is missing, foreign, or not what tokenizer.json beside it says.
+        """
+        path = Path(path)
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"Tokenizer {path} cannot be read ({error.strerror}); name the tokenizer.model "
+                "that `megatron-mode prepare` wrote."
+            ) from None
+        tokenizer = cls.from_bytes(model, str(path))
+        if path.name == "tokenizer.model" and (path.parent / INFO_FILE).exists():
+            check_digest(path, tokenizer.digest, read_vocabulary(path.parent))
+        return tokenizer
+
+    @classmethod
+    def from_bytes(cls, model: bytes, origin: str) -> Tokenizer:
+        """Load a model from memory; origin names it in errors."""
+        import sentencepiece
+
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise DataError(
+                f"Tokenizer {origin} is not a SentencePiece model; name the tokenizer.model that "
+                "`megatron-mode prepare` wrote."
+            ) from None
+        return cls(processor, hashlib.sha256(model).hexdigest(), origin)
+
+    def _check(self, origin: str) -> None:
+        """Refuse a model without control or byte pieces, or one that changes text."""
+        processor = self._processor
+        missing = [p for p, index in self.control.items() if not processor.is_control(index)]
+        if missing:
+            raise DataError(
+                f"Tokenizer {origin} lacks the control piece {missing[0]}; accepted are models "
+                "trained by `megatron-mode prepare --vocab-size N`."
+            )
+        lossless = all(map(processor.is_byte, self._byte_ids))
+        if not lossless or self.decode(self.encode(PROBE_TEXT)) != PROBE_TEXT:
+            raise DataError(
+                f"Tokenizer {origin} changes text (normalisation, added spaces or no byte "
+                "fallback); accepted are models trained by `megatron-mode prepare --vocab-size N`."
+            )
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of the model file."""
+        return self.vocabulary.digest
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of ids in use."""
+        return self.vocabulary.vocab_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Return vocab_size rounded up to a multiple of 128."""
+        return self.vocabulary.padded_vocab_size
+
+    @property
+    def control(self) -> dict[str, int]:
+        """Return the id of each control piece."""
+        return self.vocabulary.control
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; never a control piece. The text holds no lone surrogates."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, on one thread."""
+        ids_by_text: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
+        for index, text in enumerate(texts):
+            if SPACE_MARK in text:
+                ids_by_text[index] = self._encode_space_marks(text)
+        return ids_by_text
+
+    def _encode_space_marks(self, text: str) -> list[int]:
+        first, *others = self._processor.encode(text.split(SPACE_MARK), num_threads=1)
+        ids = list(first)
+        for other in others:
+            ids += self._space_mark_ids
+            ids += other
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; control pieces and padding add nothing to it."""
+        pieces = [int(i) for i in ids if i < self.vocab_size]
+        text: str = self._processor.decode(pieces)
+        return text
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Return the display text of each id, so that joined they read like the text.
+
+        A control piece shows its name. A character that is spread over byte pieces shows at its
+        last byte; the ones before it show "".
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        shown: list[str] = []
+        for index in map(int, ids):
+            byte = self._bytes_by_id.get(index)
+            if byte is not None:
+                shown.append(decoder.decode(bytes([byte])))
+                continue
+            broken = decoder.decode(b"", final=True)
+            decoder.reset()
+            shown.append(broken + self._piece(index))
+        if shown:
+            shown[-1] += decoder.decode(b"", final=True)
+        return shown
+
+    def _piece(self, index: int) -> str:
+        if not 0 <= index < self.vocab_size or self._processor.is_unknown(index):
+            return UNKNOWN_DISPLAY
+        piece: str = self._processor.id_to_piece(index)
+        return piece.replace(SPACE_MARK, " ")
+
+
+def training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Cut texts into what SentencePiece accepts as training sentences."""
+    for text in texts:
+        for line in TRAINING_BREAKS.split(text):
+            for start in range(0, len(line), TRAINING_LINE_CHARACTERS):
+                yield line[start : start + TRAINING_LINE_CHARACTERS]
+
+
+def train_tokenizer(texts: Iterable[str], out_path: str | Path, vocab_size: int) -> Tokenizer:
+    """Train a model on texts, write it to out_path, and load it.
+
+    vocab_size counts control and byte pieces; the model gets fewer ids when the texts do not hold
+    enough different words. Raises DataError when the texts are empty or vocab_size is too small.
+    """
+    import sentencepiece
+
+    lines = training_lines(texts)
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        "hard_vocab_limit": False,
+        "byte_fallback": True,
+        "character_coverage": 0.9999,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "max_sentence_length": 8 * TRAINING_LINE_CHARACTERS,
+        "control_symbols": list(CONTROL_PIECES),
+        "unk_id": 0,
+        "bos_id": -1,
+        "eos_id": -1,
+        "pad_id": -1,
+        "num_threads": TRAINING_THREADS,
+        "minloglevel": 2,
+    }
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=buffer, **options
+        )
+    except RuntimeError as error:
+        raise training_error(error, vocab_size) from None
+    Path(out_path).write_bytes(buffer.getvalue())
+    return Tokenizer.from_bytes(buffer.getvalue(), str(out_path))
+
+
+def training_error(error: RuntimeError, vocab_size: int) -> DataError:
+    """Translate what SentencePiece's trainer says into one sentence."""
+    reason = str(error)
+    needed = re.search(r"required_chars\.\s*\d+ vs (\d+)", reason)
+    if needed:
+        return DataError(
+            f"--vocab-size {vocab_size} is too small for the characters of this text; at least "
+            f"{needed[1]} is accepted, so raise it."
+        )
+    if "empty" in reason.lower():
+        return DataError("The input holds no text to train a tokenizer on; add documents.")
+    return DataError(
+        f"No tokenizer could be trained with --vocab-size {vocab_size} ({reason.strip()}); "
+        "give more text or another --vocab-size."
+    )

@@ -1,0 +1,162 @@
+"""Train: open the data, build the engine, resume, then load, step, report and save, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_mode.checkpoint.resume import OrderRecord, make_manifest, resume
+from megatron_mode.checkpoint.save import save_checkpoint
+from megatron_mode.config import Config, dump_config
+from megatron_mode.engine.accelerators import accelerator_table
+from megatron_mode.engine.build import build_engine, build_mesh, join_group
+from megatron_mode.engine.launch import Process
+from megatron_mode.engine.step import Engine
+from megatron_mode.mix.corpus import (
+    Corpus,
+    build_order,
+    build_reader,
+    open_corpus,
+    resolve_vocabulary,
+)
+from megatron_mode.mix.loader import Loader, StepBatch
+from megatron_mode.mix.order import Order
+from megatron_mode.model.size import parameters
+from megatron_mode.report.finish import finish_run
+from megatron_mode.report.line import StepTimer, metrics_line
+from megatron_mode.report.evaluate import evaluate_source
+from megatron_mode.report.valid import valid_metrics
+from megatron_mode.report.writers import MetricsWriter, write_environment
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hold what the loop works with; made once, in `prepare_run`."""
+
+    config: Config
+    folder: Path
+    corpus: Corpus
+    order: Order
+    engine: Engine
+
+    @property
+    def reports(self) -> bool:
+        """Tell whether this process prints and writes (rank 0)."""
+        return self.engine.rank == 0
+
+
+def train(config: Config, process: Process) -> None:
+    """Run a training run to its end, from its newest checkpoint when it has one."""
+    run = prepare_run(config, process)
+    config, engine = run.config, run.engine
+    record = OrderRecord.start(config, run.corpus.train)
+    first_step = resume(engine, run.folder, record, run.order)
+    if run.reports:
+        announce(run, first_step)
+    writer = MetricsWriter(run.folder, first_step or None) if run.reports else None
+    progress = tqdm(
+        total=config.run.steps, initial=first_step, disable=not run.reports, unit="step"
+    )
+    timer = StepTimer()
+    for batch in steps(run, first_step):
+        timer.start()
+        result = engine.train_step(batch.step, batch.micro_batches)
+        record.update(batch.step, batch.rows)
+        done = batch.step + 1
+        line = metrics_line(engine, run.order, batch, result, timer)
+        if due(done, config.run.eval_every_steps) and done < config.run.steps:
+            line.update(evaluate(run))
+        if writer is not None:
+            writer.write(line)
+            progress.set_postfix(loss=f"{result.loss:.3f}", auroc=line["mode_auroc"], refresh=False)
+            progress.update()
+        if due(done, config.checkpoint.every_steps) or done == config.run.steps:
+            manifest = make_manifest(engine, record, done)
+            save_checkpoint(engine, run.folder / "checkpoints", manifest, config.checkpoint.keep)
+        timer.stop()
+    progress.close()
+    if writer is not None:
+        writer.close()
+    summary = finish_run(engine, run.folder, run.corpus)
+    if run.reports:
+        print(closing_lines(summary))
+    dist.barrier()
+
+
+def prepare_run(config: Config, process: Process) -> Run:
+    """Open the data and build this rank, checking everything cheap before anything is built."""
+    corpus = open_corpus(config)
+    config = resolve_vocabulary(config, corpus)
+    order = build_order(config, corpus)
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    join_group(process, config.run.threads)
+    layout = build_mesh(config, process.world_size)
+    engine = build_engine(config, layout, corpus.vocabulary.vocab_size)
+    return Run(config, folder, corpus, order, engine)
+
+
+def announce(run: Run, first_step: int) -> None:
+    """Print what will run, once, and write it into the run folder."""
+    config = run.config
+    (run.folder / "config.yaml").write_text(dump_config(config))
+    write_environment(run.folder, {"layout": run.engine.layout._asdict()})
+    count = parameters(config.model)
+    begin = f"resumes at step {first_step}" if first_step else "starts"
+    print(
+        f"{config.model.name}: {count.total / 1e6:.2f}M parameters (mode head {count.mode_head:,}), "
+        f"{run.engine.layout}, {run.engine.accumulation_steps} micro-batches of "
+        f"{config.batch.micro_rows} rows a step\n"
+        f"loss: {run.engine.step_loss.mode_loss.implementation}; {run.folder} {begin}"
+    )
+    print(accelerator_table())
+    for warning in run.order.warnings():
+        print(f"note: {warning}")
+
+
+def steps(run: Run, first_step: int) -> Iterator[StepBatch]:
+    """Give the remaining steps; ranks in the middle of the pipeline get them without tokens."""
+    config, engine = run.config, run.engine
+    global_rows = config.batch.global_rows
+    if not engine.reads_data:
+        for step in range(first_step, config.run.steps):
+            yield StepBatch(step, [], run.order.rows(step * global_rows, (step + 1) * global_rows))
+        return
+    loader = Loader(
+        run.order,
+        build_reader(config, run.corpus.train),
+        global_rows=global_rows,
+        micro_rows=config.batch.micro_rows,
+        first_step=first_step,
+        end_step=config.run.steps,
+        reader_index=engine.at.data,
+        readers=engine.layout.data,
+    )
+    with loader:
+        yield from loader
+
+
+def evaluate(run: Run) -> dict[str, float | None]:
+    """Evaluate on every held-out source, on `run.eval_rows` rows each."""
+    reader = build_reader(run.config, run.corpus.valid)
+    results = [
+        evaluate_source(run.engine, reader, index, run.config.run.eval_rows, pieces=False)
+        for index in range(len(run.corpus.valid))
+    ]
+    return valid_metrics(results)
+
+
+def closing_lines(summary: dict[str, object]) -> str:
+    """Return what a run says at its end: the figures one asks for first."""
+    keys = ("valid_lm_loss", "unigram_entropy", "valid_mode_auroc", "valid_mode_auroc_chat")
+    figures = [f"{key} {summary[key]:.4f}" for key in keys if summary.get(key) is not None]
+    return f"{', '.join(figures)}\nreport: {summary['report']}"
+
+
+def due(step: int, every_steps: int) -> bool:
+    """Tell whether something that happens every so many steps happens after step `step`."""
+    return every_steps > 0 and step % every_steps == 0

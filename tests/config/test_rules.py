@@ -1,0 +1,124 @@
+"""Rules between fields, and the world sizes that a layout accepts."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mode.config import check_world_size, load_config
+from megatron_mode.errors import ConfigError
+
+PIECEWISE = "mix.mode2_fraction={shape: piecewise, points: "
+BROKEN = [
+    (["model.attention_heads=128"], "model.attention_heads is 128", "use 64"),
+    (["model.hidden_size=129"], "model.attention_heads is 4", "make model.hidden_size even"),
+    (["model.kv_heads=3"], "model.kv_heads is 3", "use 2"),
+    (["model.vocab_size=1000"], "model.vocab_size is 1000", "use 1024"),
+    (["parallel.tensor=4"], "parallel.tensor is 4", "model.kv_heads = 2; use 2"),
+    (["parallel.pipeline=5"], "parallel.pipeline is 5", "model.layers = 4"),
+    (["batch.micro_rows=5"], "batch.micro_rows is 5", "use 4"),
+    (["mix.mode2_fraction.shape=constant"], "mix.mode2_fraction.end is 0.5", "remove it"),
+    (["mix.mode2_fraction.end=null"], "mix.mode2_fraction.end is null", "shape linear; set it"),
+    (
+        ["mix.mode2_fraction={shape: step, end: 0.5, end_tokens: 9}"],
+        "mix.mode2_fraction.end_tokens is 9",
+        "null for shape step",
+    ),
+    (
+        ["mix.mode2_fraction.begin_tokens=9", "mix.mode2_fraction.end_tokens=9"],
+        "mix.mode2_fraction.end_tokens is 9",
+        "more than begin_tokens = 9",
+    ),
+    (
+        ["mix.mode2_fraction.begin_tokens=1228800"],
+        "mix.mode2_fraction.begin_tokens is 1228800",
+        "less than the run's 1228800 tokens",
+    ),
+    (
+        ["mix.mode2_fraction={shape: constant, begin_tokens: 9}"],
+        "mix.mode2_fraction.begin_tokens is 9",
+        "accepted is 0",
+    ),
+    (["mix.mode2_fraction.points=[[0, 0.1]]"], "mix.mode2_fraction.points is given", "piecewise"),
+    ([PIECEWISE + "[]}"], "mix.mode2_fraction.points is empty", "add it"),
+    ([PIECEWISE + "[[9, 0.1], [9, 0.2]]}"], "points has 9 tokens after 9", "rising"),
+    (["mix.mode1.sources.0.name=bfcl"], "the source name 'bfcl' stands 2 times", "once"),
+    (["mix.mode1.sources.0.name=a/b"], "mix.mode1.sources.0.name is 'a/b'", "file name"),
+    (["mix.mode1.sources.0.name=../a"], "mix.mode1.sources.0.name is '../a'", "file name"),
+    (["mix.mode1.sources.0.mode=2"], "mix.mode1.sources.0.mode is 2", "accepted is 1"),
+    (["mix.mode1.sources=[]"], "mix.mode1.sources is empty", "set the fraction to 1"),
+    (["mix.mode2.sources=[]"], "mix.mode2.sources is empty", "set the fraction to 0"),
+    (["optimizer.min_learning_rate=1"], "optimizer.min_learning_rate is 1.0", "lower it"),
+    (["optimizer.schedule=wsd"], "optimizer.decay_steps is 0", "at least 1"),
+    (["optimizer.decay_steps=9"], "optimizer.decay_steps is 9", "use wsd"),
+    (
+        ["optimizer.schedule=wsd", "optimizer.decay_steps=281"],
+        "optimizer.warmup_steps + optimizer.decay_steps is 301",
+        "at most run.steps = 300",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "start", "fix"), BROKEN)
+def test_a_broken_rule_names_key_value_and_fix(tiny, overrides, start, fix):
+    with pytest.raises(ConfigError) as caught:
+        load_config(tiny, overrides)
+    (line,) = str(caught.value).splitlines()
+    assert start in line
+    assert "accepted is" in line
+    assert fix in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["mix.mode2_fraction={shape: constant, start: 0}", "mix.mode2.sources=[]"],
+        ["mix.mode2_fraction={shape: constant, start: 1}", "mix.mode1.sources=[]"],
+        [PIECEWISE + "[[0, 0], [5, 1]]}"],
+        ["mix.mode2_fraction={shape: step, start: 0, end: 0.5, begin_tokens: 999999999}"],
+        ["optimizer.schedule=wsd", "optimizer.decay_steps=280"],
+        ["parallel.pipeline=4", "parallel.tensor=2", "model.vocab_size=256"],
+    ],
+)
+def test_what_keeps_the_rules_loads(tiny, overrides):
+    load_config(tiny, overrides)
+
+
+@given(
+    tensor=st.sampled_from([1, 2]),
+    pipeline=st.integers(1, 4),
+    micro_rows=st.integers(1, 4),
+    micro_batches=st.integers(1, 24),
+    world_size=st.integers(0, 99),
+)
+def test_a_world_size_works_iff_the_batch_divides(
+    tiny_config, tensor, pipeline, micro_rows, micro_batches, world_size
+):
+    parallel = tiny_config.parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline})
+    rows = {"micro_rows": micro_rows, "global_rows": micro_rows * micro_batches}
+    config = tiny_config.model_copy(
+        update={"parallel": parallel, "batch": tiny_config.batch.model_copy(update=rows)}
+    )
+    # Independent of the code's arithmetic: a world works when some data size fits it exactly.
+    fits = {
+        tensor * pipeline * data: data
+        for data in range(1, 100)
+        if any(data * accumulation == micro_batches for accumulation in range(1, 100))
+    }
+    if world_size in fits:
+        assert check_world_size(config, world_size) == fits[world_size]
+        return
+    with pytest.raises(ConfigError, match=f"world size is {world_size}: ") as caught:
+        check_world_size(config, world_size)
+    named = re.search(r"start ([\d or]+) processes", str(caught.value))
+    near = {
+        max((w for w in fits if w < world_size), default=None),
+        min((w for w in fits if w > world_size), default=None),
+    } - {None}
+    assert {int(size) for size in named[1].split(" or ")} == near
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny):
+    return load_config(tiny)

@@ -1,0 +1,243 @@
+"""Hold the op to its contract: zero weights, NaN rows, layouts, upstream gradients, errors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_mode.kernels.mode_loss import TargetRangeError, Targets, VocabShard, mode_loss
+
+
+def weighted(case, lm=None, mode=None):
+    targets = case.targets
+    if lm is not None:
+        targets = replace(targets, lm_weight_BT=lm)
+    if mode is not None:
+        targets = replace(targets, mode_weight_BT=mode)
+    return replace(case, targets=targets)
+
+
+def test_all_weights_zero_keep_the_graph(make_case, run_case, implementation):
+    leaves = make_case(9, 4, 10, mask="all").leaves()
+    output = run_case(leaves, implementation=implementation)
+    assert output.lm_sum.item() == 0
+    assert output.mode_sum.item() == 0
+    (output.lm_sum + output.mode_sum).backward()
+    for value in leaves.parameters:
+        assert not value.grad.any()
+    for per_token in (output.nll_BT, output.bce_BT, output.mode_logit_BT, output.blocked_BT):
+        assert not per_token.any()
+        assert not per_token.requires_grad
+
+
+def test_lm_masked_but_mode_trained_and_the_reverse(make_case, run_case, implementation):
+    half = (torch.arange(20) < 10).float()
+    case = weighted(make_case(20, 4, 10, mask="none"), lm=half, mode=1 - half).leaves()
+    output = run_case(case, implementation=implementation)
+    assert (output.nll_BT != 0).tolist() == half.bool().tolist()
+    assert (output.bce_BT != 0).tolist() == (1 - half).bool().tolist()
+    (gradient_ND,) = torch.autograd.grad(output.lm_sum, case.hidden_ND, retain_graph=True)
+    assert gradient_ND.any(1).tolist() == half.bool().tolist()
+    (gradient_ND,) = torch.autograd.grad(output.mode_sum, case.hidden_ND)
+    assert gradient_ND.any(1).tolist() == (1 - half).bool().tolist()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_poisoned_row_without_weight_leaves_no_trace(poison, make_case, run_case, implementation):
+    weight = torch.ones(12)
+    weight[5] = 0
+    clean = weighted(make_case(12, 4, 10, mask="none"), lm=weight, mode=weight).leaves()
+    dirty = clean.leaves()
+    with torch.no_grad():
+        dirty.hidden_ND[5] = poison
+        dirty.targets.target_BT[5] = -100
+    outputs = []
+    for case in (clean, dirty):
+        output = run_case(case, implementation=implementation)
+        (output.lm_sum + output.mode_sum).backward()
+        outputs.append(output)
+    for name in ("lm_sum", "mode_sum", "nll_BT", "bce_BT", "mode_logit_BT"):
+        assert torch.equal(getattr(outputs[0], name), getattr(outputs[1], name)), name
+    for expected, value in zip(clean.parameters, dirty.parameters, strict=True):
+        assert torch.equal(expected.grad, value.grad)
+
+
+def test_a_poisoned_row_with_weight_spoils_only_itself(make_case, run_case, implementation):
+    clean = make_case(12, 4, 10, mask="none").leaves()
+    dirty = clean.leaves()
+    with torch.no_grad():
+        dirty.hidden_ND[5] = float("nan")
+    others = torch.arange(12) != 5
+    results = []
+    for case in (clean, dirty):
+        output = run_case(case, implementation=implementation)
+        (output.lm_sum + output.mode_sum).backward()
+        results.append((output.nll_BT, output.bce_BT, output.mode_logit_BT, case.hidden_ND.grad))
+    for expected, value in zip(*results, strict=True):
+        assert torch.equal(expected[others], value[others])
+        assert value[5].isnan().all()
+
+
+@pytest.mark.parametrize("order", ["TBD", "BTD", "strided"])
+def test_three_dimensional_hidden_states_in_any_order(order, make_case, run_case, implementation):
+    rows, length = 3, 5
+    case = make_case(rows * length, 4, 10)
+    flat = case.leaves()
+    expected = run_case(flat, implementation=implementation)
+    (expected.lm_sum + expected.mode_sum).backward()
+    hidden_BTD = case.hidden_ND.view(rows, length, 4).clone()
+    if order == "TBD":
+        leaf = hidden_BTD.transpose(0, 1).contiguous().requires_grad_()
+        hidden_TBD, gradient_of = leaf, lambda: leaf.grad.transpose(0, 1)
+    elif order == "BTD":
+        leaf = hidden_BTD.requires_grad_()
+        hidden_TBD, gradient_of = leaf.transpose(0, 1), lambda: leaf.grad
+    else:
+        leaf = torch.stack([hidden_BTD, hidden_BTD], dim=-1).requires_grad_()
+        hidden_TBD, gradient_of = leaf[..., 0].transpose(0, 1), lambda: leaf.grad[..., 0]
+    grid = Targets(
+        *(
+            getattr(case.targets, name).view(rows, length)
+            for name in ("target_BT", "lm_weight_BT", "mode_label_BT", "mode_weight_BT")
+        )
+    )
+    output = mode_loss(
+        hidden_TBD, *case.leaves().parameters[1:], grid, implementation=implementation
+    )
+    (output.lm_sum + output.mode_sum).backward()
+    assert torch.allclose(output.nll_BT.reshape(-1), expected.nll_BT, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(output.mode_logit_BT.reshape(-1), expected.mode_logit_BT, atol=1e-6)
+    gradient_ND = gradient_of().reshape(-1, 4)
+    assert torch.allclose(gradient_ND, flat.hidden_ND.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lm_up", "mode_up"), [(-2.0, 3.0), (0.0, 0.0), (1e30, -1e30), (1e-30, 1.0)]
+)
+def test_upstream_gradients_scale_each_sum(
+    lm_up, mode_up, make_case, run_case, truth_of, relative_error
+):
+    case = make_case(30, 8, 20)
+    leaves = case.leaves()
+    output = run_case(leaves)
+    torch.autograd.backward(
+        (output.lm_sum, output.mode_sum), (torch.tensor(lm_up), torch.tensor(mode_up))
+    )
+    for value, expected in zip(
+        leaves.parameters, truth_of(case, lm_up, mode_up).gradients, strict=True
+    ):
+        assert relative_error(value.grad, expected) <= 2e-6
+
+
+def test_only_one_of_the_sums_is_used(
+    make_case, run_case, truth_of, relative_error, implementation
+):
+    case = make_case(30, 8, 20)
+    for used, ups in (("lm_sum", (1.0, 0.0)), ("mode_sum", (0.0, 1.0))):
+        leaves = case.leaves()
+        getattr(run_case(leaves, implementation=implementation), used).backward()
+        for value, expected in zip(leaves.parameters, truth_of(case, *ups).gradients, strict=True):
+            gradient = torch.zeros_like(value) if value.grad is None else value.grad
+            assert relative_error(gradient, expected) <= 2e-6
+
+
+def test_second_backward_gives_the_same_and_accumulates(make_case, run_case):
+    leaves = make_case(30, 8, 20).leaves()
+    output = run_case(leaves)
+    loss = 0.5 * output.lm_sum + output.mode_sum
+    first = torch.autograd.grad(loss, leaves.parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves.parameters, retain_graph=True)
+    loss.backward()
+    for value, one, two in zip(leaves.parameters, first, second, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, value.grad)
+
+
+@pytest.mark.parametrize("frozen", range(16))
+def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen, make_case, run_case):
+    needs = tuple(bool(frozen >> bit & 1) for bit in range(4))
+    case = make_case(30, 8, 20)
+    whole, part = case.leaves(), case.leaves(needs)
+    output = run_case(whole)
+    (output.lm_sum + output.mode_sum).backward()
+    partial = run_case(part)
+    assert torch.equal(output.lm_sum, partial.lm_sum)
+    if any(needs):
+        (partial.lm_sum + partial.mode_sum).backward()
+    for need, expected, value in zip(needs, whole.parameters, part.parameters, strict=True):
+        assert torch.equal(value.grad, expected.grad) if need else value.grad is None
+
+
+def test_without_grad_mode_only_values_are_computed(make_case, run_case, implementation):
+    leaves = make_case(30, 8, 20).leaves()
+    expected = run_case(leaves, implementation=implementation)
+    with torch.no_grad():
+        output = run_case(leaves, implementation=implementation)
+    assert torch.equal(output.lm_sum, expected.lm_sum)
+    assert not output.lm_sum.requires_grad
+    assert torch.equal(output.nll_BT, expected.nll_BT)
+
+
+def test_inputs_are_not_mutated_and_runs_repeat_bitwise(make_case, run_case):
+    case = make_case(100, 8, 20)
+    gradients = []
+    for _ in range(2):
+        leaves = case.leaves()
+        output = run_case(leaves, logits_bytes=4 * 20 * 30)
+        (output.lm_sum + output.mode_sum).backward()
+        gradients.append([value.grad for value in leaves.parameters])
+        for value, given in zip(leaves.parameters, case.parameters, strict=True):
+            assert torch.equal(value, given)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_int32_targets_and_autocast(make_case, run_case):
+    case = make_case(30, 8, 20)
+    short = replace(case.targets, target_BT=case.targets.target_BT.int())
+    expected = run_case(case)
+    assert torch.equal(run_case(replace(case, targets=short)).lm_sum, expected.lm_sum)
+    leaves = case.leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = run_case(leaves)
+    output.lm_sum.backward()
+    assert leaves.lm_weight_VD.grad.dtype == torch.float32
+    assert output.lm_sum.item() == pytest.approx(expected.lm_sum.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("target", [-1, 20, 10**6])
+def test_a_target_outside_the_vocabulary_is_named(target, make_case, run_case, implementation):
+    case = make_case(30, 8, 20, padded_size=32, mask="none")
+    case.targets.target_BT[3] = target
+    with pytest.raises(TargetRangeError, match=rf"target\[3\] is {target}; accepted are 0 to 19"):
+        run_case(case, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "text"),
+    [
+        ("hidden_ND", torch.zeros(4), ValueError, r"hidden has shape \[4\]"),
+        ("hidden_ND", torch.zeros(30, 8, dtype=torch.int64), TypeError, "hidden has dtype"),
+        ("lm_weight_VD", torch.zeros(20, 7), ValueError, r"lm_weight has shape \[20, 7\].*8\]"),
+        ("lm_weight_VD", torch.zeros(20, 8).half(), TypeError, "lm_weight has dtype torch.float16"),
+        ("mode_weight_D", torch.zeros(1, 8), ValueError, r"mode_weight has shape \[1, 8\]"),
+        ("mode_bias", torch.zeros(2), ValueError, r"mode_bias has shape \[2\]"),
+    ],
+)
+def test_wrong_shapes_and_dtypes_are_named(field, value, error, text, make_case, run_case):
+    with pytest.raises(error, match=text):
+        run_case(replace(make_case(30, 8, 20), **{field: value}))
+
+
+def test_wrong_targets_are_named(make_case):
+    case = make_case(30, 8, 20)
+    for field, value, error, text in (
+        ("target_BT", torch.zeros(30), TypeError, "target has dtype torch.float32"),
+        ("target_BT", torch.zeros(29, dtype=torch.int64), ValueError, r"target has shape \[29\]"),
+        ("mode_label_BT", torch.zeros(1, 30), ValueError, r"mode_label has shape \[1, 30\]"),
+    ):
+        with pytest.raises(error, match=text):
+            mode_loss(
+                *case.parameters,
+                replace(case.targets, **{field: value}),
+                shard=VocabShard(vocab_size=20),
+            )

@@ -1,0 +1,143 @@
+"""Judge values and gradients of the op against fp64 formulas and plain torch's own error."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+VOCABULARIES = (1, 2, 127, 128, 129, 507, 4096)
+HIDDEN_SIZES = (1, 31, 64, 128)
+TOKENS = (0, 1, 15, 513)
+MASKS = ("none", "some", "all")
+EPSILON = {torch.float32: 4e-6, torch.bfloat16: 2e-3}
+
+
+def judge(case, implementation, tools, **options):
+    """Compare the op to the truth; its error may be twice that of plain torch plus epsilon."""
+    run_case, truth_of, plain_sums, relative_error = tools
+    epsilon = EPSILON[case.hidden_ND.dtype]
+    truth = truth_of(case, lm_up=0.5, mode_up=-3.0)
+    ours, plain = case.leaves(), case.leaves()
+    output = run_case(ours, implementation=implementation, **options)
+    (0.5 * output.lm_sum - 3.0 * output.mode_sum).backward()
+    plain_lm_sum, plain_mode_sum = plain_sums(plain)
+    (0.5 * plain_lm_sum - 3.0 * plain_mode_sum).backward()
+
+    for value, reference, expected in (
+        (output.lm_sum, plain_lm_sum, truth.lm_sum),
+        (output.mode_sum, plain_mode_sum, truth.mode_sum),
+    ):
+        bound = 2 * relative_error(reference, np.array(expected)) + epsilon
+        assert relative_error(value, np.array(expected)) <= bound
+    for value, expected in (
+        (output.nll_BT, truth.nll_N),
+        (output.bce_BT, truth.bce_N),
+        (output.mode_logit_BT, truth.logit_N),
+    ):
+        assert relative_error(value, expected) <= (2e-6 if epsilon < 1e-4 else 2e-2)
+    for value, reference, expected in zip(
+        ours.parameters, plain.parameters, truth.gradients, strict=True
+    ):
+        assert value.grad.dtype == value.dtype
+        bound = 2 * relative_error(reference.grad, expected) + epsilon
+        assert relative_error(value.grad, expected) <= bound
+
+
+@pytest.fixture
+def tools(run_case, truth_of, plain_sums, relative_error):
+    return run_case, truth_of, plain_sums, relative_error
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_matches_the_formulas_at_every_size(vocab_size, make_case, tools):
+    masks = itertools.cycle(MASKS)
+    for hidden_size, tokens in itertools.product(HIDDEN_SIZES, TOKENS):
+        for mask in MASKS if vocab_size <= 129 else (next(masks),):
+            case = make_case(tokens, hidden_size, vocab_size, mask=mask)
+            judge(case, "chunked", tools)
+            # About five chunks, the last one ragged.
+            judge(case, "chunked", tools, logits_bytes=4 * vocab_size * max(tokens // 5, 1))
+
+
+@pytest.mark.parametrize("vocab_size", [2, 129, 507])
+def test_reference_matches_the_formulas(vocab_size, make_case, tools):
+    for hidden_size, tokens, mask in itertools.product((1, 64), TOKENS, MASKS):
+        judge(make_case(tokens, hidden_size, vocab_size, mask=mask), "reference", tools)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 129, 507])
+def test_bfloat16_is_accumulated_in_fp32(vocab_size, make_case, tools, implementation):
+    for hidden_size, tokens, mask in itertools.product((31, 64), (0, 1, 15, 130), MASKS):
+        case = make_case(tokens, hidden_size, vocab_size, mask=mask, dtype=torch.bfloat16)
+        judge(case, implementation, tools)
+
+
+def test_padded_columns_stay_out_of_the_softmax(make_case, tools, run_case, implementation):
+    case = make_case(33, 16, 100, padded_size=128)
+    case.lm_weight_VD[100:] = 1e4
+    judge(case, implementation, tools)
+    leaves = case.leaves()
+    run_case(leaves, implementation=implementation).lm_sum.backward()
+    assert not leaves.lm_weight_VD.grad[100:].any()
+
+
+@pytest.mark.parametrize("z_weight", [0.0, 1e-3, 0.3])
+def test_z_loss(z_weight, make_case, truth_of, relative_error, run_case, implementation):
+    case = make_case(40, 16, 77)
+    leaves = case.leaves()
+    output = run_case(leaves, implementation=implementation, z_weight=z_weight)
+    (2 * output.lm_sum).backward()
+    truth = truth_of(case, lm_up=2, mode_up=0, z_weight=z_weight)
+    without = truth_of(case).lm_sum
+    assert output.lm_sum.item() == pytest.approx(truth.lm_sum, rel=1e-5)
+    assert output.z_loss_sum.item() == pytest.approx(truth.lm_sum - without, rel=1e-4, abs=1e-5)
+    assert not output.z_loss_sum.requires_grad
+    assert relative_error(output.nll_BT, truth.nll_N) <= 2e-6
+    for value, expected in zip(
+        (leaves.hidden_ND, leaves.lm_weight_VD), truth.gradients, strict=False
+    ):
+        assert relative_error(value.grad, expected) <= 3e-6
+
+
+def test_fractional_labels(make_case, tools, implementation):
+    case = make_case(50, 8, 20)
+    label = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    judge(replace(case, targets=replace(case.targets, mode_label_BT=label)), implementation, tools)
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_extreme_logits_stay_finite(
+    scale, make_case, truth_of, relative_error, run_case, implementation
+):
+    case = make_case(30, 4, 50)
+    case.hidden_ND[:, 0] = scale
+    case.lm_weight_VD[:, 0] = torch.linspace(-1, 1, 50)
+    case.mode_weight_D[0] = 1.0
+    leaves = case.leaves()
+    output = run_case(leaves, implementation=implementation)
+    (output.lm_sum + output.mode_sum).backward()
+    truth = truth_of(case)
+    assert output.lm_sum.item() == pytest.approx(truth.lm_sum, rel=1e-5)
+    assert output.mode_sum.item() == pytest.approx(truth.mode_sum, rel=1e-5)
+    for value, expected in zip(leaves.parameters, truth.gradients, strict=True):
+        assert torch.isfinite(value.grad).all()
+        # A logit of 1e4 carries 1e-3 of rounding, and with it every probability.
+        assert relative_error(value.grad, expected) <= 5e-3
+
+
+def test_gradients_agree_with_finite_differences(make_case, run_case, implementation):
+    case = make_case(7, 3, 11, padded_size=13, dtype=torch.float64).leaves()
+
+    def sums(*parameters):
+        names = ("hidden_ND", "lm_weight_VD", "mode_weight_D", "mode_bias")
+        output = run_case(
+            replace(case, **dict(zip(names, parameters, strict=True))),
+            implementation=implementation,
+            z_weight=0.1,
+            logits_bytes=8 * 11 * 3,
+        )
+        return output.lm_sum, output.mode_sum
+
+    assert torch.autograd.gradcheck(sums, case.parameters)

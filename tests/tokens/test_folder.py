@@ -1,0 +1,205 @@
+"""Check that a preparation appears whole or not at all, whatever the disk or a signal does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mode.errors import DataError
+from megatron_mode.tokens.folder import PartialFolder
+from megatron_mode.tokens.shards import Source
+
+RunPrepare = Callable[..., int]
+WriteLines = Callable[[Path, list[Any]], Path]
+
+
+def mount(folder: Path, options: str) -> None:
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a tmpfs is not permitted here")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 256 kB."""
+    folder = tmp_path / "small"
+    mount(folder, "size=256k")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def read_only_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "fixed"
+    mount(folder, "size=256k,ro")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("place", ["data", "."])
+@pytest.mark.parametrize("megabytes", [0.1, 2])
+def test_a_full_disk(
+    small_disk: Path, tmp_path: Path, write_lines: WriteLines, run_prepare: RunPrepare,
+    place: str, megabytes: float,
+) -> None:  # fmt: skip
+    text = "It is a way I have of driving off the spleen. " * 100
+    lines = [{"text": text, "source": "books"}] * int(megabytes * 1e6 / len(text))
+    path = write_lines(tmp_path / "in.jsonl", lines)
+    if megabytes < 1:
+        run_prepare("--out", small_disk / place, "--input", path)
+        assert Source.open(small_disk / place, "books").documents == len(lines)
+        return
+    with pytest.raises(DataError, match="cannot be written: the disk is full"):
+        run_prepare("--out", small_disk / place, "--input", path)
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["data", ".", "a/b"])
+def test_a_read_only_disk(
+    read_only_disk: Path, corpus: list[Path], run_prepare: RunPrepare, place: str
+) -> None:
+    with pytest.raises(DataError, match="cannot be written: the file system is read-only"):
+        run_prepare("--out", read_only_disk / place, "--input", *corpus)
+
+
+def test_a_mounted_target_is_replaced(
+    small_disk: Path, corpus: list[Path], run_prepare: RunPrepare
+) -> None:
+    run_prepare("--out", small_disk, "--input", *corpus)
+    run_prepare("--out", small_disk, "--input", corpus[0])
+    assert {path.stem for path in small_disk.glob("*.idx")} == {"books"}
+    assert not [path for path in small_disk.iterdir() if path.name.startswith(".")]
+
+
+def test_failure_keeps_the_former_target(
+    tmp_path: Path, corpus: list[Path], run_prepare: RunPrepare
+) -> None:
+    out = tmp_path / "out" / "d"
+    run_prepare("--out", out, "--input", *corpus)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with corpus[1].open("ab") as stream:
+        stream.write(b"\x1f\x8b cut")
+    with pytest.raises(DataError, match="damaged or cut off"):
+        run_prepare("--out", out, "--input", *corpus)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run_prepare("--out", out, "--input", corpus[0])
+    assert {path.stem for path in out.glob("*.idx")} == {"books"}
+    assert [path.name for path in out.parent.iterdir()] == ["d"]
+
+
+def test_what_others_wrote_is_never_replaced(
+    tmp_path: Path, corpus: list[Path], run_prepare: RunPrepare
+) -> None:
+    for name in ("notes.txt", "web.bin", "web.idx", "web.json"):
+        out = tmp_path / f"with-{name}"
+        out.mkdir()
+        (out / name).write_text("mine")
+        with pytest.raises(DataError, match=f"holds {name}"):
+            run_prepare("--out", out, "--input", *corpus)
+        assert [path.name for path in out.iterdir()] == [name]
+    with pytest.raises(DataError, match="is a file"):
+        run_prepare("--out", corpus[0], "--input", *corpus)
+
+
+def test_an_empty_folder_is_taken_and_permissions_are_ordinary(
+    tmp_path: Path, corpus: list[Path], run_prepare: RunPrepare
+) -> None:
+    out = tmp_path / "d"
+    out.mkdir()
+    ordinary = out.stat().st_mode
+    run_prepare("--out", out, "--input", corpus[0])
+    assert out.stat().st_mode == ordinary
+
+
+def test_parents_made_for_a_failure_go_again(tmp_path: Path, run_prepare: RunPrepare) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        run_prepare("--out", tmp_path / "a" / "b" / "c", "--input", tmp_path / "none.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_killed_between_its_renames_is_mended(tmp_path: Path) -> None:
+    previous = tmp_path / ".d.partial-x.previous"
+    previous.mkdir()
+    (previous / "tokenizer.json").write_text("{}")
+    with PartialFolder(tmp_path / "d"):
+        assert (tmp_path / "d" / "tokenizer.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_living_run_beside_is_left_alone(tmp_path: Path) -> None:
+    with PartialFolder(tmp_path / "d") as first, PartialFolder(tmp_path / "d") as second:
+        assert first.path.exists()
+        assert second.path.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+PROGRAM = """
+import argparse
+from megatron_mode.tokens.prepare_command import add_arguments, run
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    run(parser.parse_args())
+"""
+
+
+def started_run(tmp_path: Path, model_path: Path, path: Path) -> subprocess.Popen[bytes]:
+    """Start a preparation that would take long, and wait until it has staged tokens."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    out = tmp_path / "data" / "d"
+    command = [sys.executable, program, "--out", out, "--input", path, "--workers", "2"]
+    process = subprocess.Popen([*command, "--tokenizer", model_path])
+    deadline = time.monotonic() + 60
+    while not list(out.parent.glob(".d.partial-*/books.staged.bin")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    listing = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(word) for word in listing.read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_leaves_nothing_half_written(
+    tmp_path: Path, model_path: Path, write_lines: WriteLines, run_prepare: RunPrepare,
+    corpus: list[Path], number: signal.Signals,
+) -> None:  # fmt: skip
+    path = write_lines(tmp_path / "a.jsonl.gz", [{"text": "sea " * 5000, "source": "books"}] * 4000)
+    process = started_run(tmp_path, model_path, path)
+    workers = children(process)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=30) != 0
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if is_running(pid)]
+    parent = tmp_path / "data"
+    assert not (parent / "d").exists()
+    if number is signal.SIGKILL:
+        assert list(parent.iterdir())  # nobody could clean up: the next run does
+        run_prepare("--out", parent / "d", "--input", corpus[0])
+        assert [child.name for child in parent.iterdir()] == ["d"]
+    else:
+        assert not parent.exists()
