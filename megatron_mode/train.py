@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
 from megatron_mode.checkpoint.resume import OrderRecord, make_manifest, resume
 from megatron_mode.checkpoint.save import save_checkpoint
 from megatron_mode.config import Config, dump_config
@@ -76,7 +77,7 @@ def train(config: Config, process: Process) -> None:
             progress.update()
         if due(done, config.checkpoint.every_steps) or done == config.run.steps:
             manifest = make_manifest(engine, record, done)
-            save_checkpoint(engine, run.folder / "checkpoints", manifest, config.checkpoint.keep)
+            save_checkpoint(engine, run.folder, manifest, run.corpus.root / TOKENIZER_NAME)
         timer.stop()
     progress.close()
     if writer is not None:

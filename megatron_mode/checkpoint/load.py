@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_mode.checkpoint.manifest import Manifest, read_manifest
+from megatron_mode.checkpoint.manifest import CHECKPOINTS_NAME, Manifest, read_manifest
 from megatron_mode.config import Config
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
@@ -59,10 +59,14 @@ def weights_only() -> Iterator[None]:
 
 def resolve_folder(path: Path) -> Path:
     """Accept a checkpoint folder, a run's checkpoints folder or a run folder; return the first."""
-    for parent in (path, path / "checkpoints"):
+    for parent in (path, path / CHECKPOINTS_NAME):
         latest = parent / "latest"
         if latest.is_file():
             return parent / latest.read_text().strip()
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a folder: name a checkpoint folder or a run folder that has checkpoints"
+        )
     return path
 
 

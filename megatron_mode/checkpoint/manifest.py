@@ -20,6 +20,8 @@ from megatron_mode.errors import CheckpointError
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
+TOKENIZER_NAME = "tokenizer.model"
+CHECKPOINTS_NAME = "checkpoints"
 
 # What a resumed run may change: where things lie, how often it reports, and how rows fall into
 # micro-batches. run.steps is judged by the past it implies.

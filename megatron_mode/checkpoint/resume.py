@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_mode.checkpoint.load import restore
 from megatron_mode.checkpoint.manifest import (
+    CHECKPOINTS_NAME,
     Manifest,
     check_resumable,
     find_latest,
@@ -107,7 +108,7 @@ def resume(engine: Engine, folder: Path, record: OrderRecord, order: Order) -> i
     Returns 0 for a run without a checkpoint. Raises CheckpointError when the checkpoint belongs to
     another config, layout or order, before anything is loaded.
     """
-    chosen = [find_latest(folder / "checkpoints")]
+    chosen = [find_latest(folder / CHECKPOINTS_NAME)]
     dist.broadcast_object_list(chosen, src=0)
     newest = chosen[0]
     if newest is None:

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_mode.checkpoint.manifest import (
+    CHECKPOINTS_NAME,
     MANIFEST_NAME,
+    TOKENIZER_NAME,
     Manifest,
     tag_of,
     write_latest,
@@ -18,11 +20,13 @@ from megatron_mode.checkpoint.manifest import (
 from megatron_mode.engine.step import Engine
 
 
-def save_checkpoint(engine: Engine, checkpoints: Path, manifest: Manifest, keep: int) -> Path:
+def save_checkpoint(engine: Engine, run_dir: Path, manifest: Manifest, tokenizer: Path) -> Path:
     """Write `step-NNNNNNNN` with every rank's share; rank 0 finishes it and keeps the newest.
 
-    The manifest comes last: a folder without it is unfinished and never resumed from.
+    The tokenizer goes along, so that a checkpoint can be used on its own. The manifest comes last:
+    a folder without it is unfinished and never resumed from.
     """
+    checkpoints = run_dir / CHECKPOINTS_NAME
     folder = checkpoints / tag_of(manifest.step)
     if engine.rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -33,9 +37,10 @@ def save_checkpoint(engine: Engine, checkpoints: Path, manifest: Manifest, keep:
     )
     dist.barrier()
     if engine.rank == 0:
+        shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
         write_manifest(folder, manifest)
         write_latest(checkpoints, manifest.step)
-        prune(checkpoints, keep)
+        prune(checkpoints, engine.config.checkpoint.keep)
     dist.barrier()
     return folder
 

@@ -47,7 +47,8 @@ circle{fill:var(--c);stroke:var(--card)}
   border-radius:4px;outline:1px solid var(--quiet);outline-offset:-1px}
 .text .n::before{content:"\\21b5";opacity:.6}
 .scale{display:flex;align-items:center;gap:8px;font-size:12px;color:var(--quiet);white-space:nowrap}
-.scale div{display:flex;flex:0 1 240px;border-radius:3px;overflow:hidden}.scale i{flex:1;height:14px}
+.scale div{display:flex;flex:0 1 240px;border-radius:3px;overflow:hidden}
+.scale i{flex:1;height:14px}
 """
 
 
