@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 
+CPU_BLOCK_TOKENS = 256
+
+
 class AttentionContext(NamedTuple):
     """Hold what every layer of a stage needs beside the hidden states; built once a micro-batch."""
 
@@ -36,8 +39,11 @@ def attention_context(
     cos_TB1K = torch.cat((cos_TBK2, cos_TBK2), dim=-1).unsqueeze(2).to(dtype)
     sin_TB1K = torch.cat((-sin_TBK2, sin_TBK2), dim=-1).unsqueeze(2).to(dtype)
     document_BT = (position_BT == 0).cumsum(dim=1)
-    same_BTT = document_BT.unsqueeze(2) == document_BT.unsqueeze(1)
-    return AttentionContext(cos_TB1K, sin_TB1K, same_BTT.tril().unsqueeze(1))
+    allowed_BTT = (document_BT.unsqueeze(2) == document_BT.unsqueeze(1)).tril_()
+    # Additive: torch would turn a boolean mask into this form again in every layer.
+    mask_B1TT = torch.zeros(allowed_BTT.shape, dtype=dtype, device=position_BT.device)
+    mask_B1TT = mask_B1TT.masked_fill_(~allowed_BTT, float("-inf")).unsqueeze(1)
+    return AttentionContext(cos_TB1K, sin_TB1K, mask_B1TT)
 
 
 class Rotate(torch.autograd.Function):
@@ -83,12 +89,39 @@ class DocumentAttention(nn.Module):
         cos_TB1K, sin_TB1K, mask_B1TT = context
         query_TBHK = Rotate.apply(query_TBHK, cos_TB1K, sin_TB1K)
         key_TBGK = Rotate.apply(key_TBGK, cos_TB1K, sin_TB1K)
+        blocks = [
+            self.attend(
+                query_TBHK[begin:end], key_TBGK[:end], value_TBGK[:end], mask_B1TT[..., begin:end, :end]
+            )
+            for begin, end in query_blocks(query_TBHK)
+        ]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def attend(
+        self, query_TBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor, mask_B1TS: Tensor
+    ) -> Tensor:
+        """Attend from T queries to S keys; returns [T, B, H*K]."""
         out_BHTK = scaled_dot_product_attention(
             query_TBHK.permute(1, 2, 0, 3),
-            key_TBGK.permute(1, 2, 0, 3),
-            value_TBGK.permute(1, 2, 0, 3),
-            attn_mask=mask_B1TT,
+            key_SBGK.permute(1, 2, 0, 3),
+            value_SBGK.permute(1, 2, 0, 3),
+            attn_mask=mask_B1TS,
             scale=self.scale,
-            enable_gqa=query_TBHK.shape[2] != key_TBGK.shape[2],
+            enable_gqa=query_TBHK.shape[2] != key_SBGK.shape[2],
         )
         return out_BHTK.permute(2, 0, 1, 3).flatten(2)
+
+
+def query_blocks(query_TBHK: Tensor) -> list[tuple[int, int]]:
+    """Cut the queries into blocks that see only the keys before their end.
+
+    torch's CPU kernel computes masked-out scores too: with blocks of 256 a row of 512 takes 0.82 of
+    the time; shorter blocks lose by overhead what they save. A GPU kernel gets one block.
+    """
+    length = query_TBHK.shape[0]
+    if query_TBHK.is_cuda:
+        return [(0, length)]
+    return [
+        (begin, min(begin + CPU_BLOCK_TOKENS, length))
+        for begin in range(0, length, CPU_BLOCK_TOKENS)
+    ]

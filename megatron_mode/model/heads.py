@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, empty, nn
 
 from megatron_mode.config.fields import ModelConfig
+from megatron_mode.model.elementwise import RMSNorm
 from megatron_mode.model.layers import Embedding
 
 
@@ -30,7 +31,7 @@ class ModeHead(nn.Module):
     def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
         super().__init__()
         dtype = config.params_dtype
-        self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_epsilon, dtype=dtype)
+        self.norm = RMSNorm(config, model.hidden_size, eps=model.norm_epsilon)
         self.mode_weight = nn.Parameter(empty(model.hidden_size, dtype=dtype))
         self.mode_bias = nn.Parameter(empty(1, dtype=dtype))
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.model.attention import AttentionContext, DocumentAttention
+from megatron_mode.model.elementwise import RMSNorm, SwiGLU
 
 
 def transformer_config(model: ModelConfig, tensor: int, dtype: torch.dtype) -> TransformerConfig:
@@ -51,10 +53,23 @@ def transformer_config(model: ModelConfig, tensor: int, dtype: torch.dtype) -> T
     )
 
 
+class GatedMLP(MLP):
+    """Run megatron-core's MLP with SwiGLU as one operation."""
+
+    def forward(self, hidden_TBD: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """Return (output [T, B, D], no bias)."""
+        gate_up_TBF, _ = self.linear_fc1(hidden_TBD)
+        output_TBD, _ = self.linear_fc2(SwiGLU.apply(gate_up_TBF))
+        return output_TBD, None
+
+
 def layer_spec() -> ModuleSpec:
-    """Take megatron-core's local layer spec and put document-aware attention at its core."""
+    """Take megatron-core's local layer spec; put our attention core, norms and SwiGLU into it."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = DocumentAttention
+    parts = spec.submodules
+    parts.self_attention.submodules.core_attention = DocumentAttention
+    parts.mlp.module = GatedMLP
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     return spec
 
 
