@@ -12,46 +12,61 @@ import sys
 import warnings
 from pathlib import Path
 
+from megatron_mode.__main__ import BAD_INPUT, CommandParser, exit_status
+from megatron_mode.engine.launch import (
+    has_peer_failed,
+    identify,
+    is_first_to_fail,
+    prepare_environment,
+    quiet_libraries,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line; the DeepSpeed launcher adds --local_rank."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Read the command line; the launchers may add --local_rank. Raises ConfigError."""
+    parser = CommandParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="run file, configs/run/X.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="config keys to set, later ones win"
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args(arguments)
+    for option in ("--local_rank", "--local-rank"):
+        parser.add_argument(option, type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse(arguments)
+
+
+def run(arguments: list[str]) -> int:
+    """Train; what is wrong with the command line, config or data is told before torch loads."""
+    options = parse_arguments(arguments)
+    process = identify(os.environ)
+    from megatron_mode.config import check_world_size, load_config
+    from megatron_mode.mix.corpus import check_corpus
+    from megatron_mode.report.writers import check_writable
+
+    config = load_config(options.config, options.overrides)
+    check_world_size(config, process.world_size)
+    check_corpus(config)
+    check_writable(Path(config.run.dir))
+    prepare_environment(process, ROOT / ".cache" / "torch_extensions")
+    quiet_libraries()
+    # Third-party imports warn about optional packages; our table says what was found.
+    warnings.simplefilter("ignore")
+    from megatron_mode.train import train
+
+    try:
+        train(config, process)
+    except RuntimeError:
+        # A process that fails tears its peers out of their collectives.
+        if has_peer_failed(os.environ):
+            return BAD_INPUT
+        raise
+    return 0
 
 
 def main(arguments: list[str]) -> int:
-    """Run; return the exit status: 0 done, 2 for a mistake that its one-sentence message names."""
-    from megatron_mode.engine.launch import identify, prepare_environment, quiet_libraries
-    from megatron_mode.errors import MegatronModeError
-
-    options = parse_arguments(arguments)
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    try:
-        from megatron_mode.config import check_world_size, load_config
-
-        process = identify(os.environ)
-        rank = process.rank
-        config = load_config(options.config, options.overrides)
-        check_world_size(config, process.world_size)
-        prepare_environment(process, ROOT / ".cache" / "torch_extensions")
-        quiet_libraries()
-        # Third-party imports warn about optional packages; our table says what was found.
-        warnings.simplefilter("ignore")
-        from megatron_mode.train import train
-
-        train(config, process)
-    except MegatronModeError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run; return the exit status: 0 done, 2 for a mistake that one process names in a sentence."""
+    return exit_status(lambda: run(arguments), lambda error: is_first_to_fail(os.environ))
 
 
 if __name__ == "__main__":

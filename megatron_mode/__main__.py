@@ -48,7 +48,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if nothing else super()._get_help_string(action)
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Report a usage error as one sentence that names the nearest option."""
 
     def error(self, message: str) -> NoReturn:
@@ -61,9 +61,10 @@ class _Parser(argparse.ArgumentParser):
         given = list(arguments)[: arguments.index("--") if "--" in arguments else None]
         for word in given:
             option = word.partition("=")[0]
-            if option.startswith("--") and option not in known:
+            # argparse takes a word with a space for a value, as in --prompt "--- a rule".
+            if option.startswith("--") and option not in known and " " not in option:
                 self.error(f"{option} is not an option{_suggest(option, known)}")
-        return self.parse_args(arguments)
+        return self.parse_intermixed_args(arguments)
 
 
 def _suggest(given: str, known: Sequence[str]) -> str:
@@ -103,7 +104,7 @@ def run_verb(arguments: Sequence[str]) -> int:
         near = _suggest(name, list(VERBS)) or "; `megatron-mode --help` explains them"
         raise ConfigError(f"verb is {name!r}: accepted is one of {', '.join(VERBS)}{near}")
     module = importlib.import_module(VERBS[name].module)
-    parser = _Parser(
+    parser = CommandParser(
         prog=f"megatron-mode {name}",
         description=module.__doc__,
         formatter_class=_Formatter,
@@ -114,20 +115,27 @@ def run_verb(arguments: Sequence[str]) -> int:
     return status
 
 
-def exit_status(program: Callable[[], int]) -> int:
+def exit_status(
+    program: Callable[[], int], speaks: Callable[[BaseException], bool] = lambda error: True
+) -> int:
     """Run a program and return its exit status; a user's mistake is one sentence, no traceback.
 
     Bad input, a full disk or a read-only target give 2, Ctrl-C 130, a closed pipe 141. Our own bugs
-    keep their traceback.
+    keep their traceback. `speaks(error)` is false in a process whose peers print the sentence.
     """
+
+    def say(sentence: str, error: BaseException) -> None:
+        if speaks(error):
+            print(sentence, file=sys.stderr)
+
     try:
         status = program()
         sys.stdout.flush()
     except MegatronModeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        say("interrupted", error)
         return INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at exit: give it a place that accepts the rest.
@@ -136,11 +144,11 @@ def exit_status(program: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        where = f"{error.filename} " if error.filename else "the target "
-        print(
-            f"error: {where}cannot be used: {error.strerror}; accepted is a path that exists where "
-            "it is read and a folder with write permission and room where it is written",
-            file=sys.stderr,
+        say(
+            f"error: {error.filename or 'the target'} cannot be used: {error.strerror}; accepted "
+            "is a path that exists where it is read and a folder with write permission and room "
+            "where it is written",
+            error,
         )
         return BAD_INPUT
     return status

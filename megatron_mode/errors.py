@@ -1,8 +1,8 @@
-"""Raise these for a user's mistake: each message names field, value, what is accepted and the fix."""
+"""Raise these for a user's mistake: a message names field, value, what is accepted and the fix."""
 
 
 class MegatronModeError(Exception):
-    """Report a mistake that the user can mend; programs print it as one sentence and exit with 2."""
+    """Report a mistake that the user can mend; programs print one sentence and exit with 2."""
 
 
 class ConfigError(MegatronModeError):

@@ -25,8 +25,11 @@ BATCH_WINDOWS = 8
 
 
 class TokenScores(NamedTuple):
-    """Hold a document's scores: `nll_N[i]` is that of token i after those before it; nll_N[0] is
-    nan, since nothing precedes the first token."""
+    """Hold a document's scores.
+
+    `nll_N[i]` is that of token i after those before it; `nll_N[0]` is nan, since nothing precedes
+    the first token.
+    """
 
     nll_N: Tensor
     mode_logit_N: Tensor
@@ -92,8 +95,10 @@ class Scorer:
         return TokenScores(nll_N, logit_N)
 
     def next_logits(self, ids: Sequence[int]) -> tuple[Tensor, float]:
-        """Return the LM logits [V] after the ids, unused columns left out, and the last token's
-        mode logit."""
+        """Return the LM logits [V] after the ids and the last token's mode logit.
+
+        Unused columns of the padded vocabulary are left out.
+        """
         ids_BT = torch.tensor([list(ids[-self.seq_len :])])
         with torch.no_grad():
             heads = self.decoder(ids_BT, torch.arange(ids_BT.shape[1]).unsqueeze(0))
@@ -106,7 +111,8 @@ class Scorer:
         width = max(window.end - window.begin for window in batch)
         input_BT = torch.zeros(len(batch), width, dtype=torch.int64)
         target_BT = torch.zeros_like(input_BT)
-        lm_weight_BT, mode_weight_BT = torch.zeros(len(batch), width), torch.zeros(len(batch), width)
+        lm_weight_BT = torch.zeros(len(batch), width)
+        mode_weight_BT = torch.zeros_like(lm_weight_BT)
         for row, (begin, end, _) in enumerate(batch):
             input_BT[row, : end - begin] = ids_N[begin:end]
             target_BT[row, : end - begin - 1] = ids_N[begin + 1 : end]
@@ -115,7 +121,8 @@ class Scorer:
         position_BT = torch.arange(width).expand(len(batch), width)
         with torch.no_grad():
             heads = self.decoder(input_BT, position_BT)
-            targets = Targets(target_BT, lm_weight_BT, torch.zeros_like(lm_weight_BT), mode_weight_BT)
+            label_BT = torch.zeros_like(lm_weight_BT)
+            targets = Targets(target_BT, lm_weight_BT, label_BT, mode_weight_BT)
             result = self.mode_loss(
                 heads.hidden_TBD,
                 heads.local_lm_weight_VD,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -27,9 +29,9 @@ from megatron_mode.mix.corpus import (
 from megatron_mode.mix.loader import Loader, StepBatch
 from megatron_mode.mix.order import Order
 from megatron_mode.model.size import parameters
+from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import finish_run
 from megatron_mode.report.line import StepTimer, metrics_line
-from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.valid import valid_metrics
 from megatron_mode.report.writers import MetricsWriter, write_environment
 
@@ -59,9 +61,7 @@ def train(config: Config, process: Process) -> None:
     if run.reports:
         announce(run, first_step)
     writer = MetricsWriter(run.folder, first_step or None) if run.reports else None
-    progress = tqdm(
-        total=config.run.steps, initial=first_step, disable=not run.reports, unit="step"
-    )
+    progress = progress_bar(run, first_step)
     timer = StepTimer()
     for batch in steps(run, first_step):
         timer.start()
@@ -109,14 +109,25 @@ def announce(run: Run, first_step: int) -> None:
     count = parameters(config.model)
     begin = f"resumes at step {first_step}" if first_step else "starts"
     print(
-        f"{config.model.name}: {count.total / 1e6:.2f}M parameters (mode head {count.mode_head:,}), "
-        f"{run.engine.layout}, {run.engine.accumulation_steps} micro-batches of "
-        f"{config.batch.micro_rows} rows a step\n"
+        f"{config.model.name}: {count.total / 1e6:.2f}M parameters "
+        f"(mode head {count.mode_head:,}), {run.engine.layout}, "
+        f"{run.engine.accumulation_steps} micro-batches of {config.batch.micro_rows} rows a step\n"
         f"loss: {run.engine.step_loss.mode_loss.implementation}; {run.folder} {begin}"
     )
     print(accelerator_table())
     for warning in run.order.warnings():
         print(f"note: {warning}")
+
+
+def progress_bar(run: Run, first_step: int) -> tqdm[NoReturn]:
+    """Show progress on rank 0; in a log, where lines pile up, every half minute."""
+    return tqdm(
+        total=run.config.run.steps,
+        initial=first_step,
+        disable=not run.reports,
+        unit="step",
+        mininterval=0.2 if sys.stderr.isatty() else 30.0,
+    )
 
 
 def steps(run: Run, first_step: int) -> Iterator[StepBatch]:

@@ -127,7 +127,8 @@ def check_resumable(
     ]
     for axis, size in layout.items():
         if manifest.layout[axis] != size:
-            differing.append(f"the {axis} size is {size}, the checkpoint has {manifest.layout[axis]}")
+            saved_size = manifest.layout[axis]
+            differing.append(f"the {axis} size is {size}, the checkpoint has {saved_size}")
     if manifest.precision != precision:
         differing.append(f"precision is {precision}, the checkpoint has {manifest.precision}")
     differing += _changed_past(manifest, config)

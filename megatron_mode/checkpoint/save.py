@@ -46,7 +46,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, manifest: Manifest, tokenizer
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """Return the generators' states; no layer draws from them today, resume restores them anyway."""
+    """Return the generators' states; no layer draws from them today, resume restores them."""
     state = {"cpu_generator": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda_generator"] = torch.cuda.get_rng_state()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,7 +18,7 @@ from megatron_mode.engine.launch import Process, cpu_threads
 from megatron_mode.engine.optimizer import adamw
 from megatron_mode.engine.pipeline import ModePipeline
 from megatron_mode.engine.step import Engine, StepLoss
-from megatron_mode.engine.topology import Layout
+from megatron_mode.engine.topology import Coordinates, Layout
 from megatron_mode.errors import ConfigError
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.model.init import initialise
@@ -93,19 +94,22 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
     return Engine(config, layout, pipeline_engine)
 
 
-def _check_groups(layout: Layout, pipeline_engine: object) -> None:
-    grid = pipeline_engine.grid  # type: ignore[attr-defined]  # DeepSpeed ships no types
+def _check_groups(layout: Layout, pipeline_engine: Any) -> None:
+    grid = pipeline_engine.grid
     expected = layout.coordinates(dist.get_rank())
-    actual = (grid.get_pipe_parallel_rank(), grid.get_data_parallel_rank())
-    actual += (grid.get_slice_parallel_rank(),)
-    megatron = (
+    actual = Coordinates(
+        grid.get_pipe_parallel_rank(),
+        grid.get_data_parallel_rank(),
+        grid.get_slice_parallel_rank(),
+    )
+    megatron = Coordinates(
         expected.pipeline,
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
     )
-    if not tuple(expected) == actual == megatron:
+    if not expected == actual == megatron:
         raise ConfigError(
-            f"rank {dist.get_rank()} stands at {tuple(expected)} by the layout {layout}, at "
+            f"rank {dist.get_rank()} stands at {expected} by the layout {layout}, at "
             f"{actual} for DeepSpeed and at {megatron} for megatron-core: install versions of "
             "deepspeed and megatron-core that pyproject names"
         )

@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mode.errors import ConfigError
+
+FAILURES_KEY = "failures"
 
 
 @dataclass(frozen=True)
@@ -132,3 +135,41 @@ def quiet_libraries() -> None:
 def cpu_threads(requested: int, local_world_size: int) -> int:
     """Return CPU threads for one process: as asked, else an equal share of this machine's cores."""
     return requested or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def is_first_to_fail(environment: Mapping[str, str]) -> bool:
+    """Tell whether this process is the one that says what went wrong.
+
+    Before the group is joined every process meets the same mistake, so rank 0 says it. Afterwards a
+    mistake may meet one process only (its disk is full), so the first says it, whichever it is.
+    """
+    failures = _add_failures(1) if _is_joined() else None
+    return _is_rank_0(environment) if failures is None else failures == 1
+
+
+def has_peer_failed(environment: Mapping[str, str]) -> bool:
+    """Tell whether another process has said what went wrong, so that this one need not."""
+    if not _is_joined():
+        return False
+    failures = _add_failures(0)
+    # Rank 0 holds the counter: where that is gone, rank 0 has failed and said so.
+    return not _is_rank_0(environment) if failures is None else failures > 0
+
+
+def _is_rank_0(environment: Mapping[str, str]) -> bool:
+    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
+
+
+def _is_joined() -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: a process without it is not joined
+    return torch is not None and bool(torch.distributed.is_initialized())
+
+
+def _add_failures(count: int) -> int | None:
+    """Count failures of the group's processes and return their sum; None where it is gone."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        return int(_get_default_store().add(FAILURES_KEY, count))
+    except RuntimeError:
+        return None

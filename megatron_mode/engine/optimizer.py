@@ -29,13 +29,14 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         if step < begin:
             return peak
     progress = min(1.0, (step - begin) / max(1, steps - begin))
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    share = 1 - progress
+    if config.schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
     return low + (peak - low) * share
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Tell whether weight decay applies: to matrices and the mode head's weight, not to norms
-    and biases."""
+    """Tell whether weight decay applies: to matrices and the mode head's weight only."""
     return parameter.dim() > 1 or name.endswith("mode_weight")
 
 
@@ -43,7 +44,8 @@ def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
 ) -> list[dict[str, Any]]:
     """Split parameters into those with and those without weight decay; no group is empty."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in named:
         (decayed if decays(name, parameter) else plain).append(parameter)
     groups = [

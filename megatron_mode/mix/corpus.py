@@ -38,14 +38,20 @@ def open_corpus(config: Config) -> Corpus:
     return Corpus(root, vocabulary, train, valid)
 
 
+def check_corpus(config: Config) -> None:
+    """Raise DataError or ConfigError where the prepared data does not give the run its rows."""
+    corpus = open_corpus(config)
+    build_order(resolve_vocabulary(config, corpus), corpus)
+
+
 def resolve_vocabulary(config: Config, corpus: Corpus) -> Config:
     """Fill model.vocab_size from the data, or refuse a config that says otherwise."""
     padded = corpus.vocabulary.padded_vocab_size
     given = config.model.vocab_size
     if given is not None and given != padded:
         raise ConfigError(
-            f"model.vocab_size is {given}, but the data in {corpus.root} was prepared with a padded "
-            f"vocabulary of {padded}: remove model.vocab_size or prepare the data again"
+            f"model.vocab_size is {given}, but the data in {corpus.root} was prepared with a "
+            f"padded vocabulary of {padded}: remove model.vocab_size or prepare the data again"
         )
     if padded % config.parallel.tensor:
         raise ConfigError(

@@ -5,12 +5,12 @@ T row length, B rows, H query heads, G key/value groups, K head size.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-
 
 CPU_BLOCK_TOKENS = 256
 
@@ -54,11 +54,13 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features_TBHK: Tensor, cos_TB1K: Tensor, sin_TB1K: Tensor) -> Tensor:
+        """Rotate [T, B, H, K] by tables [T, B, 1, K]."""
         ctx.save_for_backward(cos_TB1K, sin_TB1K)
         return rotate(features_TBHK, cos_TB1K, sin_TB1K)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Rotate the gradient by the opposite angles."""
         cos_TB1K, sin_TB1K = ctx.saved_tensors
         return rotate(grads[0], cos_TB1K, -sin_TB1K), None, None
 
@@ -87,14 +89,15 @@ class DocumentAttention(nn.Module):
     ) -> Tensor:
         """Return attended values [T, B, H*K]."""
         cos_TB1K, sin_TB1K, mask_B1TT = context
-        query_TBHK = Rotate.apply(query_TBHK, cos_TB1K, sin_TB1K)
-        key_TBGK = Rotate.apply(key_TBGK, cos_TB1K, sin_TB1K)
-        blocks = [
-            self.attend(
-                query_TBHK[begin:end], key_TBGK[:end], value_TBGK[:end], mask_B1TT[..., begin:end, :end]
+        turn = cast(Callable[..., Tensor], Rotate.apply)
+        query_TBHK = turn(query_TBHK, cos_TB1K, sin_TB1K)
+        key_TBGK = turn(key_TBGK, cos_TB1K, sin_TB1K)
+        blocks = []
+        for begin, end in query_blocks(query_TBHK):
+            mask_B1TS = mask_B1TT[..., begin:end, :end]
+            blocks.append(
+                self.attend(query_TBHK[begin:end], key_TBGK[:end], value_TBGK[:end], mask_B1TS)
             )
-            for begin, end in query_blocks(query_TBHK)
-        ]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def attend(

@@ -6,7 +6,8 @@ step of the tiny preset spends a tenth of its time there. D hidden size, F feed-
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,7 @@ class RMSNorm(nn.Module):
         """Normalise [..., D]; torch's fused kernel where there is one (GPUs)."""
         if hidden_D.is_cuda:
             return functional.rms_norm(hidden_D, self.weight.shape, self.weight, self.eps)
-        normed_D: Tensor = NormRows.apply(hidden_D, self.weight, self.eps)
-        return normed_D
+        return cast(Callable[..., Tensor], NormRows.apply)(hidden_D, self.weight, self.eps)
 
 
 class NormRows(torch.autograd.Function):
@@ -37,8 +37,9 @@ class NormRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Normalise rows [..., D]; the sum of squares is taken in fp32 for bf16 input."""
         wide_D = hidden_D.float() if hidden_D.dtype == torch.bfloat16 else hidden_D
-        square = torch.linalg.vector_norm(wide_D, dim=-1, keepdim=True).square_()
+        square: Tensor = torch.linalg.vector_norm(wide_D, dim=-1, keepdim=True).square_()
         scale = square.div_(hidden_D.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden_D, weight_D, scale)
         return (wide_D * scale).mul_(weight_D).to(hidden_D.dtype)
@@ -57,6 +58,11 @@ class NormRows(torch.autograd.Function):
         return product_D.to(hidden_D.dtype), grad_weight_D.to(weight_D.dtype), None
 
 
+def swiglu(gate_up_F: Tensor) -> Tensor:
+    """Return silu(gate) * up [..., F] of gate and up, one behind the other in [..., 2F]."""
+    return cast(Callable[..., Tensor], SwiGLU.apply)(gate_up_F)
+
+
 class SwiGLU(torch.autograd.Function):
     """Compute silu(gate) * up for [..., 2F] that holds gate then up (Shazeer, 2020, eq. 6).
 
@@ -66,12 +72,14 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_up_F: Tensor) -> Tensor:
+        """Gate [..., 2F] into [..., F]."""
         ctx.save_for_backward(gate_up_F)
         gate_F, up_F = gate_up_F.chunk(2, dim=-1)
         return functional.silu(gate_F).mul_(up_F)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """With s = silu(gate): d up = g * s, d gate = g * up * s'."""
         (gate_up_F,) = ctx.saved_tensors
         gate_F, up_F = gate_up_F.chunk(2, dim=-1)
         out_F = torch.empty_like(gate_up_F)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.model.attention import AttentionContext, DocumentAttention
-from megatron_mode.model.elementwise import RMSNorm, SwiGLU
+from megatron_mode.model.elementwise import RMSNorm, swiglu
 
 
 def transformer_config(model: ModelConfig, tensor: int, dtype: torch.dtype) -> TransformerConfig:
@@ -54,12 +54,16 @@ def transformer_config(model: ModelConfig, tensor: int, dtype: torch.dtype) -> T
 
 
 class GatedMLP(MLP):
-    """Run megatron-core's MLP with SwiGLU as one operation."""
+    """Run megatron-core's local MLP with SwiGLU as one operation."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        local = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.mlp
+        super().__init__(config, local.submodules)
 
     def forward(self, hidden_TBD: Tensor, **_: Any) -> tuple[Tensor, None]:
         """Return (output [T, B, D], no bias)."""
         gate_up_TBF, _ = self.linear_fc1(hidden_TBD)
-        output_TBD, _ = self.linear_fc2(SwiGLU.apply(gate_up_TBF))
+        output_TBD, _ = self.linear_fc2(swiglu(gate_up_TBF))
         return output_TBD, None
 
 
@@ -68,8 +72,8 @@ def layer_spec() -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = spec.submodules
     parts.self_attention.submodules.core_attention = DocumentAttention
-    parts.mlp.module = GatedMLP
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.mlp = GatedMLP
     return spec
 
 
@@ -87,7 +91,8 @@ class Embedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Give the local shard [V, D], which a tied LM head reads."""
-        return self.word.weight
+        weight: Tensor = self.word.weight
+        return weight
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Turn (input_BT, *context) into (hidden_TBD, *context)."""

@@ -5,7 +5,7 @@ A part is named by its index among equal parts; nothing here knows who holds it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -61,7 +61,7 @@ def mark_parameters(module: nn.Module) -> None:
     megatron-core sets them only when it draws the weights itself, which we do not let it do.
     """
     for name, cut in parameter_cuts(module).items():
-        parameter = module.get_parameter(name)
-        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # megatron's mark
-        parameter.partition_dim = cut.dim  # type: ignore[attr-defined]  # megatron's mark
-        parameter.partition_stride = cut.blocks  # type: ignore[attr-defined]  # megatron's mark
+        parameter: Any = module.get_parameter(name)
+        parameter.tensor_model_parallel = True
+        parameter.partition_dim = cut.dim
+        parameter.partition_stride = cut.blocks

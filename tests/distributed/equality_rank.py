@@ -12,7 +12,7 @@ VOCAB_TOKENS = 117  # of 128 padded columns
 STEPS = 3
 
 
-def make_config(tensor, pipeline, accumulation, tied, data, **changes):
+def make_config(tensor, pipeline, accumulation, tied, data, loss=None, parallel=None):
     from megatron_mode.config import Config
 
     fields = {
@@ -31,11 +31,10 @@ def make_config(tensor, pipeline, accumulation, tied, data, **changes):
             "init_std": 0.2,
         },
         "mix": {"mode2_fraction": {"start": "0"}},
-        "loss": {"mode_weight": 0.3, **changes.pop("loss", {})},
-        "parallel": {"tensor": tensor, "pipeline": pipeline, **changes.pop("parallel", {})},
+        "loss": {"mode_weight": 0.3, **(loss or {})},
+        "parallel": {"tensor": tensor, "pipeline": pipeline, **(parallel or {})},
         "batch": {"global_rows": 2 * accumulation * data, "micro_rows": 2},
         "optimizer": {"learning_rate": 1e-4, "schedule": "constant", "clip_grad_norm": 0.5},
-        **changes,
     }
     return Config.model_validate(fields)
 

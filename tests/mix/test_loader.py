@@ -150,7 +150,7 @@ def test_an_error_comes_up_at_its_step_and_closes(plan: tuple[Order, RowReader])
     order, reader = plan
     before = threading.active_count()
     rows = order.rows(0, GLOBAL_ROWS * STEPS)
-    reader.sources[0].fail_at = 30 * SEQ_LEN  # type: ignore[attr-defined]
+    reader.sources[0].fail_at = 30 * SEQ_LEN
     bad = (rows.source == 0) & (rows.source_row >= 30)
     failing = int(np.flatnonzero(bad)[0]) // GLOBAL_ROWS
     loader = Loader(*plan, global_rows=GLOBAL_ROWS, micro_rows=2, end_step=STEPS, threads=2)

@@ -4,7 +4,7 @@ One process, two threads. Both sides take the same micro-batches of prepared dat
 by step: ours with the mode head, document resets and the whole engine; Hugging Face's
 LlamaForCausalLM with its plain causal attention and torch.optim.AdamW(fused=True).
 
-    python benchmarks/throughput.py --config configs/run/tiny.yaml [--steps 20] [--json]
+    python tests/bench/throughput.py --config configs/run/tiny.yaml [--steps 20] [--json]
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ import statistics
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_mode.config import Config
+    from megatron_mode.engine.step import Engine
+    from megatron_mode.mix.loader import Loader
+
+ROOT = Path(__file__).resolve().parents[2]
+UNTIMED_PAIRS = 3
 
 
 def main() -> None:
@@ -40,10 +49,8 @@ def main() -> None:
     )
 
 
-def compare(config_path: Path, overrides: list[str], steps: int, threads: int) -> dict:
+def compare(config_path: Path, overrides: list[str], steps: int, threads: int) -> dict[str, Any]:
     """Time `steps` alternating pairs after three untimed ones."""
-    import torch
-
     from megatron_mode.config import load_config
     from megatron_mode.engine.launch import Process, identify, prepare_environment, quiet_libraries
 
@@ -70,22 +77,9 @@ def compare(config_path: Path, overrides: list[str], steps: int, threads: int) -
         build_reader(config, corpus.train),
         global_rows=config.batch.global_rows,
         micro_rows=config.batch.micro_rows,
-        end_step=steps + 3,
+        end_step=steps + UNTIMED_PAIRS,
     )
-    ours_seconds, peer_seconds = [], []
-    for batch in loader:
-        began = time.perf_counter()
-        engine.train_step(batch.step, batch.micro_batches)
-        ours_seconds.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        for micro in batch.micro_batches:
-            loss = peer(input_ids=micro.input_BT, labels=micro.input_BT).loss
-            (loss / len(batch.micro_batches)).backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        peer_seconds.append(time.perf_counter() - began)
-    ours_seconds, peer_seconds = ours_seconds[3:], peer_seconds[3:]
+    ours_seconds, peer_seconds = time_pairs(engine, peer, optimizer, loader)
     ratios = [theirs / ours for ours, theirs in zip(ours_seconds, peer_seconds, strict=True)]
     tokens = config.batch.global_rows * config.model.seq_len
     return {
@@ -99,7 +93,30 @@ def compare(config_path: Path, overrides: list[str], steps: int, threads: int) -
     }
 
 
-def build_peer(config):
+def time_pairs(
+    engine: Engine, peer: Any, optimizer: torch.optim.Optimizer, loader: Loader
+) -> tuple[list[float], list[float]]:
+    """Step both sides in turn on each batch; return the seconds of the timed pairs."""
+    import torch
+
+    ours_seconds: list[float] = []
+    peer_seconds: list[float] = []
+    for batch in loader:
+        began = time.perf_counter()
+        engine.train_step(batch.step, batch.micro_batches)
+        ours_seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for micro in batch.micro_batches:
+            loss = peer(input_ids=micro.input_BT, labels=micro.input_BT).loss
+            (loss / len(batch.micro_batches)).backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        peer_seconds.append(time.perf_counter() - began)
+    return ours_seconds[UNTIMED_PAIRS:], peer_seconds[UNTIMED_PAIRS:]
+
+
+def build_peer(config: Config) -> tuple[Any, torch.optim.Optimizer]:
     """Return Hugging Face's Llama of the same dimensions and its optimizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,0 +1,85 @@
+"""What each rank does in the resume tests: train, or die without warning at a given step."""
+
+from __future__ import annotations
+
+import os
+
+
+def make_config(data_root, run_dir, **sections):
+    from megatron_mode.config import Config
+
+    fields = {
+        "run": {"dir": str(run_dir), "steps": 6, "eval_every_steps": 2, "eval_rows": 4, "threads": 1},
+        "model": {
+            "name": "test",
+            "layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "attention_heads": 4,
+            "kv_heads": 2,
+            "seq_len": 32,
+            "tied_embeddings": True,
+        },
+        "data": {"root": str(data_root)},
+        "mix": {
+            "mode1": {"sources": [{"name": "prose"}]},
+            "mode2": {"sources": [{"name": "chat"}]},
+            "valid": {
+                "sources": [
+                    {"name": "prose-valid"},
+                    {"name": "chat-valid-plain"},
+                    {"name": "chat-valid-chat"},
+                ]
+            },
+            "mode2_fraction": {"start": "0.5"},
+        },
+        "loss": {
+            "blocking": {
+                "policy": "both",
+                "direction": "both",
+                "tau": 0.51,
+                "renormalise": True,
+                "warmup_tokens": 256,
+            }
+        },
+        "parallel": {"tensor": 2, "pipeline": 2},
+        "batch": {"global_rows": 4, "micro_rows": 2},
+        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
+        "checkpoint": {"every_steps": 3, "keep": 2},
+    }
+    for name, changes in sections.items():
+        fields[name] = {**fields.get(name, {}), **changes}
+    return Config.model_validate(fields)
+
+
+def run_training(process, config, die_at_step=None):
+    """Train; with `die_at_step`, leave at the beginning of that step (0-based) as kill -9 would."""
+    from megatron_mode.engine.step import Engine
+    from megatron_mode.train import train
+
+    if die_at_step is not None:
+        train_step = Engine.train_step
+
+        def dying(self, step, micro_batches):
+            if step == die_at_step:
+                os._exit(9)
+            return train_step(self, step, micro_batches)
+
+        Engine.train_step = dying
+    train(config, process)
+
+
+def refusals(process, config, changed):
+    """Try to resume under each changed config; return the message of each refusal."""
+    from megatron_mode.errors import MegatronModeError
+    from megatron_mode.train import train
+
+    messages = []
+    for other in changed:
+        try:
+            train(other, process)
+        except MegatronModeError as error:
+            messages.append(str(error))
+        else:
+            messages.append("went on")
+    return messages

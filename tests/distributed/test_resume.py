@@ -1,0 +1,137 @@
+"""A run that was cut off goes on to the same bits; one that does not belong is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+import gloo_world
+import resume_rank
+
+CLOCK_AND_MEMORY = {
+    "step_seconds",
+    "tokens_per_second",
+    "data_wait_seconds",
+    "model_flops_per_second",
+    "mfu",
+    "peak_memory_bytes",
+}
+WORDS = "the a sea ship whale sails under grey wind and far white foam calls men to sleep".split()
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    """Prepare a small corpus of both modes."""
+    from megatron_mode.__main__ import run_verb
+
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(5)
+
+    def sentence():
+        return " ".join(draw.choices(WORDS, k=12)) + ". "
+
+    with open(folder / "prose.jsonl", "w") as lines:
+        for number in range(60):
+            text = "".join(sentence() for _ in range(6))
+            print(json.dumps({"id": str(number), "text": text}), file=lines)
+    with open(folder / "chat.jsonl", "w") as lines:
+        for number in range(60):
+            messages = [
+                {"role": "user", "content": f"say {sentence()}?"},
+                {"role": "assistant", "content": sentence()},
+            ]
+            print(json.dumps({"id": str(number), "messages": messages}), file=lines)
+    root = folder / "prepared"
+    inputs = [str(folder / "prose.jsonl"), str(folder / "chat.jsonl")]
+    arguments = ["--out", str(root), "--vocab-size", "330", "--valid-share", "0.2"]
+    assert run_verb(["prepare", "--input", *inputs, *arguments]) == 0
+    return root
+
+
+def metrics(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCK_AND_MEMORY} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(data_root, tmp_path_factory):
+    """Run once without a break and once cut off in the middle of step 5 and started again."""
+    folder = tmp_path_factory.mktemp("runs")
+    whole = resume_rank.make_config(data_root, folder / "whole")
+    gloo_world.run_world(4, resume_rank.run_training, whole)
+    broken = resume_rank.make_config(data_root, folder / "broken")
+    with pytest.raises(RuntimeError, match="died with 9"):
+        gloo_world.run_world(4, resume_rank.run_training, broken, 4)
+    cut_off = metrics(folder / "broken")
+    gloo_world.run_world(4, resume_rank.run_training, broken)
+    return folder, cut_off
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_has_the_same_metrics_to_the_last_bit(runs):
+    folder, cut_off = runs
+    whole, resumed = metrics(folder / "whole"), metrics(folder / "broken")
+    assert [line["step"] for line in cut_off] == [1, 2, 3, 4], "it was cut off after a checkpoint"
+    assert [line["step"] for line in whole] == [1, 2, 3, 4, 5, 6]
+    assert resumed == whole
+    assert any(line["blocked_share"] > 0 for line in whole), "renormalise has a state to restore"
+    assert all("valid_lm_loss" in line for line in whole[1:5:2])
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_ends_with_the_same_weights_and_summary(runs):
+    folder, _ = runs
+    compared = 0
+    for path in sorted((folder / "whole/checkpoints/step-00000006").glob("layer_*")):
+        one = torch.load(path, weights_only=True)
+        other = torch.load(folder / "broken/checkpoints/step-00000006" / path.name, weights_only=True)
+        for name, tensor in one.items():
+            if name.endswith("_extra_state"):  # megatron-core's place for fp8 scales: None
+                continue
+            assert torch.equal(tensor, other[name]), (path.name, name)
+            compared += 1
+    assert compared >= 2 * (1 + 2 * 6 + 3)
+    one, other = (json.loads((folder / r / "summary.json").read_text()) for r in ("whole", "broken"))
+    for key in ("valid_lm_loss", "valid_mode_auroc", "unigram_entropy", "valid"):
+        assert one[key] == other[key]
+
+
+@pytest.mark.distributed
+def test_only_the_newest_checkpoints_are_kept(data_root, runs, tmp_path):
+    config = resume_rank.make_config(
+        data_root,
+        tmp_path / "run",
+        parallel={"tensor": 1, "pipeline": 1},
+        checkpoint={"every_steps": 1, "keep": 2},
+    )
+    gloo_world.run_world(1, resume_rank.run_training, config)
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["latest", "step-00000005", "step-00000006"]
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step-00000006"
+
+
+@pytest.mark.distributed
+def test_another_config_is_refused_with_its_differing_keys(data_root, runs):
+    folder, _ = runs
+    config = resume_rank.make_config(data_root, folder / "whole")
+
+    def changed(**sections):
+        return resume_rank.make_config(data_root, folder / "whole", **sections)
+
+    whole_run = {"dir": str(folder / "whole"), "steps": 6, "threads": 1}
+    cases = [
+        (changed(optimizer={"learning_rate": 1e-3, "schedule": "constant"}), "learning_rate"),
+        (changed(loss={"mode_weight": 0.5}), "loss.mode_weight"),
+        (changed(run={**whole_run, "seed": 99}), "run.seed"),
+        (changed(mix={**config.mix.model_dump(), "mode2_fraction": {"start": "0.25"}}), "start"),
+        (changed(run={**whole_run, "steps": 3}), "run.steps"),
+    ]
+    results = gloo_world.run_world(4, resume_rank.refusals, config, [case[0] for case in cases])
+    for rank in results:
+        for message, (_, key) in zip(rank, cases, strict=True):
+            assert key in message, message
+            assert "start a new run.dir" in message or "already taken" in message
+    assert metrics(folder / "whole")[-1]["step"] == 6, "a refusal changes nothing"
