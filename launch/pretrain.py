@@ -56,6 +56,10 @@ def run(arguments: list[str]) -> int:
 
     try:
         train(config, process)
+    except OSError as error:
+        # A write to a full disk names no file; whatever a run writes lies in its folder.
+        error.filename = error.filename or config.run.dir
+        raise
     except RuntimeError:
         # A process that fails tears its peers out of their collectives.
         if has_peer_failed(os.environ):

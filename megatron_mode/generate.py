@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mode.arguments import real, whole
 from megatron_mode.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,24 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="give the prompt as a user's message and let it answer"
     )
-    parser.add_argument("--tokens", type=int, default=100, help="most tokens to generate")
+    parser.add_argument("--tokens", type=whole(1), default=100, help="most tokens to generate")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token each time"
+        "--temperature", type=real(0), default=0.8, help="0 takes the likeliest token each time"
     )
-    parser.add_argument("--top-k", type=int, default=50, help="sample among so many tokens; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument(
+        "--top-k", type=whole(0), default=50, help="sample among so many tokens; 0: all"
+    )
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of the sampling")
+    parser.add_argument("--threads", type=whole(0), default=0, help="CPU threads; 0: all cores")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object with text and tokens"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate and print; raises ConfigError for arguments out of range."""
-    for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(args, name) < low:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} is {getattr(args, name)}: give {low} or more")
+    """Generate and print; raises CheckpointError or ConfigError for what cannot be used."""
+    check_prompt(args.prompt)
     from megatron_mode.quiet import import_quietly
     from megatron_mode.report.heatmap import ansi_legend, ansi_token, wants_colour
 
@@ -70,6 +70,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_prompt(prompt: str) -> None:
+    """Raise ConfigError for a prompt that is no text: bytes that are not UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"--prompt holds bytes that are not UTF-8 at character {error.start + 1}: accepted is "
+            "text in UTF-8; convert it"
+        ) from None
+
+
 def prompt_ids(scorer: Scorer, prompt: str, *, chat: bool) -> list[int]:
     """Return the ids of a prompt: a document's beginning, or a user's turn to be answered."""
     control, text = scorer.tokenizer.control, scorer.tokenizer.encode(prompt)
@@ -89,8 +100,7 @@ def continuation(
     stops = {scorer.tokenizer.control[piece] for piece in ("<|doc|>", "<|end|>")}
     ids = list(ids)
     for _ in range(tokens):
-        logits_V, _ = scorer.next_logits(ids)
-        chosen = sample(logits_V, temperature, top_k, generator)
+        chosen = sample(scorer.next_logits(ids), temperature, top_k, generator)
         if chosen in stops:
             return
         ids.append(chosen)
@@ -105,5 +115,7 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, generator: Generato
         return int(logits_V.argmax())
     count = min(top_k, len(logits_V)) if top_k else len(logits_V)
     top_K, token_K = logits_V.topk(count)
-    drawn = torch.multinomial((top_K / temperature).softmax(-1), 1, generator=generator)
+    # In float64, and below zero: no temperature above 0 is too small for it.
+    scaled_K = (top_K - top_K[0]).double() / temperature
+    drawn = torch.multinomial(scaled_K.softmax(-1), 1, generator=generator)
     return int(token_K[drawn])

@@ -36,7 +36,7 @@ class TokenScores(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Take tokens [begin, end) of a document, and of their scores those from `keep` on."""
+    """Take tokens [begin, end) of a document as input, and keep the scores from `keep` on."""
 
     begin: int
     end: int
@@ -69,6 +69,11 @@ class Scorer:
                 f"{folder} lacks {TOKENIZER_NAME}: copy it there from the data folder of the run"
             )
         self.tokenizer = Tokenizer.load(tokenizer)
+        if self.tokenizer.padded_vocab_size != self.config.model.vocab_size:
+            raise CheckpointError(
+                f"{tokenizer} has {self.tokenizer.padded_vocab_size} pieces with padding, the "
+                f"model {self.config.model.vocab_size}: copy the run's own tokenizer there"
+            )
         self.mode_loss = ModeLoss(LossConfig(), self.tokenizer.vocab_size)
 
     @property
@@ -86,26 +91,20 @@ class Scorer:
             batch = todo[first : first + BATCH_WINDOWS]
             nll_BT, logit_BT = self._score_windows(ids_N, batch)
             for row, window in enumerate(batch):
-                kept = slice(window.keep - window.begin, window.end - window.begin)
-                logit_N[window.keep : window.end] = logit_BT[row, kept]
+                begin, end, keep = window
+                logit_N[keep:end] = logit_BT[row, keep - begin : end - begin]
                 # The score of predicting token t + 1 stands at position t.
-                begin = max(window.keep, window.begin + 1)
-                predicted = slice(begin - window.begin - 1, window.end - window.begin - 1)
-                nll_N[begin : window.end] = nll_BT[row, predicted]
+                last = min(end, len(ids) - 1)
+                nll_N[keep + 1 : last + 1] = nll_BT[row, keep - begin : last - begin]
         return TokenScores(nll_N, logit_N)
 
-    def next_logits(self, ids: Sequence[int]) -> tuple[Tensor, float]:
-        """Return the LM logits [V] after the ids and the last token's mode logit.
-
-        Unused columns of the padded vocabulary are left out.
-        """
+    def next_logits(self, ids: Sequence[int]) -> Tensor:
+        """Return the LM logits [V] after the ids, unused columns left out."""
         ids_BT = torch.tensor([list(ids[-self.seq_len :])])
         with torch.no_grad():
             heads = self.decoder(ids_BT, torch.arange(ids_BT.shape[1]).unsqueeze(0))
-        last_D = heads.hidden_TBD[-1, 0]
-        logits_V = heads.local_lm_weight_VD @ last_D
-        mode_logit = float(last_D @ heads.mode_weight_D + heads.mode_bias[0])
-        return logits_V[: self.tokenizer.vocab_size], mode_logit
+            logits_V: Tensor = heads.local_lm_weight_VD @ heads.hidden_TBD[-1, 0]
+        return logits_V[: self.tokenizer.vocab_size]
 
     def _score_windows(self, ids_N: Tensor, batch: list[Window]) -> tuple[Tensor, Tensor]:
         width = max(window.end - window.begin for window in batch)
@@ -115,8 +114,9 @@ class Scorer:
         mode_weight_BT = torch.zeros_like(lm_weight_BT)
         for row, (begin, end, _) in enumerate(batch):
             input_BT[row, : end - begin] = ids_N[begin:end]
-            target_BT[row, : end - begin - 1] = ids_N[begin + 1 : end]
-            lm_weight_BT[row, : end - begin - 1] = 1
+            target_N = ids_N[begin + 1 : end + 1]
+            target_BT[row, : len(target_N)] = target_N
+            lm_weight_BT[row, : len(target_N)] = 1
             mode_weight_BT[row, : end - begin] = 1
         position_BT = torch.arange(width).expand(len(batch), width)
         with torch.no_grad():

@@ -9,8 +9,12 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_mode.arguments import whole
+from megatron_mode.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_mode.score import Scorer, TokenScores
@@ -27,8 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--render", choices=("chat", "plain"), default="plain", help="rendering of Mode 2 documents"
     )
     parser.add_argument("--per-token", action="store_true", help="also report every token")
-    parser.add_argument("--limit", type=int, metavar="N", help="score the first N documents only")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="N", help="score the first N documents only"
+    )
+    parser.add_argument("--threads", type=whole(0), default=0, help="CPU threads; 0: all cores")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a document instead of a table"
     )
@@ -36,20 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; raises DataError or CheckpointError for what cannot be read."""
-    from itertools import islice
-
     from megatron_mode.quiet import import_quietly
     from megatron_mode.tokens.documents import read_documents
     from megatron_mode.tokens.template import render
 
     documents = read_documents(args.file)
     first = next(documents, None)  # A file that cannot be read is told before a model is loaded.
+    if first is None:
+        raise DataError(
+            f"{args.file} holds no documents: accepted are lines like "
+            '{"text": "..."} or {"messages": [...]}; name another file'
+        )
     score = import_quietly("megatron_mode.score", args.threads)
     scorer: Scorer = score.Scorer(args.checkpoint)
     if not args.json:
         print(f"{'id':<32} {'source':<20} {'tokens':>7} {'nll':>7} {'mode logit':>11} {'p':>6}")
-    found = [] if first is None else [first]
-    for document in islice((d for part in (found, documents) for d in part), args.limit):
+    for document in islice(chain([first], documents), args.limit):
         ids, flags = render(document, scorer.tokenizer, args.render)
         result = summarise(document, scorer, ids, flags, per_token=args.per_token)
         if args.json:

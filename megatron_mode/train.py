@@ -33,7 +33,7 @@ from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import finish_run
 from megatron_mode.report.line import StepTimer, metrics_line
 from megatron_mode.report.valid import valid_metrics
-from megatron_mode.report.writers import MetricsWriter, write_environment
+from megatron_mode.report.writers import MetricsWriter, write_environment, write_whole
 
 
 @dataclass(frozen=True)
@@ -61,25 +61,25 @@ def train(config: Config, process: Process) -> None:
     if run.reports:
         announce(run, first_step)
     writer = MetricsWriter(run.folder, first_step or None) if run.reports else None
-    progress = progress_bar(run, first_step)
     timer = StepTimer()
-    for batch in steps(run, first_step):
-        timer.start()
-        result = engine.train_step(batch.step, batch.micro_batches)
-        record.update(batch.step, batch.rows)
-        done = batch.step + 1
-        line = metrics_line(engine, run.order, batch, result, timer)
-        if due(done, config.run.eval_every_steps) and done < config.run.steps:
-            line.update(evaluate(run))
-        if writer is not None:
-            writer.write(line)
-            progress.set_postfix(loss=f"{result.loss:.3f}", auroc=line["mode_auroc"], refresh=False)
-            progress.update()
-        if due(done, config.checkpoint.every_steps) or done == config.run.steps:
-            manifest = make_manifest(engine, record, done)
-            save_checkpoint(engine, run.folder, manifest, run.corpus.root / TOKENIZER_NAME)
-        timer.stop()
-    progress.close()
+    with progress_bar(run, first_step) as progress:
+        for batch in steps(run, first_step):
+            timer.start()
+            result = engine.train_step(batch.step, batch.micro_batches)
+            record.update(batch.step, batch.rows)
+            done = batch.step + 1
+            line = metrics_line(engine, run.order, batch, result, timer)
+            if due(done, config.run.eval_every_steps) and done < config.run.steps:
+                line.update(evaluate(run))
+            if writer is not None:
+                writer.write(line)
+                shown = {"loss": f"{result.loss:.3f}", "auroc": line["mode_auroc"]}
+                progress.set_postfix(shown, refresh=False)
+                progress.update()
+            if due(done, config.checkpoint.every_steps) or done == config.run.steps:
+                manifest = make_manifest(engine, record, done)
+                save_checkpoint(engine, run.folder, manifest, run.corpus.root / TOKENIZER_NAME)
+            timer.stop()
     if writer is not None:
         writer.close()
     summary = finish_run(engine, run.folder, run.corpus)
@@ -104,7 +104,7 @@ def prepare_run(config: Config, process: Process) -> Run:
 def announce(run: Run, first_step: int) -> None:
     """Print what will run, once, and write it into the run folder."""
     config = run.config
-    (run.folder / "config.yaml").write_text(dump_config(config))
+    write_whole(run.folder / "config.yaml", dump_config(config))
     write_environment(run.folder, {"layout": run.engine.layout._asdict()})
     count = parameters(config.model)
     begin = f"resumes at step {first_step}" if first_step else "starts"

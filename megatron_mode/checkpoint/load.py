@@ -29,8 +29,16 @@ FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 def restore(engine: Engine, folder: Path) -> None:
     """Load every rank's share of a checkpoint, weights, optimizer and generators."""
-    with weights_only():
-        path, client_state = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+    try:
+        with weights_only():
+            path, client_state = engine.deepspeed.load_checkpoint(
+                str(folder.parent), tag=folder.name
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({type(error).__name__}): a file of it is damaged or "
+            "missing; delete the folder to resume from the checkpoint before it"
+        ) from error
     if path is None:
         raise CheckpointError(f"{folder} could not be loaded: name a finished checkpoint folder")
     torch.set_rng_state(client_state["cpu_generator"])
@@ -62,7 +70,7 @@ def resolve_folder(path: Path) -> Path:
     for parent in (path, path / CHECKPOINTS_NAME):
         latest = parent / "latest"
         if latest.is_file():
-            return parent / latest.read_text().strip()
+            return parent / latest.read_text(errors="replace").strip()
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder: name a checkpoint folder or a run folder that has checkpoints"
@@ -74,29 +82,36 @@ def load_decoder(path: Path) -> tuple[Decoder, Config, Manifest]:
     """Build the whole model of a checkpoint in this process, in fp32, whatever its layout was."""
     folder = resolve_folder(path)
     manifest = read_manifest(folder)
-    config = Config.model_validate(manifest.config)
+    try:
+        config = Config.model_validate(manifest.config)
+        parts = manifest.layout["tensor"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the manifest of {folder} holds no config of this version ({type(error).__name__}): "
+            "name another checkpoint or use the version that wrote it"
+        ) from None
     _join_alone()
     decoder = Decoder(config.model, transformer_config(config.model, 1, torch.float32))
     with torch.no_grad():
         for index, link in enumerate(decoder.links):
             if link.shares is None:
                 module = dict(decoder.named_links())[link.name]
-                _fill(module, read_link(folder, index, parameter_cuts(module)))
+                tensors = read_link(folder, index, parameter_cuts(module), parts)
+                _fill(module, tensors, f"layer {index} of {folder}")
     return decoder.eval(), config, manifest
 
 
-def read_link(folder: Path, index: int, cuts: dict[str, Cut]) -> dict[str, Tensor]:
-    """Read one link's parameters from its `layer_II-model_TT` files, parts joined."""
-    files = sorted(folder.glob(f"layer_{index:02d}-model_*-model_states.pt"))
-    if not files:
-        raise CheckpointError(
-            f"{folder} lacks layer_{index:02d}-model_*-model_states.pt: the checkpoint is not "
-            "complete; name another"
-        )
+def read_link(folder: Path, index: int, cuts: dict[str, Cut], parts: int) -> dict[str, Tensor]:
+    """Read one link's parameters from its `layer_II-model_TT` files, `parts` of them, joined."""
+    files = [folder / f"layer_{index:02d}-model_{p:02d}-model_states.pt" for p in range(parts)]
     shards: list[dict[str, Any]] = []
     for file in files:
         try:
             shards.append(torch.load(file, map_location="cpu", weights_only=True))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{file} is missing: the checkpoint is not complete; name another"
+            ) from None
         except Exception as error:
             raise CheckpointError(
                 f"{file} cannot be read ({type(error).__name__}): the file is damaged; name "
@@ -109,8 +124,14 @@ def read_link(folder: Path, index: int, cuts: dict[str, Cut]) -> dict[str, Tenso
     }
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     for name, parameter in module.named_parameters():
+        found = tensors[name].shape if name in tensors else None
+        if found != parameter.shape:
+            raise CheckpointError(
+                f"{name} in {where} has shape {found and tuple(found)}, the manifest's model "
+                f"{tuple(parameter.shape)}: its files are of two runs; name another checkpoint"
+            )
         parameter.copy_(tensors[name])
 
 

@@ -89,9 +89,14 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is not a manifest of format {FORMAT}: it was written by another version; "
             "start a new run.dir or use that version"
         )
-    fields["recent_digests"] = [tuple(pair) for pair in fields["recent_digests"]]
-    fields["blocked_shares"] = tuple(fields["blocked_shares"])
-    return Manifest(**fields)
+    try:
+        fields["recent_digests"] = [tuple(pair) for pair in fields["recent_digests"]]
+        fields["blocked_shares"] = tuple(fields["blocked_shares"])
+        return Manifest(**fields)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): name another checkpoint or delete this one"
+        ) from None
 
 
 def find_latest(checkpoints: Path) -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from megatron_mode.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_mode.engine.step import Engine
+from megatron_mode.errors import CheckpointError
 
 
 def save_checkpoint(engine: Engine, run_dir: Path, manifest: Manifest, tokenizer: Path) -> Path:
@@ -32,17 +35,36 @@ def save_checkpoint(engine: Engine, run_dir: Path, manifest: Manifest, tokenizer
         checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
-    engine.deepspeed.save_checkpoint(
-        str(checkpoints), tag=folder.name, client_state=random_state(), save_latest=False
-    )
+    with told_in_a_sentence(folder):
+        engine.deepspeed.save_checkpoint(
+            str(checkpoints), tag=folder.name, client_state=random_state(), save_latest=False
+        )
     dist.barrier()
     if engine.rank == 0:
-        shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
-        write_manifest(folder, manifest)
-        write_latest(checkpoints, manifest.step)
+        with told_in_a_sentence(folder):
+            shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
+            write_manifest(folder, manifest)
+            write_latest(checkpoints, manifest.step)
         prune(checkpoints, engine.config.checkpoint.keep)
     dist.barrier()
     return folder
+
+
+@contextmanager
+def told_in_a_sentence(folder: Path) -> Iterator[None]:
+    """Turn what torch raises on a full disk, a RuntimeError, into CheckpointError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        is_torn_file = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+        if isinstance(error, RuntimeError) and not is_torn_file:
+            raise  # a peer is gone, or a bug of ours
+        free_bytes = shutil.disk_usage(folder.parent).free
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} cannot be written: the disk has {free_bytes} bytes left; free space and "
+            "start the run again, it goes on from the checkpoint before this one"
+        ) from error
 
 
 def random_state() -> dict[str, torch.Tensor]:

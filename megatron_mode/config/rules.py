@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import re
 from collections import Counter
@@ -95,13 +96,16 @@ def _check_vocabulary(vocab_size: int | None) -> Iterator[str]:
 
 
 def _check_tensor(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    for name in ("attention_heads", "kv_heads", "ffn_hidden_size", "vocab_size"):
-        size: int | None = getattr(model, name)
-        if size is not None and size % parallel.tensor:
-            yield (
-                f"parallel.tensor is {parallel.tensor}: accepted is a divisor of model.{name} = "
-                f"{size}; use {_nearest_divisor(parallel.tensor, size)}"
-            )
+    names = ("attention_heads", "kv_heads", "ffn_hidden_size", "vocab_size")
+    given = {f"model.{name}": getattr(model, name) for name in names}
+    sizes: dict[str, int] = {key: size for key, size in given.items() if size is not None}
+    undivided = [f"{key} = {size}" for key, size in sizes.items() if size % parallel.tensor]
+    if undivided:
+        yield (
+            f"parallel.tensor is {parallel.tensor}: accepted is a divisor of "
+            f"{' and of '.join(undivided)}; use "
+            f"{_nearest_divisor(parallel.tensor, math.gcd(*sizes.values()))}"
+        )
 
 
 def _check_pipeline(layers: int, pipeline: int) -> Iterator[str]:

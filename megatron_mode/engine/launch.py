@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -38,10 +39,13 @@ def identify(environment: Mapping[str, str]) -> Process:
     Raises ConfigError when a launcher's variables are incomplete or contradict each other.
     """
     if "RANK" in environment:
-        return _from_torch_variables(environment)
-    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
-        return _from_slurm(environment)
-    return Process(0, 1, 0, 1, "127.0.0.1", _free_port(), "python")
+        process = _from_torch_variables(environment)
+    elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+        process = _from_slurm(environment)
+    else:
+        process = Process(0, 1, 0, 1, "127.0.0.1", _free_port(), "python")
+    _check_agreement(process, environment)
+    return process
 
 
 def _from_torch_variables(environment: Mapping[str, str]) -> Process:
@@ -51,23 +55,27 @@ def _from_torch_variables(environment: Mapping[str, str]) -> Process:
             f"RANK is set but {', '.join(missing)} is not: start with deepspeed, torchrun or srun, "
             "or unset RANK to run one process"
         )
-    world_size = _integer(environment, "WORLD_SIZE")
-    local_rank = environment.get("LOCAL_RANK", "0")
+    world_size = _integer(environment, "WORLD_SIZE", least=1)
+    if world_size > 1 and "LOCAL_RANK" not in environment:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size} but LOCAL_RANK is unset: accepted is the process's number "
+            "on its machine; start with deepspeed, torchrun or srun, which set it"
+        )
+    # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE; without either there is one machine.
+    size_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
     return Process(
         rank=_integer(environment, "RANK"),
         world_size=world_size,
-        local_rank=int(local_rank),
-        local_world_size=int(
-            environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", world_size))
-        ),
+        local_rank=_integer(environment, "LOCAL_RANK", default=0),
+        local_world_size=_integer(environment, size_name, least=1, default=world_size),
         master_addr=environment["MASTER_ADDR"],
-        master_port=_integer(environment, "MASTER_PORT"),
+        master_port=_integer(environment, "MASTER_PORT", least=1),
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else "deepspeed",
     )
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Process:
-    world_size = _integer(environment, "SLURM_NTASKS")
+    world_size = _integer(environment, "SLURM_NTASKS", least=1)
     if world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(environment):
         raise ConfigError(
             f"SLURM_NTASKS is {world_size} but MASTER_ADDR or MASTER_PORT is unset: export both in "
@@ -80,25 +88,65 @@ def _from_slurm(environment: Mapping[str, str]) -> Process:
         local_rank=_integer(environment, "SLURM_LOCALID"),
         local_world_size=_slurm_tasks_here(environment, world_size),
         master_addr=environment.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=int(environment.get("MASTER_PORT", 0)) or _free_port(),
+        master_port=_integer(environment, "MASTER_PORT", default=0) or _free_port(),
         launcher="srun",
     )
 
 
 def _slurm_tasks_here(environment: Mapping[str, str], world_size: int) -> int:
-    # SLURM_TASKS_PER_NODE reads like "4(x2),3": node SLURM_NODEID's entry, repeats expanded.
-    counts: list[int] = []
-    for entry in environment.get("SLURM_TASKS_PER_NODE", str(world_size)).split(","):
-        count, _, repeat = entry.partition("(x")
-        counts += [int(count)] * int(repeat.rstrip(")") or 1)
-    return counts[min(int(environment.get("SLURM_NODEID", "0")), len(counts) - 1)]
+    # Of "4(x2),3" takes node SLURM_NODEID's entry, repeats expanded. The step's variable comes
+    # first: under `srun --preserve-env` the other one describes the whole job.
+    names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+    name = next((n for n in names if n in environment), names[0])
+    text = environment.get(name, str(world_size))
+    entries = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry) for entry in text.split(",")]
+    counts = [n for e in entries if e for n in [int(e[1])] * int(e[2] or 1)]
+    node = _integer(environment, "SLURM_NODEID", default=0)
+    if not all(entries) or sum(counts) != world_size or node >= len(counts):
+        raise ConfigError(
+            f"{name} is {text!r} at SLURM_NODEID {node}: accepted are tasks for each node that sum "
+            f"to SLURM_NTASKS = {world_size}, such as '4(x2),3'; start with srun, which sets them"
+        )
+    return counts[node]
 
 
-def _integer(environment: Mapping[str, str], name: str) -> int:
-    value = environment.get(name, "")
-    if not value.isdigit():
-        raise ConfigError(f"{name} is {value!r}: it must be a whole number set by the launcher")
+def _integer(
+    environment: Mapping[str, str], name: str, *, least: int = 0, default: int | None = None
+) -> int:
+    value = environment.get(name, "" if default is None else str(default))
+    if not value.isdecimal() or int(value) < least:
+        raise ConfigError(
+            f"{name} is {value!r}: accepted is a whole number from {least} up; start with "
+            "deepspeed, torchrun or srun, which set it"
+        )
     return int(value)
+
+
+def _check_agreement(process: Process, environment: Mapping[str, str]) -> None:
+    """Raise ConfigError when the numbers of a process contradict each other."""
+    most = {
+        "rank": (process.rank, process.world_size - 1),
+        "number of processes on this machine": (process.local_world_size, process.world_size),
+        "rank on this machine": (process.local_rank, process.local_world_size - 1),
+        "master port": (process.master_port, 65535),
+    }
+    for name, (number, limit) in most.items():
+        if number > limit:
+            raise ConfigError(
+                f"the {name} is {number} by the variables of {process.launcher}: accepted is at "
+                f"most {limit}; unset variables that are left over from another run"
+            )
+    # Started without srun or a hostfile, a run would take one process or machine and succeed.
+    tasks = _integer(environment, "SLURM_NTASKS", default=1)
+    nodes = _integer(environment, "SLURM_NNODES", default=1)
+    is_one_machine = process.local_world_size == process.world_size
+    if process.world_size < tasks or (nodes > 1 and is_one_machine):
+        raise ConfigError(
+            f"the allocation has SLURM_NTASKS = {tasks} on SLURM_NNODES = {nodes} but "
+            f"{process.launcher} started {process.world_size}, {process.local_world_size} "
+            "of them here: accepted is a run that fills it; start with srun, give deepspeed a "
+            "hostfile, or unset both"
+        )
 
 
 def _free_port() -> int:

@@ -48,6 +48,7 @@ def transformer_config(model: ModelConfig, tensor: int, dtype: torch.dtype) -> T
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        cuda_graph_scope=[],  # its default warns on every build
         attention_dropout=0.0,
         hidden_dropout=0.0,
     )
@@ -58,7 +59,7 @@ class GatedMLP(MLP):
 
     def __init__(self, config: TransformerConfig) -> None:
         local = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.mlp
-        super().__init__(config, local.submodules)
+        super().__init__(config, local.submodules, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden_TBD: Tensor, **_: Any) -> tuple[Tensor, None]:
         """Return (output [T, B, D], no bias)."""

@@ -70,8 +70,8 @@ def parameters(model: ModelConfig) -> Parameters:
 def forward_flops(model: ModelConfig, attended_tokens: float) -> TokenFlops:
     """Count the FLOPs of one token's forward pass when it attends to `attended_tokens` tokens.
 
-    Dense attention, which is what a masked kernel executes, attends to T; what is useful of it is
-    given by `mean_attended_tokens`.
+    `executed_attended_tokens` says what a masked kernel executes, `mean_attended_tokens` what is
+    useful of it. The LM head is counted with all V columns, padding included.
     """
     D, F, L = model.hidden_size, model.ffn_hidden_size, model.layers
     return TokenFlops(
@@ -91,6 +91,20 @@ def training_flops(model: ModelConfig, attended_tokens: float | None = None) -> 
     """
     attended = float(model.seq_len) if attended_tokens is None else attended_tokens
     return TokenFlops(*(TRAINING_FACTOR * part for part in forward_flops(model, attended)))
+
+
+def executed_attended_tokens(seq_len_tokens: int, block_tokens: int | None = None) -> float:
+    """Return for how many tokens a token's scores are computed on average, masked or not.
+
+    Without blocks a row is dense: `seq_len_tokens`. A CPU cuts the queries into blocks of
+    `attention.CPU_BLOCK_TOKENS`, and a block computes the scores of the keys before its end.
+    """
+    length = block_tokens or seq_len_tokens
+    scores = 0
+    for begin in range(0, seq_len_tokens, length):
+        end = min(begin + length, seq_len_tokens)
+        scores += (end - begin) * end
+    return scores / seq_len_tokens
 
 
 def mean_attended_tokens(document_lengths_tokens: Sequence[int]) -> float:

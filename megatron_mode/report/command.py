@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the page and say where; raises ConfigError for what cannot be read or written."""
     from megatron_mode.report.folder import read_run
     from megatron_mode.report.page import head_figures, render_page
-    from megatron_mode.report.writers import write_page
+    from megatron_mode.report.writers import write_whole
 
     if args.out is None and len(args.runs) > 1:
         raise ConfigError(
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     runs = [read_run(run_dir) for run_dir in args.runs]
     out = args.out or args.runs[0] / REPORT_FILE
     try:
-        write_page(out, render_page(runs))
+        write_whole(out, render_page(runs))
     except OSError as error:
         raise ConfigError(
             f"--out {str(out)!r} cannot be written ({error.strerror}); name a file in a folder "

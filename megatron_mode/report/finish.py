@@ -13,7 +13,7 @@ from megatron_mode.report.evaluate import evaluate_source, evaluate_window
 from megatron_mode.report.page import build_page
 from megatron_mode.report.passages import Passage, choose_passages
 from megatron_mode.report.valid import valid_summary
-from megatron_mode.report.writers import METRICS_FILE, write_page, write_summary
+from megatron_mode.report.writers import METRICS_FILE, write_summary, write_whole
 from megatron_mode.tokens.flags import CONTROL
 from megatron_mode.tokens.tokenizer import Tokenizer
 
@@ -41,9 +41,9 @@ def finish_run(engine: Engine, folder: Path, corpus: Corpus) -> dict[str, object
     if engine.rank == 0:
         report = folder / "report.html"
         summary["report"] = str(report)
-        write_page(folder / "heatmap.json", json.dumps({"passages": coloured}))
+        write_whole(folder / "heatmap.json", json.dumps({"passages": coloured}))
         write_summary(folder, summary)
-        write_page(report, build_page([folder]))
+        write_whole(report, build_page([folder]))
     return summary
 
 

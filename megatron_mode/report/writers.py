@@ -90,13 +90,13 @@ class MetricsWriter:
 
 def write_summary(run_dir: Path, summary: Mapping[str, object]) -> Path:
     """Replace RUN/summary.json at once, so that a reader never sees half of it."""
-    return _write_whole(run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
+    return write_whole(run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
 
 
 def write_environment(run_dir: Path, extra: Mapping[str, object] | None = None) -> Path:
     """Write RUN/environment.json: versions, machine and devices, with `extra` beside them."""
     whole = {**environment(), **(extra or {})}
-    return _write_whole(run_dir / ENVIRONMENT_FILE, _to_json(whole, indent=2) + "\n")
+    return write_whole(run_dir / ENVIRONMENT_FILE, _to_json(whole, indent=2) + "\n")
 
 
 def environment() -> dict[str, object]:
@@ -130,11 +130,6 @@ def check_writable(run_dir: Path) -> None:
         raise OSError(reason, os.strerror(reason), str(folder))
 
 
-def write_page(path: Path, page: str) -> Path:
-    """Replace an HTML page at once."""
-    return _write_whole(path, page)
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -148,7 +143,7 @@ def _drop_lines_after(path: Path, last_step: int) -> None:
         return
     with path.open("rb") as lines:
         kept = [line for line in lines if _step_of(line) <= last_step]
-    _write_whole(path, b"".join(kept).decode())
+    write_whole(path, b"".join(kept).decode())
 
 
 def _step_of(line: bytes) -> float:
@@ -160,7 +155,8 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def _write_whole(path: Path, text: str) -> Path:
+def write_whole(path: Path, text: str) -> Path:
+    """Replace a file at once: it holds the old text or the new, whatever happens."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:

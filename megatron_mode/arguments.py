@@ -1,0 +1,41 @@
+"""Offer types for argparse that say which numbers an option accepts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of an option that takes whole numbers from `least` (to `most`)."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            accepted = f"{least} or more" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(
+                f"the value is {text!r}, accepted is a whole number of {accepted}"
+            )
+        return value
+
+    return parse
+
+
+def real(least: float) -> Callable[[str], float]:
+    """Return the type of an option that takes finite numbers from `least`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(
+                f"the value is {text!r}, accepted is a number of {least:g} or more"
+            )
+        return value
+
+    return parse

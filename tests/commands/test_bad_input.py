@@ -1,0 +1,168 @@
+"""A mistake is one sentence on stderr and exit status 2; no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_run import PRETRAIN, Outcome, Trained, command, refusal
+
+Call = Callable[..., Outcome]
+
+GOOD = '{"id": "a", "text": "The sea."}\n'
+TURN = '{"role": "user", "content": "Where?"}'
+# An import of torch costs 5 s; a mistake that can be told without it must be.
+NO_TORCH = "raise ImportError('torch was imported before the mistake was found')\n"
+
+
+@pytest.fixture
+def refused_early(trained: Trained, tmp_path: Path) -> Callable[..., tuple[str, Path]]:
+    """Start the real program where torch cannot be imported; return its sentence."""
+    (tmp_path / "stand-in").mkdir()
+    (tmp_path / "stand-in" / "torch.py").write_text(NO_TORCH)
+
+    def call(*words: str, **variables: str) -> str:
+        run = tmp_path / "run"
+        given = ("--config", str(trained.config), f"data.root={trained.data}", f"run.dir={run}")
+        outcome = command(
+            PRETRAIN, *given, *words, PYTHONPATH=str(tmp_path / "stand-in"), **variables
+        )
+        assert outcome.out == ""
+        assert not run.exists()
+        return refusal(outcome)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        (GOOD + '{"text": "cut\n', "in.jsonl:2: malformed JSON at column"),
+        ("", "in.jsonl holds no documents"),
+        (GOOD + f'{{"messages": [{TURN.replace("user", "human")}]}}\n',
+         'in.jsonl:2: messages[0].role is "human"; accepted are system, user, assistant, tool'),
+        (GOOD + f'{{"id": "b", "messages": [{TURN}]}}\n', "has lines of Mode 1 (text) and of"),
+    ],
+)  # fmt: skip
+def test_prepare_refuses_bad_lines(verb: Call, tmp_path: Path, text: str, fragment: str) -> None:
+    (tmp_path / "in.jsonl").write_text(text)
+    words = ("--out", tmp_path / "data", "--input", tmp_path / "in.jsonl", "--vocab-size", "300")
+    sentence = refusal(verb("prepare", *words))
+    assert fragment in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_prepare_refuses_as_a_program(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("not json\n")
+    words = ("prepare", "--out", tmp_path / "data", "--input", tmp_path / "in.jsonl")
+    assert "in.jsonl:1: malformed JSON" in refusal(command("-m", "megatron_mode", *words))
+    assert not (tmp_path / "data").exists()
+
+
+def test_prepare_refuses_a_read_only_target(
+    verb: Call, trained: Trained, read_only_disk: Path
+) -> None:
+    sentence = refusal(verb("prepare", "--out", read_only_disk / "d", "--input", trained.input))
+    assert "the file system is read-only" in sentence
+
+
+def test_prepare_refuses_a_full_disk(verb: Call, tmp_path: Path, small_disk: Path) -> None:
+    text = json.dumps({"text": "It is a way I have of driving off the spleen. " * 200}) + "\n"
+    (tmp_path / "in.jsonl").write_text(text * 200)
+    words = ("--out", small_disk / "d", "--input", tmp_path / "in.jsonl", "--vocab-size", "320")
+    assert "the disk is full" in refusal(verb("prepare", *words))
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (["--cofnig", "x"], "--cofnig is not an option; did you mean --config?"),
+        (["run.stesp=3"], "eval_rows, threads; did you mean steps?"),
+        (["parallel.tensor=3"], "parallel.tensor is 3: accepted is a divisor of "
+         "model.attention_heads = 2 and of model.kv_heads = 1; use 1"),
+        (["parallel.pipeline=2"], "world size is 1: accepted is parallel.tensor * "
+         "parallel.pipeline = 2 times a divisor of"),
+        (["data.root=nowhere"], "nowhere/tokenizer.json does not exist; data.root must be"),
+        (["mix.mode1.sources.0.name=bokos"], "the sources in "),
+        (["mix.mode1.sources.0.name=chat", "mix.mode2.sources.0.name=books"],
+         "is prepared as Mode 2 but the config lists it as Mode 1"),
+        (["model.vocab_size=512"], "model.vocab_size is 512, but the data in"),
+        (["mix.mode1.sources.0.epochs_max=0.01"], "within epochs_max"),
+        (["model.seq_len=100000"], "at least 1 row of 100000 + 1 tokens is needed"),
+    ],
+)  # fmt: skip
+def test_training_refuses_before_torch_is_imported(
+    refused_early: Callable[..., str], words: list[str], fragment: str
+) -> None:
+    assert fragment in refused_early(*words)
+
+
+def test_training_needs_a_config() -> None:
+    sentence = refusal(command(PRETRAIN))
+    assert "required: --config; `pretrain.py --help` shows" in sentence
+
+
+def test_a_mistake_is_said_by_one_rank(refused_early: Callable[..., str], trained: Trained) -> None:
+    world = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+    sentence = refused_early(RANK="0", LOCAL_RANK="0", **world)
+    assert "world size is 3: accepted is" in sentence
+    assert "start 2 processes" in sentence
+    quiet = command(PRETRAIN, "--config", trained.config, RANK="1", LOCAL_RANK="1", **world)
+    assert quiet == Outcome(2, "", "")
+
+
+@pytest.fixture
+def copied_data(trained: Trained, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained.data, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".flags.bin", ".docs.arrow", ".json"])
+def test_training_refuses_truncated_files(
+    refused_early: Callable[..., str], copied_data: Path, suffix: str
+) -> None:
+    path = copied_data / f"books{suffix}"
+    path.write_bytes(path.read_bytes()[:-7])
+    assert str(path) in refused_early(f"data.root={copied_data}")
+
+
+@pytest.mark.parametrize("missing", [".bin", ".idx", ".flags.bin", ".docs.arrow", ".json"])
+def test_training_refuses_missing_files(
+    refused_early: Callable[..., str], copied_data: Path, missing: str
+) -> None:
+    (copied_data / f"chat{missing}").unlink()
+    assert str(copied_data / f"chat{missing}") in refused_early(f"data.root={copied_data}")
+
+
+def test_training_refuses_a_tokenizer_that_does_not_match(
+    verb: Call,
+    refused_early: Callable[..., str],
+    copied_data: Path,
+    trained: Trained,
+    tmp_path: Path,
+) -> None:
+    words = ("--out", tmp_path / "other", "--input", trained.input, "--vocab-size", "310")
+    assert verb("prepare", *words).status == 0
+    shutil.copy(tmp_path / "other" / "tokenizer.model", copied_data)
+    assert "but tokenizer.json beside it names" in refused_early(f"data.root={copied_data}")
+    shutil.copy(tmp_path / "other" / "tokenizer.json", copied_data)
+    sentence = refused_early(f"data.root={copied_data}")
+    assert f"Source {copied_data / 'books'} was prepared with tokenizer" in sentence
+
+
+def test_training_refuses_a_read_only_target(
+    refused_early: Callable[..., str], read_only_disk: Path
+) -> None:
+    for place in (read_only_disk / "run", read_only_disk):
+        sentence = refused_early(f"run.dir={place}")
+        assert f"{read_only_disk} cannot be used: Read-only file system" in sentence
+
+
+def test_training_refuses_a_file_as_run_folder(
+    refused_early: Callable[..., str], trained: Trained
+) -> None:
+    for place in (trained.config, trained.config / "run"):
+        assert f"{trained.config} cannot be used" in refused_early(f"run.dir={place}")

@@ -1,0 +1,89 @@
+"""Runs of unusual size or end: the smallest, the one-sided, the finished, the killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked_pretrain import Server
+from tiny_run import Outcome, Trained, tree
+
+Call = Callable[..., Outcome]
+ONLY_MODE_1 = ("mix.mode2.sources=[]", "mix.mode2_fraction.start=0")
+ONLY_MODE_2 = ("mix.mode1.sources=[]", "mix.mode2_fraction.start=1")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained_steps(outcome: Outcome, run: Path) -> list[int]:
+    assert outcome.status == 0, outcome.err
+    assert (run / "report.html").stat().st_size > 0
+    return [line["step"] for line in metrics(run)]
+
+
+def test_the_smallest_run(pretrain: Call, tmp_path: Path) -> None:
+    """One step of one row, and more rows to evaluate than there are."""
+    smallest = ("run.steps=1", "batch.global_rows=1", "batch.micro_rows=1", "run.eval_rows=99999")
+    assert trained_steps(pretrain(*smallest), tmp_path / "run") == [1]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 <= summary["valid_mode_auroc"] <= 1
+
+
+def test_nothing_held_out_and_nothing_during_the_run(pretrain: Call, tmp_path: Path) -> None:
+    words = ("mix.valid.sources=[]", "run.eval_every_steps=0", "checkpoint.every_steps=0")
+    outcome = pretrain(*words, "model.tied_embeddings=true")
+    assert trained_steps(outcome, tmp_path / "run") == [1, 2, 3]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["valid_lm_loss"] is None
+    folders = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert folders == ["step-00000003"]
+
+
+@pytest.mark.parametrize(("words", "share"), [(ONLY_MODE_1, 0), (ONLY_MODE_2, 1)])
+def test_a_single_mode(
+    pretrain: Call, tmp_path: Path, words: tuple[str, ...], share: float
+) -> None:
+    assert trained_steps(pretrain(*words), tmp_path / "run") == [1, 2, 3]
+    for line in metrics(tmp_path / "run"):
+        assert line["mode2_fraction_realised"] == share
+        assert line["mode_auroc"] is None
+
+
+def test_a_finished_run_is_not_trained_again(pretrain: Call, trained: Trained) -> None:
+    before = tree(trained.run / "checkpoints")
+    lines = (trained.run / "metrics.jsonl").read_bytes()
+    summary = json.loads((trained.run / "summary.json").read_text())
+    outcome = pretrain(f"run.dir={trained.run}")
+    assert trained_steps(outcome, trained.run) == [1, 2, 3]
+    assert tree(trained.run / "checkpoints") == before
+    assert (trained.run / "metrics.jsonl").read_bytes() == lines
+    assert json.loads((trained.run / "summary.json").read_text()) == summary
+
+
+def test_a_killed_run_goes_on(server: Server, trained: Trained, tmp_path: Path) -> None:
+    """Killed without warning, at whatever moment, it takes each step once."""
+    run = tmp_path / "run"
+    places = ("--config", trained.config, f"data.root={trained.data}", f"run.dir={run}")
+    started = server.start(*places, "run.steps=100000", "run.eval_every_steps=0")
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoints" / "step-00000004" / "manifest.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(started.process_id, signal.SIGKILL)
+    assert started.wait().status == -signal.SIGKILL
+    # A crash may tear the last line.
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 99')
+    latest = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    assert latest >= 4
+    outcome = server.run(*places, f"run.steps={latest + 3}", "run.eval_every_steps=0")
+    assert f"resumes at step {latest}" in outcome.out
+    assert trained_steps(outcome, run) == list(range(1, latest + 4))

@@ -1,0 +1,28 @@
+"""Give the tests what megatron-core's layers ask for in a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+# A shared machine may stall any example: what takes too long in all is pytest-timeout's to say.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """Stand as the only rank of a gloo group, so that megatron-core builds whole layers."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
