@@ -17,6 +17,7 @@ from megatron_mode.engine.launch import (
     has_peer_failed,
     identify,
     is_first_to_fail,
+    outlast_peers,
     prepare_environment,
     quiet_libraries,
 )
@@ -61,7 +62,6 @@ def run(arguments: list[str]) -> int:
         error.filename = error.filename or config.run.dir
         raise
     except RuntimeError:
-        # A process that fails tears its peers out of their collectives.
         if has_peer_failed(os.environ):
             return BAD_INPUT
         raise
@@ -70,7 +70,10 @@ def run(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run; return the exit status: 0 done, 2 for a mistake that one process names in a sentence."""
-    return exit_status(lambda: run(arguments), lambda error: is_first_to_fail(os.environ))
+    status = exit_status(lambda: run(arguments), lambda error: is_first_to_fail(os.environ))
+    if status:
+        outlast_peers(os.environ)
+    return status
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from megatron_mode.errors import ConfigError
 
 FAILURES_KEY = "failures"
+OUTLAST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,25 @@ def is_first_to_fail(environment: Mapping[str, str]) -> bool:
 
 
 def has_peer_failed(environment: Mapping[str, str]) -> bool:
-    """Tell whether another process has said what went wrong, so that this one need not."""
+    """Tell whether another process has said what went wrong, so that this one need not.
+
+    A process that fails tears its peers out of their collectives, with errors of their own.
+    """
     if not _is_joined():
         return False
-    failures = _add_failures(0)
+    failures = _add_failures(1)
     # Rank 0 holds the counter: where that is gone, rank 0 has failed and said so.
-    return not _is_rank_0(environment) if failures is None else failures > 0
+    return not _is_rank_0(environment) if failures is None else failures > 1
+
+
+def outlast_peers(environment: Mapping[str, str]) -> None:
+    """Let rank 0 stay until its peers have read the counter that it holds, or some seconds."""
+    if not _is_joined() or not _is_rank_0(environment):
+        return
+    deadline = time.monotonic() + OUTLAST_SECONDS
+    world_size = int(environment["WORLD_SIZE"])
+    while (_add_failures(0) or world_size) < world_size and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _is_rank_0(environment: Mapping[str, str]) -> bool:

@@ -86,7 +86,7 @@ def batch_loss(weights, config, vocab_tokens, rows) -> Tensor:
 
 
 def decays(name: str) -> bool:
-    return not (name.endswith("norm.weight") or name.endswith("mode_bias"))
+    return not name.endswith(("norm.weight", "mode_bias"))
 
 
 def train(weights, config, vocab_tokens, batches):

@@ -9,7 +9,13 @@ def make_config(data_root, run_dir, **sections):
     from megatron_mode.config import Config
 
     fields = {
-        "run": {"dir": str(run_dir), "steps": 6, "eval_every_steps": 2, "eval_rows": 4, "threads": 1},
+        "run": {
+            "dir": str(run_dir),
+            "steps": 6,
+            "eval_every_steps": 2,
+            "eval_rows": 4,
+            "threads": 1,
+        },
         "model": {
             "name": "test",
             "layers": 2,

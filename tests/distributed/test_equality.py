@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 
-import pytest
-import torch
-
 import equality_rank
 import gloo_world
 import oracle_fp64
+import pytest
+import torch
 
 LAYOUTS = list(itertools.product((1, 2), repeat=3))
 RECOMPUTED = {"parallel": {"activation_checkpointing": "full"}}
@@ -70,7 +69,7 @@ def join(results, variant, step):
             found.setdefault(name, {})[at] = grad
     full = {}
     for name, parts in found.items():
-        for (pipeline, data), group in itertools.groupby(
+        for _, group in itertools.groupby(
             sorted(parts.items()), key=lambda item: item[0][:2]
         ):
             shards = [grad for _, grad in group]
@@ -85,7 +84,7 @@ def join(results, variant, step):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda sizes: "tp%d-pp%d-dp%d" % sizes)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda sizes: "tp{}-pp{}-dp{}".format(*sizes))
 def test_loss_and_gradients_equal_the_fp64_oracle(layout):
     world_size = layout[0] * layout[1] * layout[2]
     results = gloo_world.run_world(world_size, equality_rank.three_steps, layout, VARIANTS)
