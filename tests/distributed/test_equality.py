@@ -69,9 +69,7 @@ def join(results, variant, step):
             found.setdefault(name, {})[at] = grad
     full = {}
     for name, parts in found.items():
-        for _, group in itertools.groupby(
-            sorted(parts.items()), key=lambda item: item[0][:2]
-        ):
+        for _, group in itertools.groupby(sorted(parts.items()), key=lambda item: item[0][:2]):
             shards = [grad for _, grad in group]
             if name in cuts:
                 whole = join_parts(shards, cuts[name])
