@@ -16,10 +16,10 @@ from megatron_mode.__main__ import BAD_INPUT, CommandParser, exit_status
 from megatron_mode.engine.launch import (
     has_peer_failed,
     identify,
-    is_first_to_fail,
     outlast_peers,
     prepare_environment,
     quiet_libraries,
+    wait_to_speak,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run; return the exit status: 0 done, 2 for a mistake that one process names in a sentence."""
-    status = exit_status(lambda: run(arguments), lambda error: is_first_to_fail(os.environ))
+    status = exit_status(lambda: run(arguments), lambda error: wait_to_speak(os.environ))
     if status:
         outlast_peers(os.environ)
     return status

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_mode.errors import ConfigError
 
 FAILURES_KEY = "failures"
-OUTLAST_SECONDS = 3.0
+OUTLAST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -187,14 +187,21 @@ def cpu_threads(requested: int, local_world_size: int) -> int:
     return requested or max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
-def is_first_to_fail(environment: Mapping[str, str]) -> bool:
-    """Tell whether this process is the one that says what went wrong.
+def wait_to_speak(environment: Mapping[str, str]) -> bool:
+    """Wait for this process's turn to say what went wrong; False where a peer says it.
 
-    Before the group is joined every process meets the same mistake, so rank 0 says it. Afterwards a
-    mistake may meet one process only (its disk is full), so the first says it, whichever it is.
+    Before the group is joined all processes meet the same mistake, and launchers end a run as soon
+    as one leaves it: rank 0 speaks at once, the others stay, and after a while the first of each
+    machine speaks, which may lack what rank 0 has. Afterwards the first that fails speaks: the
+    mistake may be that of one process, such as a full disk.
     """
-    failures = _add_failures(1) if _is_joined() else None
-    return _is_rank_0(environment) if failures is None else failures == 1
+    if _is_joined():
+        failures = _add_failures(1)
+        return _is_rank_0(environment) if failures is None else failures == 1
+    if _is_rank_0(environment):
+        return True
+    time.sleep(OUTLAST_SECONDS)
+    return environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID")) == "0"
 
 
 def has_peer_failed(environment: Mapping[str, str]) -> bool:

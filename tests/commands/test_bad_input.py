@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import PRETRAIN, Outcome, Trained, command, refusal
+from tiny_run import PRETRAIN, Outcome, Trained, command, refusal, variables
 
 Call = Callable[..., Outcome]
 
@@ -19,17 +22,15 @@ NO_TORCH = "raise ImportError('torch was imported before the mistake was found')
 
 
 @pytest.fixture
-def refused_early(trained: Trained, tmp_path: Path) -> Callable[..., tuple[str, Path]]:
+def refused_early(trained: Trained, tmp_path: Path) -> Callable[..., str]:
     """Start the real program where torch cannot be imported; return its sentence."""
     (tmp_path / "stand-in").mkdir()
     (tmp_path / "stand-in" / "torch.py").write_text(NO_TORCH)
 
-    def call(*words: str, **variables: str) -> str:
+    def call(*words: str) -> str:
         run = tmp_path / "run"
         given = ("--config", str(trained.config), f"data.root={trained.data}", f"run.dir={run}")
-        outcome = command(
-            PRETRAIN, *given, *words, PYTHONPATH=str(tmp_path / "stand-in"), **variables
-        )
+        outcome = command(PRETRAIN, *given, *words, PYTHONPATH=str(tmp_path / "stand-in"))
         assert outcome.out == ""
         assert not run.exists()
         return refusal(outcome)
@@ -106,13 +107,28 @@ def test_training_needs_a_config() -> None:
     assert "required: --config; `pretrain.py --help` shows" in sentence
 
 
-def test_a_mistake_is_said_by_one_rank(refused_early: Callable[..., str], trained: Trained) -> None:
+def test_a_mistake_is_said_once_by_rank_0(trained: Trained, tmp_path: Path) -> None:
+    """A launcher ends all processes when the first leaves: rank 0 must have said it by then."""
     world = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
-    sentence = refused_early(RANK="0", LOCAL_RANK="0", **world)
-    assert "world size is 3: accepted is" in sentence
-    assert "start 2 processes" in sentence
-    quiet = command(PRETRAIN, "--config", trained.config, RANK="1", LOCAL_RANK="1", **world)
-    assert quiet == Outcome(2, "", "")
+    processes = []
+    for rank in ("1", "0"):
+        environment = variables(RANK=rank, LOCAL_RANK=rank, **world)
+        words = [sys.executable, str(PRETRAIN), "--config", str(trained.config)]
+        processes.append(
+            subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+        time.sleep(0.5)
+    while all(process.poll() is None for process in processes):
+        time.sleep(0.01)
+    for process in processes:
+        process.terminate()
+    said = [process.communicate()[1] for process in processes]
+    assert said[0] == ""
+    assert refusal(Outcome(processes[1].returncode, "", said[1])) == (
+        "error: world size is 3: accepted is parallel.tensor * parallel.pipeline = 1 times a "
+        "divisor of batch.global_rows / batch.micro_rows = 2; start 2 processes, or change the "
+        "batch\n"
+    )
 
 
 @pytest.fixture

@@ -169,7 +169,7 @@ def test_the_program_prints_nothing_else(trained: Trained) -> None:
     assert [json.loads(line)["id"] for line in outcome.out.splitlines()] == ["t0", "t1"]
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+@pytest.mark.parametrize("layout", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_a_split_checkpoint_scores_like_a_whole_one(
     server: Server, verb: Call, trained: Trained, tmp_path: Path, layout: str
 ) -> None:

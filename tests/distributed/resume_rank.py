@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+VALID_SOURCES = ("prose-valid", "chat-valid-plain", "chat-valid-chat")
+
 
 def make_config(data_root, run_dir, **sections):
     from megatron_mode.config import Config
@@ -30,13 +32,7 @@ def make_config(data_root, run_dir, **sections):
         "mix": {
             "mode1": {"sources": [{"name": "prose"}]},
             "mode2": {"sources": [{"name": "chat"}]},
-            "valid": {
-                "sources": [
-                    {"name": "prose-valid"},
-                    {"name": "chat-valid-plain"},
-                    {"name": "chat-valid-chat"},
-                ]
-            },
+            "valid": {"sources": [{"name": name} for name in VALID_SOURCES]},
             "mode2_fraction": {"start": "0.5"},
         },
         "loss": {
