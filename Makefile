@@ -42,14 +42,13 @@ $(TORCH_EXTENSIONS_DIR)/.built: $(VENV)/.installed
 	$(VENV)/bin/python launch/build_ops.py
 	touch $@
 
-data/tiny/.prepared: | install
+data/tiny/tokenizer.json: | install
 	megatron-mode prepare --sample --out data/tiny --vocab-size 2048 --valid-share 0.05
-	touch $@
 
-pretrain: install data/tiny/.prepared
+pretrain: install data/tiny/tokenizer.json
 	deepspeed --num_gpus 1 launch/pretrain.py --config configs/run/tiny.yaml
 
-pretrain-3d: install data/tiny/.prepared
+pretrain-3d: install data/tiny/tokenizer.json
 	deepspeed --num_gpus 8 launch/pretrain.py --config configs/run/tiny-3d.yaml
 
 lint: dev
@@ -70,7 +69,7 @@ gpu-check: dev
 	pytest -m gpu -s --timeout 600
 
 # Tokens/s against a plain Hugging Face loop, for both laptop presets.
-bench: dev data/tiny/.prepared
+bench: dev data/tiny/tokenizer.json
 	python tests/bench/throughput.py --config configs/run/tiny.yaml
 	python tests/bench/throughput.py --config configs/run/real-small.yaml --steps 8 data.root=data/tiny mix=tiny
 

@@ -32,9 +32,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[forked_pretrain.Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forked_pretrain.Server]:
     """Offer runs of launch/pretrain.py that need not import torch again."""
-    started = forked_pretrain.Server()
+    started = forked_pretrain.Server(tmp_path_factory.mktemp("said"))
     yield started
     started.close()
 

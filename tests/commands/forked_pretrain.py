@@ -35,7 +35,9 @@ class Started:
 class Server:
     """Start runs of launch/pretrain.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        """Import launch/pretrain.py; what runs say goes below `folder`."""
+        self._folder = folder
         self._process = subprocess.Popen(
             [sys.executable, str(SERVER), str(PRETRAIN)],
             stdin=subprocess.PIPE,
@@ -47,7 +49,7 @@ class Server:
 
     def start(self, *words: str | Path, **more: str) -> Started:
         """Start a run with these words and launcher's variables."""
-        folder = Path(tempfile.mkdtemp(prefix="run-"))
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
         request = {"words": list(map(str, words)), "variables": more, "folder": str(folder)}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
