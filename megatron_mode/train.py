@@ -28,6 +28,7 @@ from megatron_mode.mix.corpus import (
 )
 from megatron_mode.mix.loader import Loader, StepBatch
 from megatron_mode.mix.order import Order
+from megatron_mode.mix.rows import rows_in_stream
 from megatron_mode.model.size import parameters
 from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import finish_run
@@ -117,6 +118,11 @@ def announce(run: Run, first_step: int) -> None:
     print(accelerator_table())
     for warning in run.order.warnings():
         print(f"note: {warning}")
+    for source in run.corpus.valid:
+        if rows_in_stream(source.tokens, config.model.seq_len) == 0:
+            print(
+                f"note: held-out source '{source.name}' is shorter than one row and gives nothing"
+            )
 
 
 def progress_bar(run: Run, first_step: int) -> tqdm[NoReturn]:
@@ -166,7 +172,8 @@ def closing_lines(summary: dict[str, object]) -> str:
     """Return what a run says at its end: the figures one asks for first."""
     keys = ("valid_lm_loss", "unigram_entropy", "valid_mode_auroc", "valid_mode_auroc_chat")
     figures = [f"{key} {summary[key]:.4f}" for key in keys if summary.get(key) is not None]
-    return f"{', '.join(figures)}\nreport: {summary['report']}"
+    said = ", ".join(figures) or "no held-out figures: mix.valid.sources is empty or too short"
+    return f"{said}\nreport: {summary['report']}"
 
 
 def due(step: int, every_steps: int) -> bool:

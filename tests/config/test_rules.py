@@ -31,9 +31,9 @@ BROKEN = [
         "more than begin_tokens = 9",
     ),
     (
-        ["mix.mode2_fraction.begin_tokens=1228800"],
-        "mix.mode2_fraction.begin_tokens is 1228800",
-        "less than the run's 1228800 tokens",
+        ["mix.mode2_fraction.begin_tokens=983040"],
+        "mix.mode2_fraction.begin_tokens is 983040",
+        "less than the run's 983040 tokens",
     ),
     (
         ["mix.mode2_fraction={shape: constant, begin_tokens: 9}"],
@@ -53,9 +53,9 @@ BROKEN = [
     (["optimizer.schedule=wsd"], "optimizer.decay_steps is 0", "at least 1"),
     (["optimizer.decay_steps=9"], "optimizer.decay_steps is 9", "use wsd"),
     (
-        ["optimizer.schedule=wsd", "optimizer.decay_steps=281"],
-        "optimizer.warmup_steps + optimizer.decay_steps is 301",
-        "at most run.steps = 300",
+        ["optimizer.schedule=wsd", "optimizer.decay_steps=221"],
+        "optimizer.warmup_steps + optimizer.decay_steps is 241",
+        "at most run.steps = 240",
     ),
 ]
 
@@ -77,7 +77,7 @@ def test_a_broken_rule_names_key_value_and_fix(tiny, overrides, start, fix):
         ["mix.mode2_fraction={shape: constant, start: 1}", "mix.mode1.sources=[]"],
         [PIECEWISE + "[[0, 0], [5, 1]]}"],
         ["mix.mode2_fraction={shape: step, start: 0, end: 0.5, begin_tokens: 999999999}"],
-        ["optimizer.schedule=wsd", "optimizer.decay_steps=280"],
+        ["optimizer.schedule=wsd", "optimizer.decay_steps=220"],
         ["parallel.pipeline=4", "parallel.tensor=2", "model.vocab_size=256"],
     ],
 )
