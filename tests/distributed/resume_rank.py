@@ -73,6 +73,8 @@ def run_training(process, config, die_at_step=None):
 
 def refusals(process, config, changed):
     """Try to resume under each changed config; return the message of each refusal."""
+    from megatron.core import parallel_state
+
     from megatron_mode.errors import MegatronModeError
     from megatron_mode.train import train
 
@@ -84,4 +86,5 @@ def refusals(process, config, changed):
             messages.append(str(error))
         else:
             messages.append("went on")
+        parallel_state.destroy_model_parallel()
     return messages
