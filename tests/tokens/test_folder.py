@@ -160,7 +160,11 @@ def started_run(tmp_path: Path, model_path: Path, path: Path) -> subprocess.Pope
     program.write_text(PROGRAM)
     out = tmp_path / "data" / "d"
     command = [sys.executable, program, "--out", out, "--input", path, "--workers", "2"]
-    process = subprocess.Popen([*command, "--tokenizer", model_path])
+    # A shell that starts a command in the background lets it ignore SIGINT; this one listens.
+    process = subprocess.Popen(
+        [*command, "--tokenizer", model_path],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(out.parent.glob(".d.partial-*/books.staged.bin")):
         assert process.poll() is None
