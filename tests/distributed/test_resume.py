@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import gloo_world
 import pytest
 import resume_rank
 import torch
 
+SHARED_MEMORY_BEFORE = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
 CLOCK_AND_MEMORY = {
     "step_seconds",
     "tokens_per_second",
@@ -138,3 +140,10 @@ def test_another_config_is_refused_with_its_differing_keys(data_root, runs):
             assert key in message, message
             assert "start a new run.dir" in message or "already taken" in message
     assert metrics(folder / "whole")[-1]["step"] == 6, "a refusal changes nothing"
+
+
+@pytest.mark.distributed
+def test_a_run_leaves_no_shared_memory_behind(runs):
+    """DeepSpeed's CPU collective left 64 MB a rank in /dev/shm after each run."""
+    left = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+    assert left <= SHARED_MEMORY_BEFORE
