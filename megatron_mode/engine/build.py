@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from datetime import timedelta
 from typing import Any
@@ -44,7 +45,8 @@ def join_group(process: Process, threads: int) -> None:
         backend = "nccl"
     # DeepSpeed's shared-memory collective leaves 64 MB a rank in /dev/shm after every run, and only
     # inference calls it: 300 leftovers filled a machine's memory.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    torch_backend = importlib.import_module("deepspeed.comm.torch")
+    vars(torch_backend)["build_shm_op"] = lambda: None
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(
             backend, auto_mpi_discovery=False, verbose=False, timeout=GROUP_TIMEOUT
