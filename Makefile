@@ -8,7 +8,7 @@ COMPILE := $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The repository root stays off sys.path: its kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
-# DeepSpeed's CPU op is compiled here once, by `install`; launch/pretrain.py looks in the same place.
+# DeepSpeed's CPU op is compiled here once, by `install`; runs leave it out (engine/build.py says why).
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 # The first Python >= 3.11 that can make a virtual environment; set PYTHON to choose another.
