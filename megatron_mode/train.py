@@ -115,7 +115,7 @@ def announce(run: Run, first_step: int) -> None:
         f"{run.engine.accumulation_steps} micro-batches of {config.batch.micro_rows} rows a step\n"
         f"loss: {run.engine.step_loss.mode_loss.implementation}; {run.folder} {begin}"
     )
-    print(accelerator_table())
+    print(accelerator_table(run.engine.step_loss.mode_loss.implementation))
     for warning in run.order.warnings():
         print(f"note: {warning}")
     for source in run.corpus.valid:

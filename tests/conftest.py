@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+# Without a GPU the Triton kernels run in their interpreter; Triton reads this when it is imported.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shared machine may stall any example: what takes too long in all is pytest-timeout's to say.
 settings.register_profile("project", deadline=None)

@@ -6,7 +6,8 @@ from megatron_mode.kernels.mode_loss.arguments import (
     Targets,
     VocabShard,
 )
-from megatron_mode.kernels.mode_loss.op import Implementation, LossOutput, mode_loss
+from megatron_mode.kernels.mode_loss.op import LossOutput, mode_loss
+from megatron_mode.kernels.mode_loss.plan import Implementation
 
 __all__ = [
     "Blocking",

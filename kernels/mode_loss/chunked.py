@@ -1,190 +1,125 @@
-"""Compute the LM + mode loss with gradients taken in the forward pass, chunk by chunk.
+"""Compute the LM + mode loss with gradients taken in the forward pass, piece by piece.
 
-The forward pass keeps the gradients of both sums for upstream 1 (dH [n, D], dW [V, D], dz [N] and
-two small ones); the backward pass only scales them, so it computes nothing twice and may run
-again with `retain_graph`. The mode term's part of dH is the outer product of dz and the mode
-weight: it is formed in the backward pass, after dH of the LM term was summed over the shards.
+The forward pass keeps the gradients of both sums for upstream 1 (dH, dW, dz, dw_mode); the
+backward pass only scales them, so it computes nothing twice. It scales in place where the graph is
+freed afterwards, and makes copies where `retain_graph` asks for another pass. The mode term of dH
+is the outer product of dz and the mode weight: it is formed in the backward pass, after dH of the
+LM term was summed over the shards.
 
-Letters: N tokens, n tokens with an LM weight, D hidden size, V columns of this shard.
+Letters: N tokens, D hidden size, V columns of this shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megatron_mode.kernels.mode_loss.arguments import TokenTargets, VocabShard
+from megatron_mode.kernels.mode_loss.arguments import TokenTargets
 from megatron_mode.kernels.mode_loss.lm_pass import lm_pass
-from megatron_mode.kernels.mode_loss.results import TokenLosses, accumulation_dtype
-
-# Half-precision rows are widened, and rows without a mode weight cleared, this many at a time:
-# 2 MiB at D = 512.
-MODE_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Hold what gets no gradient."""
-
-    targets: TokenTargets
-    shard: VocabShard
-    z_weight: float
-    logits_bytes: int | None
-    grad_enabled: bool
-    """Grad mode of the caller: it is always off inside `forward`, and needs_input_grad ignores
-    it."""
+from megatron_mode.kernels.mode_loss.mode_pass import (
+    effective_lm_weight,
+    mode_pass,
+    mode_weight_gradient,
+)
+from megatron_mode.kernels.mode_loss.plan import ModeHead, Plan, active_lm_tokens
+from megatron_mode.kernels.mode_loss.results import (
+    Gradients,
+    Kept,
+    TokenLosses,
+    Upstream,
+    accumulation_dtype,
+)
 
 
-def chunked_loss(
+def chunked_forward(
     hidden_ND: Tensor,
     lm_weight_VD: Tensor,
-    mode_weight_D: Tensor,
-    mode_bias: Tensor,
+    head: ModeHead | None,
     targets: TokenTargets,
+    plan: Plan,
+) -> tuple[TokenLosses, Kept]:
+    """Return the losses and the gradients for upstream 1."""
+    mode = mode_pass(hidden_ND, head, targets, plan)
+    weight_N = effective_lm_weight(targets, mode.blocked_N, plan)
+    tokens = active_lm_tokens(hidden_ND, targets, weight_N)
+    lm = lm_pass(tokens, lm_weight_VD, plan)
+    # Tokens of weight 0 stand among the others where the host does not know the masks.
+    nll_n = torch.where(tokens.weight_n != 0, lm.nll_n, 0)
+    z_loss_sum = (plan.z_weight * tokens.weight_n * lm.lse_n.square()).sum()
+    lm_sum = (tokens.weight_n * nll_n).sum() + z_loss_sum
+
+    empty = torch.empty(0, dtype=accumulation_dtype(hidden_ND), device=hidden_ND.device)
+    hidden_gradient_ND = empty
+    if lm.hidden_gradient_nD is not None:
+        hidden_gradient_ND = tokens.spread(lm.hidden_gradient_nD, len(hidden_ND))
+        if plan.shard.reduce is not None:
+            hidden_gradient_ND = plan.shard.reduce(hidden_gradient_ND)
+    mode_weight_gradient_D = empty.clone()
+    if head is not None and plan.wants.mode_weight:
+        mode_weight_gradient_D = mode_weight_gradient(
+            hidden_ND, mode.dlogit_N, targets.mode_weight_N
+        )
+    kept = Kept(
+        dlogit_N=mode.dlogit_N,
+        lm_weight_N=weight_N,
+        lse_N=empty.clone(),
+        logits_nV=empty.clone(),
+        hidden_gradient_ND=hidden_gradient_ND,
+        lm_weight_gradient_VD=(
+            empty.clone() if lm.lm_weight_gradient_VD is None else lm.lm_weight_gradient_VD
+        ),
+        mode_weight_gradient_D=mode_weight_gradient_D,
+    )
+    losses = TokenLosses(
+        lm_sum,
+        mode.mode_sum,
+        z_loss_sum,
+        tokens.spread(nll_n, len(hidden_ND)),
+        mode.bce_N,
+        mode.logit_N,
+        mode.blocked_N,
+    )
+    return losses, kept
+
+
+def chunked_backward(
+    kept: Kept,
+    mode_weight_D: Tensor | None,
+    up: Upstream,
+    plan: Plan,
     *,
-    shard: VocabShard,
-    z_weight: float,
-    logits_bytes: int | None = None,
-) -> TokenLosses:
-    """Return both sums and the losses of each token.
+    in_place: bool,
+    main_gradient_VD: Tensor | None,
+) -> Gradients:
+    """Return the gradients of the inputs.
 
-    `logits_bytes` is the budget of the logits buffer; None: by device.
+    `in_place` spoils what was kept; a main gradient takes the LM weight's gradient instead.
     """
-    fixed = Fixed(targets, shard, z_weight, logits_bytes, torch.is_grad_enabled())
-    apply = cast(Callable[..., tuple[Tensor, ...]], _ChunkedLoss.apply)
-    return TokenLosses(*apply(hidden_ND, lm_weight_VD, mode_weight_D, mode_bias, fixed))
+    wants = plan.wants
+    hidden_ND, weight_VD, mode_D, bias = None, None, None, None
+    if wants.hidden and up.lm is not None:
+        hidden_ND = _scale(kept.hidden_gradient_ND, up.lm, in_place=in_place)
+    if wants.lm_weight and up.lm is not None:
+        if main_gradient_VD is not None:
+            main_gradient_VD.addcmul_(kept.lm_weight_gradient_VD.to(main_gradient_VD.dtype), up.lm)
+        else:
+            weight_VD = _scale(kept.lm_weight_gradient_VD, up.lm, in_place=in_place)
+    if mode_weight_D is not None and up.mode is not None:
+        scaled_N = kept.dlogit_N * up.mode
+        if wants.hidden:
+            own_N = plan.shard.own_tokens(scaled_N)
+            mode_weight_D = mode_weight_D.to(scaled_N.dtype)
+            if hidden_ND is None:
+                hidden_ND = torch.outer(own_N, mode_weight_D)
+            else:
+                hidden_ND = hidden_ND.addr_(own_N, mode_weight_D)
+        if wants.mode_weight:
+            mode_D = kept.mode_weight_gradient_D * up.mode
+        if wants.mode_bias:
+            bias = scaled_N.sum()
+    return Gradients(hidden_ND, weight_VD, mode_D, bias)
 
 
-def chunked_mode_logit(hidden_ND: Tensor, mode_weight_D: Tensor, mode_bias: Tensor) -> Tensor:
-    """Return the mode logit z of each token, detached, in fp32 (fp64 for fp64 hidden states)."""
-    dtype = accumulation_dtype(hidden_ND)
-    weight_D = mode_weight_D.detach().to(dtype)
-    logit_N = mode_bias.detach().to(dtype).reshape(()).repeat(len(hidden_ND))
-    for begin in range(0, len(hidden_ND), MODE_ROWS):
-        rows = slice(begin, begin + MODE_ROWS)
-        logit_N[rows] += hidden_ND.detach()[rows].to(dtype) @ weight_D
-    return logit_N
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        lm_weight_VD: Tensor,
-        mode_weight_D: Tensor,
-        mode_bias: Tensor,
-        fixed: Fixed,
-    ) -> tuple[Tensor, ...]:
-        needs = [fixed.grad_enabled and needed for needed in ctx.needs_input_grad[:4]]
-        targets, weight_N = fixed.targets, fixed.targets.lm_weight_N
-        rows_n = _active_rows(weight_N)
-        lm = lm_pass(
-            hidden_ND,
-            lm_weight_VD,
-            targets.target_N,
-            weight_N,
-            rows_n=rows_n,
-            shard=fixed.shard,
-            z_weight=fixed.z_weight,
-            wants_hidden=needs[0],
-            wants_weight=needs[1],
-            logits_bytes=fixed.logits_bytes,
-        )
-        weight_n = weight_N if rows_n is None else weight_N[rows_n]
-        z_loss_sum = (fixed.z_weight * weight_n * lm.lse_n.square()).sum()
-        lm_sum = (weight_n * lm.nll_n).sum() + z_loss_sum
-        nll_N = lm.nll_n if rows_n is None else _spread(lm.nll_n, rows_n, len(weight_N))
-
-        mode_logit_N = chunked_mode_logit(hidden_ND, mode_weight_D, mode_bias)
-        mode_sum, bce_N, dlogit_N = _mode_statistics(mode_logit_N, targets)
-        mode_grad_D = (
-            _weighted_row_sum(hidden_ND, dlogit_N, targets.mode_weight_N) if needs[2] else None
-        )
-        ctx.save_for_backward(
-            lm.hidden_grad_nD,
-            lm.weight_grad_VD,
-            rows_n,
-            dlogit_N,
-            mode_weight_D,
-            mode_grad_D,
-        )
-        ctx.dtypes = [value.dtype for value in (hidden_ND, lm_weight_VD, mode_weight_D, mode_bias)]
-        ctx.bias_shape = mode_bias.shape
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(z_loss_sum, nll_N, bce_N, mode_logit_N)
-        return lm_sum, mode_sum, z_loss_sum, nll_N, bce_N, mode_logit_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Scale what the forward pass kept; saved tensors stay as they are."""
-        lm_up, mode_up = gradients[:2]
-        hidden_grad_nD, weight_grad_VD, rows_n, dlogit_N, mode_weight_D, mode_grad_D = (
-            ctx.saved_tensors
-        )
-        needs_hidden, needs_weight, needs_mode_weight, needs_bias = ctx.needs_input_grad[:4]
-        results: list[Tensor | None] = [None] * 4
-        if needs_hidden and lm_up is not None:
-            grad_nD = hidden_grad_nD * lm_up
-            results[0] = grad_nD if rows_n is None else _spread(grad_nD, rows_n, len(dlogit_N))
-        if needs_weight and lm_up is not None:
-            results[1] = weight_grad_VD * lm_up
-        if mode_up is not None:
-            scaled_N = dlogit_N * mode_up
-            if needs_hidden:
-                results[0] = _add_outer(results[0], scaled_N, mode_weight_D.to(scaled_N.dtype))
-            if needs_mode_weight:
-                results[2] = mode_grad_D * mode_up
-            if needs_bias:
-                results[3] = scaled_N.sum().reshape(ctx.bias_shape)
-        typed = [
-            result if result is None else result.to(dtype)
-            for result, dtype in zip(results, ctx.dtypes, strict=True)
-        ]
-        return (*typed, None)
-
-
-def _add_outer(sum_ND: Tensor | None, left_N: Tensor, right_D: Tensor) -> Tensor:
-    """Add the outer product to a sum that the backward pass owns."""
-    return torch.outer(left_N, right_D) if sum_ND is None else sum_ND.addr_(left_N, right_D)
-
-
-def _active_rows(weight_N: Tensor) -> Tensor | None:
-    """Return the indices of the tokens with a weight; None where that is all of them."""
-    rows_n = weight_N.nonzero().squeeze(1)
-    return None if len(rows_n) == len(weight_N) else rows_n
-
-
-def _spread(value_n: Tensor, rows_n: Tensor, tokens: int) -> Tensor:
-    """Put the values of some rows among zeros."""
-    return value_n.new_zeros(tokens, *value_n.shape[1:]).index_copy_(0, rows_n, value_n)
-
-
-def _mode_statistics(logit_N: Tensor, targets: TokenTargets) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (mode_sum, bce_N, dlogit_N), the last for upstream 1; all 0 without a weight."""
-    weight_N, label_N = targets.mode_weight_N, targets.mode_label_N
-    active_N = weight_N != 0
-    bce_N = binary_cross_entropy_with_logits(logit_N, label_N, reduction="none")
-    bce_N = torch.where(active_N, bce_N, 0)
-    dlogit_N = torch.where(active_N, weight_N * (logit_N.sigmoid() - label_N), 0)
-    return (weight_N * bce_N).sum(), bce_N, dlogit_N
-
-
-def _weighted_row_sum(hidden_ND: Tensor, dlogit_N: Tensor, weight_N: Tensor) -> Tensor:
-    """Return sum_i dlogit_i * hidden_i over the tokens with a weight (0 * NaN would be NaN)."""
-    sum_D = dlogit_N.new_zeros(hidden_ND.shape[1])
-    all_active = _active_rows(weight_N) is None
-    for begin in range(0, len(hidden_ND), MODE_ROWS):
-        rows = slice(begin, begin + MODE_ROWS)
-        hidden_RD = hidden_ND[rows].to(dlogit_N.dtype)
-        if not all_active:
-            hidden_RD = torch.where(weight_N[rows, None] != 0, hidden_RD, 0)
-        sum_D += dlogit_N[rows] @ hidden_RD
-    return sum_D
+def _scale(value: Tensor, up: Tensor, *, in_place: bool) -> Tensor:
+    """Return the value times a scalar tensor, in the value's dtype."""
+    return value.mul_(up) if in_place else (value * up).to(value.dtype)

@@ -1,109 +1,206 @@
-"""Walk the tokens in chunks: LM statistics and gradients without keeping the N x V logits.
+"""Walk the logits in pieces: LM statistics and gradients without keeping the N x V logits.
 
-Each chunk of R tokens is one [R, V] buffer, used for logits, softmax and dlogits in turn:
+    logit = W H^T;  p = softmax(logit);  dlogit = (1 + 2 z_weight lse) p - onehot(target)
+    dH    = a * (dlogit^T W);            dW     = dlogit (a * H)
 
-    logit = H W^T;  p = softmax(logit);  dlogit = (1 + 2 z_weight lse) p - onehot(target)
-    dH    = a * (dlogit W);              dW += dlogit^T (a H)
+Two walks, told apart by the dtype. `by_tokens` takes R tokens against the whole vocabulary: three
+products, dW accumulates over the pieces. `by_columns` takes all tokens against C columns twice,
+first for the statistics, then for the gradients: four products, but each dW row is written once, in
+its final dtype, and shards exchange their statistics once. The weights a scale the sides of size D,
+which is cheaper than scaling the logits.
 
-The weights a scale the [R, D] sides, which is cheaper than scaling [R, V].
-
-Letters: N tokens, n tokens with an LM weight, R tokens of a chunk, D hidden size, V columns.
+Letters: n tokens, R tokens of a piece, D hidden size, V columns, C columns of a piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_mode.kernels.mode_loss.arguments import VocabShard
+from megatron_mode.kernels.mode_loss.plan import LmTokens, Plan
+from megatron_mode.kernels.mode_loss.products import add_product, operand, product
 from megatron_mode.kernels.mode_loss.results import accumulation_dtype
 
-# Measured with fp32 on an AVX2 server core: a product of 64 rows runs at 52 to 69 GFLOP/s, of 128
-# at 58 to 70, of 256 and more at 68 to 79, because the weight is packed anew for every chunk;
-# softmax adds 5 %. 16 MiB is 512 rows at V = 8192 and 128 rows at V = 32768, and stays within a
-# 32 MiB last-level cache.
-CPU_LOGITS_BYTES = 16 * 2**20
+# Measured with fp32 on two AVX2 cores at N = 2048, D = 512, V = 32768 (GFLOP/s of logits, dH, dW):
+# pieces of 128 tokens 110, 110, 134; of 256 121, 128, 132; of 512 134, 141, 126. 32 MiB is 256
+# tokens there and 1024 at V = 8192. The buffer is [V, R]: as [R, V] the logits ran at 102.
+CPU_LOGITS_BYTES = 32 * 2**20
+# by_columns meets its pieces twice and reads no weight twice in a piece: 16 MiB runs as fast.
+CPU_COLUMNS_BYTES = 16 * 2**20
 CPU_ROWS_MAX = 1024
 # A GPU needs thousands of rows to fill; the buffer is small beside its memory.
 GPU_LOGITS_BYTES = 256 * 2**20
 ROWS_MIN = 64
 
 
-@dataclass(frozen=True)
-class LmResult:
-    """Hold what the walk yields for the n tokens that have an LM weight."""
+class LmResult(NamedTuple):
+    """Hold what a walk yields for the n tokens."""
 
     nll_n: Tensor
     lse_n: Tensor
-    hidden_grad_nD: Tensor | None
-    """Gradient of the LM sum for upstream 1, summed over the shards; None if not wanted."""
-    weight_grad_VD: Tensor | None
+    hidden_gradient_nD: Tensor | None
+    """Gradient of the LM sum for upstream 1, of the local shard; None if not wanted."""
+    lm_weight_gradient_VD: Tensor | None
     """Gradient of the LM sum for upstream 1, of the local shard; None if not wanted."""
 
 
-def lm_pass(
-    hidden_ND: Tensor,
-    lm_weight_VD: Tensor,
-    target_N: Tensor,
-    lm_weight_N: Tensor,
-    *,
-    rows_n: Tensor | None,
-    shard: VocabShard,
-    z_weight: float,
-    wants_hidden: bool,
-    wants_weight: bool,
-    logits_bytes: int | None = None,
-) -> LmResult:
-    """Return statistics and gradients of the tokens `rows_n` (None: all of them).
-
-    All shards must pass the same tokens and the same `logits_bytes`: each chunk is one merge.
-    """
-    dtype = accumulation_dtype(hidden_ND)
-    tokens = len(hidden_ND) if rows_n is None else len(rows_n)
-    columns = shard.real_columns(len(lm_weight_VD))
-    weight_VD = _operand(lm_weight_VD[:columns].detach(), dtype)
-    rows_R = chunk_rows(tokens, hidden_ND, len(lm_weight_VD), shard, logits_bytes)
-
-    new = torch.empty((), dtype=dtype, device=hidden_ND.device)
-    nll_n, lse_n = new.new_empty(tokens), new.new_empty(tokens)
-    buffer_RV = new.new_empty(min(rows_R, tokens), columns)
-    hidden_grad_nD = new.new_zeros(tokens, hidden_ND.shape[1]) if wants_hidden else None
-    weight_grad_VD = new.new_zeros(lm_weight_VD.shape) if wants_weight else None
-
-    for begin, end in _chunks(tokens, rows_R):
-        take = slice(begin, end) if rows_n is None else rows_n[begin:end]
-        hidden_RD = _operand(hidden_ND[take], dtype)
-        logit_RV = buffer_RV[: end - begin]
-        _multiply(hidden_RD, weight_VD.T, logit_RV)
-        nll_n[begin:end], lse_n[begin:end] = _softmax_gradient(
-            logit_RV, target_N[take] - shard.start, shard, z_weight
-        )
-        weight_R = lm_weight_N[take, None]
-        if hidden_grad_nD is not None and columns:
-            _multiply(logit_RV, weight_VD, hidden_grad_nD[begin:end])
-            hidden_grad_nD[begin:end].mul_(weight_R)
-        if weight_grad_VD is not None and columns:
-            weighted_RD = (hidden_RD * weight_R).to(hidden_RD.dtype)
-            _multiply(logit_RV.T, weighted_RD, weight_grad_VD[:columns], add=True)
-
-    if hidden_grad_nD is not None and shard.reduce is not None and tokens:
-        shard.reduce(hidden_grad_nD)
-    return LmResult(nll_n, lse_n, hidden_grad_nD, weight_grad_VD)
+def lm_pass(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
+    """Return statistics and gradients; all shards must pass the same tokens and budget."""
+    if accumulation_dtype(tokens.hidden_nD) == tokens.hidden_nD.dtype:
+        return by_tokens(tokens, lm_weight_VD, plan)
+    return by_columns(tokens, lm_weight_VD, plan)
 
 
-def chunk_rows(
+def by_tokens(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
+    """Walk the tokens; the buffer holds R of them against all columns."""
+    shard, hidden_nD = plan.shard, tokens.hidden_nD
+    count, columns = len(hidden_nD), shard.real_columns(len(lm_weight_VD))
+    weight_VD = lm_weight_VD[:columns]
+    rows = piece_rows(count, hidden_nD, len(lm_weight_VD), shard, plan.logits_bytes)
+    buffer = hidden_nD.new_empty(columns * min(rows, count))
+    nll_n, lse_n = hidden_nD.new_empty(count), hidden_nD.new_empty(count)
+    hidden_gradient_nD = torch.zeros_like(hidden_nD) if plan.wants.hidden else None
+    weight_gradient_VD = hidden_nD.new_zeros(lm_weight_VD.shape) if plan.wants.lm_weight else None
+
+    for begin, end in _pieces(count, rows):
+        piece = slice(begin, end)
+        hidden_RD = hidden_nD[piece]
+        logit_VR = buffer[: columns * (end - begin)].view(columns, end - begin)
+        torch.mm(weight_VD, hidden_RD.T, out=logit_VR)
+        local_target_R = tokens.target_n[piece] - shard.start
+        nll_n[piece], lse_n[piece], scale_R = _dlogits_in_place(logit_VR, local_target_R, plan)
+        scale_R1 = (scale_R * tokens.weight_n[piece])[:, None]
+        if not columns:
+            continue
+        if hidden_gradient_nD is not None:
+            torch.mm(logit_VR.T, weight_VD, out=hidden_gradient_nD[piece])
+            hidden_gradient_nD[piece].mul_(scale_R1)
+        if weight_gradient_VD is not None:
+            add_product(weight_gradient_VD[:columns], logit_VR, hidden_RD * scale_R1)
+    return LmResult(nll_n, lse_n, hidden_gradient_nD, weight_gradient_VD)
+
+
+def _dlogits_in_place(
+    logit_VR: Tensor, local_target_R: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits into dlogits but for a factor a token; return (nll_R, lse_R, factor_R)."""
+    shard, columns = plan.shard, len(logit_VR)
+    owned_R = (local_target_R >= 0) & (local_target_R < columns)
+    index_1R = torch.where(owned_R, local_target_R, 0)[None]
+    if columns:
+        maximum_R = logit_VR.amax(0)
+        target_logit_R = torch.where(owned_R, logit_VR.gather(0, index_1R)[0], 0)
+        logit_VR.sub_(maximum_R).exp_()
+        sum_R = logit_VR.sum(0)
+    else:
+        sum_R = logit_VR.new_zeros(len(owned_R))
+        maximum_R, target_logit_R = torch.full_like(sum_R, -torch.inf), sum_R
+    whole_maximum_R, whole_sum_R = maximum_R, sum_R
+    if shard.merge is not None:
+        whole_maximum_R, whole_sum_R, target_logit_R = shard.merge(
+            torch.stack([maximum_R, sum_R, target_logit_R])
+        ).unbind()
+    log_sum_R = whole_sum_R.log()
+    nll_R = (whole_maximum_R - target_logit_R) + log_sum_R
+    lse_R = whole_maximum_R + log_sum_R
+    factor_R = whole_sum_R.reciprocal()
+    if not columns or not (plan.wants.hidden or plan.wants.lm_weight):
+        return nll_R, lse_R, factor_R
+    if shard.merge is None and not plan.z_weight:
+        # p - onehot = (exp - sum * onehot) / sum: the division waits for the sides of size D.
+        logit_VR.scatter_add_(0, index_1R, torch.where(owned_R, -sum_R, 0)[None])
+        return nll_R, lse_R, factor_R
+    factor_R = factor_R * (maximum_R - whole_maximum_R).exp() * (1 + 2 * plan.z_weight * lse_R)
+    logit_VR.mul_(factor_R)
+    logit_VR.scatter_add_(0, index_1R, -owned_R[None].to(logit_VR.dtype))
+    return nll_R, lse_R, torch.ones_like(factor_R)
+
+
+def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
+    """Walk the columns twice; the buffer holds all tokens against C of them."""
+    shard, dtype = plan.shard, accumulation_dtype(tokens.hidden_nD)
+    count, columns = len(tokens.hidden_nD), shard.real_columns(len(lm_weight_VD))
+    hidden_nD = operand(tokens.hidden_nD)
+    budget = plan.logits_bytes or (
+        CPU_COLUMNS_BYTES if hidden_nD.device.type == "cpu" else GPU_LOGITS_BYTES
+    )
+    width = max(budget // (dtype.itemsize * max(count, 1)), 1)
+    pieces = list(_pieces(columns, width)) if count else []
+    buffer = torch.empty(count * min(width, columns), dtype=dtype, device=hidden_nD.device)
+
+    def logits(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        weight_CD = operand(lm_weight_VD[begin:end])
+        logit_nC = buffer[: count * (end - begin)].view(count, end - begin)
+        return product(hidden_nD, weight_CD.T, out=logit_nC), weight_CD
+
+    target_n = tokens.target_n - shard.start
+    statistics_3n = torch.zeros(3, count, dtype=dtype, device=hidden_nD.device)
+    statistics_3n[0] = -torch.inf
+    for begin, end in pieces:
+        _reduce_piece(logits(begin, end)[0], target_n - begin, statistics_3n)
+    if shard.merge is not None and count:
+        statistics_3n = shard.merge(statistics_3n)
+    maximum_n, sum_n, target_logit_n = statistics_3n.unbind()
+    nll_n, lse_n = (maximum_n - target_logit_n) + sum_n.log(), maximum_n + sum_n.log()
+
+    wants, weight_n1 = plan.wants, tokens.weight_n[:, None]
+    hidden_gradient_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=dtype) if wants.hidden else None
+    # bf16 holds what fp32 does in range; fp16 does not, before the upstream gradient scales it.
+    kept_dtype = torch.bfloat16 if lm_weight_VD.dtype == torch.bfloat16 else dtype
+    weight_gradient_VD = (
+        lm_weight_VD.new_zeros(lm_weight_VD.shape, dtype=kept_dtype) if wants.lm_weight else None
+    )
+    weighted_nD = (hidden_nD * weight_n1).to(hidden_nD.dtype) if wants.lm_weight else hidden_nD
+    for begin, end in pieces if wants.hidden or wants.lm_weight else []:
+        dlogit_nC, weight_CD = logits(begin, end)
+        _piece_dlogits(dlogit_nC, target_n - begin, lse_n, plan.z_weight)
+        if hidden_gradient_nD is not None:
+            add_product(hidden_gradient_nD, dlogit_nC, weight_CD)
+        if weight_gradient_VD is not None:
+            weight_gradient_VD[begin:end] = product(dlogit_nC.T, weighted_nD)
+    if hidden_gradient_nD is not None:
+        hidden_gradient_nD.mul_(weight_n1)
+    return LmResult(nll_n, lse_n, hidden_gradient_nD, weight_gradient_VD)
+
+
+def _reduce_piece(logit_nC: Tensor, local_target_n: Tensor, statistics_3n: Tensor) -> None:
+    """Fold a piece into (maximum, sum of exponentials, target logit); spoils the logits."""
+    maximum_n, sum_n, target_logit_n = statistics_3n.unbind()
+    owned_n = (local_target_n >= 0) & (local_target_n < logit_nC.shape[1])
+    index_n1 = torch.where(owned_n, local_target_n, 0)[:, None]
+    target_logit_n += torch.where(owned_n, logit_nC.gather(1, index_n1)[:, 0], 0)
+    new_maximum_n = torch.maximum(maximum_n, logit_nC.amax(1))
+    sum_n *= (maximum_n - new_maximum_n).exp_()
+    sum_n += logit_nC.sub_(new_maximum_n[:, None]).exp_().sum(1)
+    maximum_n.copy_(new_maximum_n)
+
+
+def _piece_dlogits(
+    logit_nC: Tensor, local_target_n: Tensor, lse_n: Tensor, z_weight: float
+) -> None:
+    """Turn the logits of a piece into dlogits for weight 1, in place."""
+    owned_n = (local_target_n >= 0) & (local_target_n < logit_nC.shape[1])
+    index_n1 = torch.where(owned_n, local_target_n, 0)[:, None]
+    logit_nC.sub_(lse_n[:, None]).exp_()
+    if z_weight:
+        logit_nC.mul_((1 + 2 * z_weight * lse_n)[:, None])
+    logit_nC.scatter_add_(1, index_n1, -owned_n[:, None].to(logit_nC.dtype))
+
+
+def piece_rows(
     tokens: int,
     hidden_ND: Tensor,
     local_columns: int,
     shard: VocabShard,
     logits_bytes: int | None,
 ) -> int:
-    """Return the tokens of a chunk: what the budget holds, spread evenly over the chunks.
+    """Return the tokens of a piece: what the budget holds, spread evenly over the pieces.
 
-    Depends on the whole vocabulary, not on the local shard, so that all shards chunk alike.
+    Depends on the whole vocabulary, not on the local shard, so that all shards cut alike.
     """
     columns = local_columns if shard.vocab_size is None else -(-shard.vocab_size // shard.ranks)
     row_bytes = max(columns, 1) * accumulation_dtype(hidden_ND).itemsize
@@ -116,66 +213,6 @@ def chunk_rows(
     return -(-tokens // max(-(-tokens // rows), 1))
 
 
-def _chunks(tokens: int, rows: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, tokens, max(rows, 1)):
-        yield begin, min(begin + rows, tokens)
-
-
-def _softmax_gradient(
-    logit_RV: Tensor, local_target_R: Tensor, shard: VocabShard, z_weight: float
-) -> tuple[Tensor, Tensor]:
-    """Turn logits into dlogits for weight 1, in place; return (nll_R, lse_R) over all shards."""
-    columns = logit_RV.shape[1]
-    owned_R = (local_target_R >= 0) & (local_target_R < columns)
-    index_R1 = torch.where(owned_R, local_target_R, 0)[:, None]
-    if columns:
-        maximum_R = logit_RV.amax(1)
-        target_logit_R = torch.where(owned_R, logit_RV.gather(1, index_R1).squeeze(1), 0)
-        torch.softmax(logit_RV, 1, out=logit_RV)
-        # The largest probability is exp(0) / sum: one pass over the row gives the sum exactly.
-        sum_R = logit_RV.amax(1).reciprocal()
-    else:
-        sum_R = logit_RV.new_zeros(len(logit_RV))
-        maximum_R, target_logit_R = torch.full_like(sum_R, -torch.inf), sum_R
-
-    factor_R: Tensor | None = None
-    whole_maximum_R, whole_sum_R = maximum_R, sum_R
-    if shard.merge is not None:
-        whole_maximum_R, whole_sum_R, target_logit_R = shard.merge(
-            torch.stack([maximum_R, sum_R, target_logit_R])
-        ).unbind()
-        factor_R = sum_R / whole_sum_R * (maximum_R - whole_maximum_R).exp()
-    log_sum_R = whole_sum_R.log()
-    nll_R = (whole_maximum_R - target_logit_R) + log_sum_R
-    lse_R = whole_maximum_R + log_sum_R
-
-    if z_weight:
-        slope_R = 1 + 2 * z_weight * lse_R
-        factor_R = slope_R if factor_R is None else factor_R * slope_R
-    if columns:
-        if factor_R is not None:
-            logit_RV.mul_(factor_R[:, None])
-        logit_RV.scatter_add_(1, index_R1, -owned_R[:, None].to(logit_RV.dtype))
-    return nll_R, lse_R
-
-
-def _operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the matrix as the products take it.
-
-    A CPU without bf16 instructions multiplies fp32 5 to 80 times faster than bf16 (60 against
-    0.8 to 14 GFLOP/s on one AVX2 core), so half precision is widened there; a GPU keeps it.
-    """
-    return matrix.to(dtype) if matrix.device.type == "cpu" else matrix
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """Write left @ right into `out`, or add it to what is there."""
-    if right.dtype == left.dtype == out.dtype:
-        torch.addmm(out, left, right, beta=float(add), out=out)
-        return
-    half = right.dtype if left.dtype == out.dtype else left.dtype
-    product = left.to(half) @ right.to(half)
-    if add:
-        out.add_(product)
-    else:
-        out.copy_(product)
+def _pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, total, max(size, 1)):
+        yield begin, min(begin + size, total)

@@ -6,7 +6,7 @@ Letters: B rows, T row length, N = B*T tokens, D hidden size, V vocabulary colum
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -16,14 +16,16 @@ from megatron_mode.kernels.mode_loss.arguments import (
     Targets,
     TokenTargets,
     VocabShard,
+    check_choices,
     check_heads,
-    check_targets,
 )
-from megatron_mode.kernels.mode_loss.chunked import chunked_loss, chunked_mode_logit
-from megatron_mode.kernels.mode_loss.reference import reference_loss, reference_mode_logit
+from megatron_mode.kernels.mode_loss.arguments import check_targets as check_targets_of
+from megatron_mode.kernels.mode_loss.function import fused_loss
+from megatron_mode.kernels.mode_loss.layout import TokenGrid
+from megatron_mode.kernels.mode_loss.plan import Implementation, ModeHead, Plan, Wants
+from megatron_mode.kernels.mode_loss.reference import reference_loss
 from megatron_mode.kernels.mode_loss.results import TokenLosses, accumulation_dtype
 
-Implementation = Literal["chunked", "reference"]
 WHOLE_VOCABULARY = VocabShard()
 
 
@@ -51,130 +53,100 @@ class LossOutput:
     """Tokens that lost a loss to the blocking policy, bool."""
 
 
+class Options(TypedDict, total=False):
+    """Take the options of one implementation or device."""
+
+    logits_bytes: int | None
+    """Budget of the logits buffer of `chunked`; None: by device."""
+    keep_logits_bytes: int
+    """Largest logits that `triton` keeps for the backward pass; 0 by default."""
+    check_targets: bool
+    """Check the range of targets on a GPU too, on the device; off by default."""
+
+
 def mode_loss(
     hidden_TBD: Tensor,
     lm_weight_VD: Tensor,
-    mode_weight_D: Tensor,
-    mode_bias: Tensor,
+    mode_weight_D: Tensor | None,
+    mode_bias: Tensor | None,
     targets: Targets,
     *,
     shard: VocabShard = WHOLE_VOCABULARY,
     z_weight: float = 0.0,
     blocking: Blocking | None = None,
     implementation: Implementation = "chunked",
-    logits_bytes: int | None = None,
+    main_gradient_VD: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> LossOutput:
     """Return the weighted LM sum and mode sum of hidden states [T, B, D] or [N, D].
 
-    Targets are [B, T], or [N] beside [N, D]; hidden states that are contiguous in either order of
-    T and B are not copied. The mode logit and all sums are in fp32 (fp64 for fp64 inputs).
-    `logits_bytes` bounds the logits buffer of `chunked`. With a sharded vocabulary the hidden
-    states are replicated, the gradient of `hidden` and of the mode head are complete on every
-    rank, and that of `lm_weight` is the shard's own.
-    Raises ValueError or TypeError for a shape or dtype, TargetRangeError for a target (CPU).
+    Targets are [B, T], or [N] beside [N, D]. The mode logit and all sums are in fp32 (fp64 for
+    fp64 inputs). Without mode weight and bias there is no mode head, and the mode sum is 0.
+    With a sharded vocabulary the gradients of `hidden` and of the mode head are complete on every
+    rank, that of `lm_weight` is the shard's own. A `main_gradient` [V, D] in fp32 takes the
+    gradient of `lm_weight`, added in the backward pass; `lm_weight` itself then gets none.
+    Raises ValueError, TypeError for a shape, dtype or device, TargetRangeError for a target (CPU).
     """
     device_type = hidden_TBD.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden_TBD, lm_weight_VD = hidden_TBD.to(dtype), lm_weight_VD.to(dtype)
-    check_heads(hidden_TBD, lm_weight_VD, mode_weight_D, mode_bias)
-    layout = _Layout.of(hidden_TBD)
+    heads = (hidden_TBD, lm_weight_VD, mode_weight_D, mode_bias)
+    check_heads(*heads)
+    grid = TokenGrid.of(hidden_TBD, 1 if shard.gather is None else shard.ranks)
     if shard.vocab_size is None:
         shard = replace(shard, vocab_size=shard.start + len(lm_weight_VD))
-    check_targets(targets, layout.target_shape, shard)
-
-    heads = (layout.flatten_hidden(hidden_TBD), lm_weight_VD, mode_weight_D, mode_bias)
+    check_targets_of(targets, grid.shape, hidden_TBD.device)
+    check_choices(implementation, hidden_TBD, lm_weight_VD, main_gradient_VD)
+    plan = Plan(
+        implementation,
+        grid,
+        shard,
+        Wants(*(_wants_gradient(value) for value in heads)),
+        z_weight,
+        blocking,
+        **options,
+    )
+    hidden_ND, head = grid.flatten_hidden(hidden_TBD), _head(mode_weight_D, mode_bias)
+    tokens = _token_targets(targets, grid, accumulation_dtype(hidden_ND))
     # The dtypes are chosen above: autocast would round the fp32 mode logit and statistics.
     with torch.autocast(device_type, enabled=False):
-        blocked_BT = _blocked(heads, targets, blocking, implementation, layout)
-        tokens = _effective_targets(targets, blocked_BT, blocking, layout, heads[0])
         if implementation == "reference":
-            losses = reference_loss(*heads, tokens, shard=shard, z_weight=z_weight)
+            losses = reference_loss(hidden_ND, lm_weight_VD, head, tokens, plan)
         else:
-            losses = chunked_loss(
-                *heads, tokens, shard=shard, z_weight=z_weight, logits_bytes=logits_bytes
-            )
-    return _output(losses, targets, blocked_BT, layout)
+            losses = fused_loss(hidden_ND, lm_weight_VD, head, tokens, plan, main_gradient_VD)
+    return _output(losses, targets, grid)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Map [T, B] tokens of the hidden states to N and back without copying the hidden states."""
-
-    target_shape: tuple[int, ...]
-    rows_first: bool
-    """Token order is (B, T) rather than (T, B)."""
-
-    @classmethod
-    def of(cls, hidden_TBD: Tensor) -> _Layout:
-        if hidden_TBD.dim() == 2:
-            return cls(tuple(hidden_TBD.shape[:1]), rows_first=True)
-        length, rows, _ = hidden_TBD.shape
-        rows_first = not hidden_TBD.is_contiguous() and hidden_TBD.transpose(0, 1).is_contiguous()
-        return cls((rows, length), rows_first)
-
-    def flatten_hidden(self, hidden_TBD: Tensor) -> Tensor:
-        if hidden_TBD.dim() == 2:
-            return hidden_TBD
-        ordered = hidden_TBD.transpose(0, 1) if self.rows_first else hidden_TBD
-        return ordered.reshape(-1, hidden_TBD.shape[-1])
-
-    def flatten(self, value_BT: Tensor) -> Tensor:
-        return (value_BT if self.rows_first else value_BT.T).reshape(-1)
-
-    def unflatten(self, value_N: Tensor) -> Tensor:
-        if self.rows_first:
-            return value_N.view(self.target_shape)
-        return value_N.view(self.target_shape[::-1]).T
+def _wants_gradient(value: Tensor | None) -> bool:
+    return value is not None and value.requires_grad and torch.is_grad_enabled()
 
 
-def _blocked(
-    heads: tuple[Tensor, Tensor, Tensor, Tensor],
-    targets: Targets,
-    blocking: Blocking | None,
-    implementation: Implementation,
-    layout: _Layout,
-) -> Tensor:
-    """Return the mask of blocked tokens; costs one more product with the mode weight."""
-    if blocking is None:
-        return torch.zeros_like(targets.target_BT, dtype=torch.bool)
-    mode_logit = reference_mode_logit if implementation == "reference" else chunked_mode_logit
-    with torch.no_grad():
-        logit_BT = layout.unflatten(mode_logit(heads[0], heads[2], heads[3]))
-        return blocking.select(logit_BT, targets.mode_label_BT, targets.mode_weight_BT)
+def _head(mode_weight_D: Tensor | None, mode_bias: Tensor | None) -> ModeHead | None:
+    if mode_weight_D is None or mode_bias is None:
+        return None
+    return ModeHead(mode_weight_D, mode_bias)
 
 
-def _effective_targets(
-    targets: Targets,
-    blocked_BT: Tensor,
-    blocking: Blocking | None,
-    layout: _Layout,
-    hidden_ND: Tensor,
-) -> TokenTargets:
-    dtype = accumulation_dtype(hidden_ND)
-    lm_weight_BT, mode_weight_BT = targets.lm_weight_BT, targets.mode_weight_BT
-    if blocking is not None and blocking.lm:
-        lm_weight_BT = lm_weight_BT.masked_fill(blocked_BT, 0)
-    if blocking is not None and blocking.mode:
-        mode_weight_BT = mode_weight_BT.masked_fill(blocked_BT, 0)
+def _token_targets(targets: Targets, grid: TokenGrid, dtype: torch.dtype) -> TokenTargets:
+    rows_n = targets.lm_rows_n
     return TokenTargets(
-        target_N=layout.flatten(targets.target_BT).long(),
-        lm_weight_N=layout.flatten(lm_weight_BT).detach().to(dtype),
-        mode_label_N=layout.flatten(targets.mode_label_BT).detach().to(dtype),
-        mode_weight_N=layout.flatten(mode_weight_BT).detach().to(dtype),
+        target_N=grid.flatten(targets.target_BT).long(),
+        lm_weight_N=grid.flatten(targets.lm_weight_BT).detach().to(dtype),
+        mode_label_N=grid.flatten(targets.mode_label_BT).detach().to(dtype),
+        mode_weight_N=grid.flatten(targets.mode_weight_BT).detach().to(dtype),
+        lm_rows_n=None if rows_n is None else grid.flatten_rows(rows_n),
     )
 
 
-def _output(
-    losses: TokenLosses, targets: Targets, blocked_BT: Tensor, layout: _Layout
-) -> LossOutput:
-    mode_logit_BT = layout.unflatten(losses.mode_logit_N)
+def _output(losses: TokenLosses, targets: Targets, grid: TokenGrid) -> LossOutput:
+    mode_logit_BT = grid.unflatten(losses.mode_logit_N)
     return LossOutput(
         lm_sum=losses.lm_sum,
         mode_sum=losses.mode_sum,
         z_loss_sum=losses.z_loss_sum,
-        nll_BT=layout.unflatten(losses.nll_N),
-        bce_BT=layout.unflatten(losses.bce_N),
+        nll_BT=grid.unflatten(losses.nll_N),
+        bce_BT=grid.unflatten(losses.bce_N),
         mode_logit_BT=torch.where(targets.mode_weight_BT != 0, mode_logit_BT, 0),
-        blocked_BT=blocked_BT,
+        blocked_BT=grid.unflatten(losses.blocked_N),
     )

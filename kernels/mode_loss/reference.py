@@ -20,53 +20,78 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megatron_mode.kernels.mode_loss.arguments import TokenTargets, VocabShard
+from megatron_mode.kernels.mode_loss.arguments import TokenTargets, VocabShard, check_range
+from megatron_mode.kernels.mode_loss.blocking import blocked_in_token_order
+from megatron_mode.kernels.mode_loss.plan import ModeHead, Plan
 from megatron_mode.kernels.mode_loss.results import TokenLosses, accumulation_dtype
 
 
 def reference_loss(
     hidden_ND: Tensor,
     lm_weight_VD: Tensor,
-    mode_weight_D: Tensor,
-    mode_bias: Tensor,
+    head: ModeHead | None,
     targets: TokenTargets,
-    *,
-    shard: VocabShard,
-    z_weight: float,
+    plan: Plan,
 ) -> TokenLosses:
     """Return both sums and the losses of each token; keeps all n x V logits."""
-    lm_rows_n = targets.lm_weight_N.nonzero().squeeze(1)
+    if plan.shard.vocab_size is not None:
+        check_range(targets.target_N, targets.lm_weight_N, plan.shard.vocab_size, plan.grid.name)
+    lm_hidden_ND = hidden_ND
+    if plan.shard.reduce is not None:
+        lm_hidden_ND = cast(Callable[..., Tensor], _LmTokens.apply)(hidden_ND, plan.shard)
+    if plan.shard.gather is not None:
+        hidden_ND = cast(Callable[..., Tensor], _ModeTokens.apply)(hidden_ND, plan.shard)
+    mode_logit_N = torch.zeros_like(targets.mode_weight_N)
+    if head is not None:
+        mode_logit_N = reference_mode_logit(hidden_ND.detach(), head).detach()
+    lm_weight_N, mode_weight_N = targets.lm_weight_N, targets.mode_weight_N
+    blocked_N = torch.zeros_like(mode_logit_N, dtype=torch.bool)
+    if plan.blocking is not None and head is not None:
+        blocked_N = blocked_in_token_order(
+            mode_logit_N, targets.mode_label_N, mode_weight_N, plan.blocking, plan.grid
+        )
+        lm_weight_N = lm_weight_N.masked_fill(blocked_N & plan.blocking.lm, 0)
+        mode_weight_N = mode_weight_N.masked_fill(blocked_N & plan.blocking.mode, 0)
+
+    lm_rows_n = lm_weight_N.nonzero().squeeze(1)
     nll_n, lse_n = _negative_log_likelihood(
-        hidden_ND[lm_rows_n], lm_weight_VD, targets.target_N[lm_rows_n], shard
+        lm_hidden_ND[lm_rows_n], lm_weight_VD, targets.target_N[lm_rows_n], plan.shard
     )
-    weight_n = targets.lm_weight_N[lm_rows_n]
-    z_loss_sum = (weight_n * z_weight * lse_n.square()).sum()
+    weight_n = lm_weight_N[lm_rows_n]
+    z_loss_sum = (weight_n * plan.z_weight * lse_n.square()).sum()
     lm_sum = (weight_n * nll_n).sum() + z_loss_sum
 
-    mode_logit_N = reference_mode_logit(hidden_ND, mode_weight_D, mode_bias)
-    mode_rows_n = targets.mode_weight_N.nonzero().squeeze(1)
-    bce_n = binary_cross_entropy_with_logits(
-        reference_mode_logit(hidden_ND[mode_rows_n], mode_weight_D, mode_bias),
-        targets.mode_label_N[mode_rows_n],
-        reduction="none",
-    )
-    mode_sum = (targets.mode_weight_N[mode_rows_n] * bce_n).sum()
-
-    zero_N = torch.zeros_like(targets.lm_weight_N)
+    zero_N = torch.zeros_like(lm_weight_N)
+    bce_N, mode_sum = zero_N, zero_N.sum()
+    if head is not None:
+        bce_N, mode_sum = _mode_loss(hidden_ND, head, targets.mode_label_N, mode_weight_N)
     return TokenLosses(
         lm_sum=lm_sum,
         mode_sum=mode_sum,
         z_loss_sum=z_loss_sum.detach(),
         nll_N=zero_N.index_copy(0, lm_rows_n, nll_n.detach()),
-        bce_N=zero_N.index_copy(0, mode_rows_n, bce_n.detach()),
-        mode_logit_N=mode_logit_N.detach(),
+        bce_N=bce_N,
+        mode_logit_N=mode_logit_N,
+        blocked_N=blocked_N,
     )
 
 
-def reference_mode_logit(hidden_ND: Tensor, mode_weight_D: Tensor, mode_bias: Tensor) -> Tensor:
+def _mode_loss(
+    hidden_ND: Tensor, head: ModeHead, label_N: Tensor, weight_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (bce_N detached, mode_sum differentiable)."""
+    rows_n = weight_N.nonzero().squeeze(1)
+    bce_n = binary_cross_entropy_with_logits(
+        reference_mode_logit(hidden_ND[rows_n], head), label_N[rows_n], reduction="none"
+    )
+    bce_N = torch.zeros_like(weight_N).index_copy(0, rows_n, bce_n.detach())
+    return bce_N, (weight_N[rows_n] * bce_n).sum()
+
+
+def reference_mode_logit(hidden_ND: Tensor, head: ModeHead) -> Tensor:
     """Return the mode logit z of each token, in fp32 (fp64 for fp64 hidden states)."""
     dtype = accumulation_dtype(hidden_ND)
-    return hidden_ND.to(dtype) @ mode_weight_D.to(dtype) + mode_bias.to(dtype).reshape(())
+    return hidden_ND.to(dtype) @ head.weight_D.to(dtype) + head.bias.to(dtype).reshape(())
 
 
 def _negative_log_likelihood(
@@ -76,9 +101,6 @@ def _negative_log_likelihood(
     dtype = accumulation_dtype(hidden_nD)
     columns = shard.real_columns(lm_weight_VD.shape[0])
     hidden_nD = hidden_nD.to(dtype)
-    if shard.reduce is not None:
-        reduce_gradient = cast(Callable[..., Tensor], _ReduceGradient.apply)
-        hidden_nD = reduce_gradient(hidden_nD, shard.reduce)
     logit_nV = hidden_nD @ lm_weight_VD[:columns].to(dtype).T
     local_target_n = target_n - shard.start
     owned_n = (local_target_n >= 0) & (local_target_n < columns)
@@ -103,16 +125,28 @@ def _negative_log_likelihood(
     return lse_n - whole_target_logit_n, lse_n
 
 
-class _ReduceGradient(torch.autograd.Function):
-    """Pass a value on and sum its gradient over the shards."""
+class _LmTokens(torch.autograd.Function):
+    """Take all tokens; each shard knows a part of their gradient: sum it over the shards."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, reduce: Callable[[Tensor], None]) -> Tensor:
-        ctx.reduce = reduce
-        return value.view_as(value)
+    def forward(ctx: Any, own_ND: Tensor, shard: VocabShard) -> Tensor:
+        ctx.shard = shard
+        return own_ND.view_as(own_ND) if shard.gather is None else shard.gather(own_ND)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        summed = gradients[0].clone()
-        ctx.reduce(summed)
-        return summed, None
+        return ctx.shard.reduce(gradients[0]), None
+
+
+class _ModeTokens(torch.autograd.Function):
+    """Take all tokens; every rank knows their whole gradient: keep that of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, own_ND: Tensor, shard: VocabShard) -> Tensor:
+        assert shard.gather is not None
+        ctx.shard = shard
+        return shard.gather(own_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.shard.own_tokens(gradients[0]).clone(), None

@@ -132,7 +132,13 @@ class LossConfig(Section):
     """Weigh the LM loss, the mode loss and their refinements."""
 
     implementation: Literal["auto", "triton", "chunked", "reference"] = "auto"
-    """auto: triton on a GPU where it is available, else chunked; reference is the plain oracle."""
+    """auto: triton on a GPU where it is installed, else chunked; reference is the plain oracle."""
+    keep_logits_bytes: CountOrZero = 0
+    """Largest logits that triton keeps for the backward pass instead of computing them again."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which the gradient of the hidden states is summed over tensor ranks."""
+    check_targets: bool = False
+    """Check the range of targets on a GPU too, on the device; a CPU always does."""
     mode_weight: NonNegative = 0.1
     """Lambda, the weight of the mean mode loss beside the mean LM loss."""
     z_weight: NonNegative = 0.0

@@ -38,8 +38,15 @@ def probe(accelerator: Accelerator) -> str:
     return "found, not used"
 
 
-def accelerator_table() -> str:
-    """Return the start-up table, one line an accelerator."""
+def accelerator_table(loss_implementation: str = "chunked") -> str:
+    """Return the start-up table, one line an accelerator.
+
+    Triton is used where the loss is; apex and the others are only looked for.
+    """
     lines = ["accelerator         state            used"]
-    lines += [f"{a.name:<19} {probe(a):<16} {a.instead}" for a in ACCELERATORS]
+    for accelerator in ACCELERATORS:
+        state, used = probe(accelerator), accelerator.instead
+        if accelerator.name == loss_implementation:
+            state, used = "found", "the fused loss"
+        lines.append(f"{accelerator.name:<19} {state:<16} {used}")
     return "\n".join(lines)

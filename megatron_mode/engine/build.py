@@ -72,7 +72,10 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
     """
     dtype = choose_dtype(config)
     mode_loss = ModeLoss(
-        config.loss, vocab_tokens, tensor_group=parallel_state.get_tensor_model_parallel_group()
+        config.loss,
+        vocab_tokens,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
     )
     core = transformer_config(config.model, layout.tensor, dtype)
     with contextlib.redirect_stdout(io.StringIO()):

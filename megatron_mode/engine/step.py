@@ -71,8 +71,9 @@ class StepLoss:
     def __call__(self, outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
         """Return the micro-batch's scalar loss, scaled so that the engine's average is global."""
         heads = HeadInputs(*outputs)
-        target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT, flags_BT, position_BT = labels
-        targets = Targets(target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT)
+        target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT, *rest = labels
+        flags_BT, position_BT, lm_rows_n = rest
+        targets = Targets(target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT, lm_rows_n)
         result = self.mode_loss(
             heads.hidden_TBD,
             heads.local_lm_weight_VD,
@@ -189,6 +190,7 @@ def _pairs(micro_batches: list[MicroBatch]) -> Iterator[tuple[Any, Any]] | None:
                 batch.mode_weight_BT,
                 batch.flags_BT,
                 batch.position_BT,
+                batch.lm_rows_n,
             ),
         )
         for batch in micro_batches

@@ -5,6 +5,8 @@ Letters: B rows, T row length, D hidden size, V vocabulary columns of this rank.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,23 +21,33 @@ from megatron_mode.kernels.mode_loss import (
     VocabShard,
     mode_loss,
 )
+from megatron_mode.kernels.mode_loss.availability import why_no_triton
 from megatron_mode.loss.blocking import blocking_of
 from megatron_mode.loss.vocab_parallel import vocab_shard
 
+REDUCE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
-def choose_implementation(name: str) -> Implementation:
-    """Return the implementation for `loss.implementation`.
 
-    Raises ConfigError for `triton`, which has no kernels yet, and for an unknown name.
+def choose_implementation(name: str, device_type: str) -> Implementation:
+    """Return the implementation for `loss.implementation` on a device: the one place of choice.
+
+    `auto` is `triton` on a GPU where it is installed, else `chunked`. On a CPU `triton` runs in its
+    interpreter, for tests. Raises ConfigError where `triton` cannot run, and for an unknown name.
     """
-    if name in ("auto", "chunked"):
-        return "chunked"
-    if name == "reference":
-        return "reference"
-    reason = "is not available in this version" if name == "triton" else "is not known"
+    if name in ("auto", "triton"):
+        reason = why_no_triton(device_type)
+        if name == "auto":
+            return "triton" if device_type == "cuda" and reason is None else "chunked"
+        if reason is None:
+            return "triton"
+        raise ConfigError(
+            f"loss.implementation is 'triton', which {reason}: set loss.implementation=auto."
+        )
+    if name in ("chunked", "reference"):
+        return cast(Implementation, name)
     raise ConfigError(
-        f"loss.implementation is {name!r}, which {reason}; accepted are auto, chunked and "
-        "reference: set loss.implementation=auto."
+        f"loss.implementation is {name!r}; accepted are auto, triton, chunked and reference: set "
+        "loss.implementation=auto."
     )
 
 
@@ -53,16 +65,22 @@ class ModeLoss(nn.Module):
         config: LossConfig,
         vocab_size: int,
         tensor_group: dist.ProcessGroup | None = None,
+        *,
+        device_type: str = "cpu",
+        sequence_parallel: bool = False,
     ) -> None:
         """Keep the choices; `vocab_size` counts the tokens without padding.
+
+        With `sequence_parallel` the hidden states are [T / ranks, B, D], this rank's part.
 
         Raises ConfigError for an implementation that is not available.
         """
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.implementation = choose_implementation(config.implementation)
+        self.implementation = choose_implementation(config.implementation, device_type)
         self._tensor_group = tensor_group
+        self._sequence_parallel = sequence_parallel
         self._shards: dict[int, VocabShard] = {}
 
     def forward(
@@ -91,6 +109,8 @@ class ModeLoss(nn.Module):
                 z_weight=self.config.z_weight,
                 blocking=blocking_of(self.config.blocking, active=blocking_active),
                 implementation=self.implementation,
+                keep_logits_bytes=self.config.keep_logits_bytes,
+                check_targets=self.config.check_targets,
             )
         except TargetRangeError as error:
             raise DataError(str(error)) from error
@@ -98,6 +118,11 @@ class ModeLoss(nn.Module):
     def _shard(self, local_columns: int, device: torch.device) -> VocabShard:
         if local_columns not in self._shards:
             self._shards[local_columns] = vocab_shard(
-                self._tensor_group, local_columns, self.vocab_size, device
+                self._tensor_group,
+                local_columns,
+                self.vocab_size,
+                device,
+                sequence_parallel=self._sequence_parallel,
+                reduce_dtype=REDUCE_DTYPES[self.config.reduce_dtype],
             )
         return self._shards[local_columns]

@@ -1,12 +1,15 @@
 """Join the vocabulary shards of a tensor-parallel group: the collectives of the fused loss.
 
-A chunk of n tokens costs one all-gather of 3 * n numbers (12 bytes a token in fp32); the
-gradient of the hidden states costs one all-reduce. Letters: n tokens of a chunk, S shards.
+The statistics of N tokens cost 12 bytes a token and rank: one all-gather in `triton` and in half
+precision, one for each piece of tokens where `chunked` walks the tokens. The gradient of the hidden
+states costs one all-reduce, or one reduce-scatter under sequence parallelism, and the mode term is
+added afterwards. Letters: N tokens, n tokens of a piece, D hidden size.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,12 +19,21 @@ from megatron_mode.kernels.mode_loss import VocabShard
 
 
 def vocab_shard(
-    group: dist.ProcessGroup | None, local_columns: int, vocab_size: int, device: torch.device
+    group: dist.ProcessGroup | None,
+    local_columns: int,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    sequence_parallel: bool = False,
+    reduce_dtype: torch.dtype | None = None,
 ) -> VocabShard:
     """Place this rank's rows of the LM head; every rank of the group must call it.
 
     The shards follow each other in rank order and may differ in size; `vocab_size` counts the
-    columns without padding. One rank or no group is the whole vocabulary.
+    columns without padding. One rank or no group is the whole vocabulary. With
+    `sequence_parallel` the hidden states are this rank's equal part of the tokens: they are
+    gathered, and their gradient is reduced and scattered. `reduce_dtype` is that of the sum over
+    the ranks; None: fp32.
     """
     if group is None or dist.get_world_size(group) == 1:
         return VocabShard(vocab_size=vocab_size)
@@ -29,23 +41,51 @@ def vocab_shard(
     columns = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(columns, local, group=group)
     ends = list(itertools.accumulate(int(count) for count in columns))
-    rank = dist.get_rank(group)
+    rank, ranks = dist.get_rank(group), len(columns)
 
-    def merge(partial_3n: Tensor) -> Tensor:
-        gathered = [torch.empty_like(partial_3n) for _ in columns]
-        dist.all_gather(gathered, partial_3n.contiguous(), group=group)
-        return merge_statistics(gathered)
-
-    def reduce(value: Tensor) -> None:
-        dist.all_reduce(value, group=group)
-
+    collectives = _Collectives(group, rank, ranks, reduce_dtype)
     return VocabShard(
         start=ends[rank] - local_columns,
         vocab_size=vocab_size,
-        ranks=len(columns),
-        merge=merge,
-        reduce=reduce,
+        ranks=ranks,
+        merge=collectives.merge,
+        reduce=collectives.reduce_scatter if sequence_parallel else collectives.all_reduce,
+        gather=collectives.all_gather if sequence_parallel else None,
+        own_share=rank if sequence_parallel else None,
     )
+
+
+@dataclass(frozen=True)
+class _Collectives:
+    """Hold the group and do what the op asks of it."""
+
+    group: dist.ProcessGroup
+    rank: int
+    ranks: int
+    reduce_dtype: torch.dtype | None
+
+    def merge(self, partial_3n: Tensor) -> Tensor:
+        gathered = [torch.empty_like(partial_3n) for _ in range(self.ranks)]
+        dist.all_gather(gathered, partial_3n.contiguous(), group=self.group)
+        return merge_statistics(gathered)
+
+    def all_reduce(self, value_ND: Tensor) -> Tensor:
+        summed_ND = value_ND.to(self.reduce_dtype or value_ND.dtype, copy=True)
+        dist.all_reduce(summed_ND, group=self.group)
+        return summed_ND.to(value_ND.dtype)
+
+    def reduce_scatter(self, value_ND: Tensor) -> Tensor:
+        parts = list(
+            value_ND.to(self.reduce_dtype or value_ND.dtype).contiguous().chunk(self.ranks)
+        )
+        own_ND = torch.empty_like(parts[self.rank])
+        dist.reduce_scatter(own_ND, parts, group=self.group)
+        return own_ND.to(value_ND.dtype)
+
+    def all_gather(self, own_ND: Tensor) -> Tensor:
+        parts = [torch.empty_like(own_ND) for _ in range(self.ranks)]
+        dist.all_gather(parts, own_ND.contiguous(), group=self.group)
+        return torch.cat(parts)
 
 
 def merge_statistics(shards_3n: list[Tensor]) -> Tensor:

@@ -37,6 +37,15 @@ class MicroBatch:
     position_BT: Tensor
     flags_BT: Tensor
 
+    @property
+    def lm_rows_n(self) -> Tensor:
+        """Return the indices b * T + t of the tokens with an LM weight, int64.
+
+        The host knows the masks: a GPU is spared the LM loss of the other tokens, and the wait
+        that finding them there would cost.
+        """
+        return self.lm_weight_BT.reshape(-1).nonzero().squeeze(1)
+
 
 @dataclass(frozen=True)
 class StepBatch:

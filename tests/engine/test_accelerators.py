@@ -65,3 +65,8 @@ def test_the_table_has_a_line_for_each(place, monkeypatch):
     for line, accelerator in zip(lines, chosen, strict=True):
         assert probe(accelerator) in line
         assert line.endswith(accelerator.instead)
+
+
+def test_the_table_says_whether_triton_computes_the_loss():
+    assert "the fused loss" in accelerator_table("triton")
+    assert "the fused loss" not in accelerator_table("chunked")

@@ -187,6 +187,6 @@ def _run_case() -> Callable[..., LossOutput]:
     return run_case
 
 
-@pytest.fixture(params=["chunked", "reference"])
+@pytest.fixture(params=["triton", "chunked", "reference"])
 def implementation(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mode.config.fields import BlockingConfig, LossConfig
-from megatron_mode.loss.blocking import blocked_tokens, blocked_weight_sums, blocking_of
+from megatron_mode.kernels.mode_loss.blocking import blocked_tokens
+from megatron_mode.loss.blocking import blocked_weight_sums, blocking_of
 from megatron_mode.loss.mode_loss import ModeLoss
 
 POLICIES = ("none", "mode", "lm", "both")
@@ -58,16 +59,16 @@ def expected_row(logits, labels, weights, config):
 def test_mask_is_what_the_words_say(rows, direction, tau, cap):
     config = BlockingConfig(policy="both", direction=direction, tau=tau, cap=cap)
     values_BT3 = torch.tensor(rows)
-    mask_BT = blocked_tokens(*values_BT3.unbind(-1), config)
+    mask_BT = blocked_tokens(*values_BT3.unbind(-1), blocking_of(config, active=True))
     expected = [expected_row(*zip(*row, strict=True), config) for row in rows]
     assert mask_BT.tolist() == expected
 
 
 def mask_of(logits, labels, weights=None, **options):
     weights = [1.0] * len(logits) if weights is None else weights
-    config = BlockingConfig(policy="both", **options)
+    rule = blocking_of(BlockingConfig(policy="both", **options), active=True)
     return blocked_tokens(
-        torch.tensor(logits), torch.tensor(labels), torch.tensor(weights), config
+        torch.tensor(logits), torch.tensor(labels), torch.tensor(weights), rule
     ).tolist()
 
 

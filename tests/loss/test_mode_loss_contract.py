@@ -115,11 +115,11 @@ def test_three_dimensional_hidden_states_in_any_order(order, make_case, run_case
     ("lm_up", "mode_up"), [(-2.0, 3.0), (0.0, 0.0), (1e30, -1e30), (1e-30, 1.0)]
 )
 def test_upstream_gradients_scale_each_sum(
-    lm_up, mode_up, make_case, run_case, truth_of, relative_error
+    lm_up, mode_up, make_case, run_case, truth_of, relative_error, implementation
 ):
     case = make_case(30, 8, 20)
     leaves = case.leaves()
-    output = run_case(leaves)
+    output = run_case(leaves, implementation=implementation)
     torch.autograd.backward(
         (output.lm_sum, output.mode_sum), (torch.tensor(lm_up), torch.tensor(mode_up))
     )
@@ -141,9 +141,9 @@ def test_only_one_of_the_sums_is_used(
             assert relative_error(gradient, expected) <= 2e-6
 
 
-def test_second_backward_gives_the_same_and_accumulates(make_case, run_case):
+def test_second_backward_gives_the_same_and_accumulates(make_case, run_case, implementation):
     leaves = make_case(30, 8, 20).leaves()
-    output = run_case(leaves)
+    output = run_case(leaves, implementation=implementation)
     loss = 0.5 * output.lm_sum + output.mode_sum
     first = torch.autograd.grad(loss, leaves.parameters, retain_graph=True)
     second = torch.autograd.grad(loss, leaves.parameters, retain_graph=True)
@@ -154,13 +154,15 @@ def test_second_backward_gives_the_same_and_accumulates(make_case, run_case):
 
 
 @pytest.mark.parametrize("frozen", range(16))
-def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen, make_case, run_case):
+def test_frozen_inputs_get_no_gradient_and_change_no_other(
+    frozen, make_case, run_case, implementation
+):
     needs = tuple(bool(frozen >> bit & 1) for bit in range(4))
     case = make_case(30, 8, 20)
     whole, part = case.leaves(), case.leaves(needs)
-    output = run_case(whole)
+    output = run_case(whole, implementation=implementation)
     (output.lm_sum + output.mode_sum).backward()
-    partial = run_case(part)
+    partial = run_case(part, implementation=implementation)
     assert torch.equal(output.lm_sum, partial.lm_sum)
     if any(needs):
         (partial.lm_sum + partial.mode_sum).backward()
@@ -178,12 +180,12 @@ def test_without_grad_mode_only_values_are_computed(make_case, run_case, impleme
     assert torch.equal(output.nll_BT, expected.nll_BT)
 
 
-def test_inputs_are_not_mutated_and_runs_repeat_bitwise(make_case, run_case):
+def test_inputs_are_not_mutated_and_runs_repeat_bitwise(make_case, run_case, implementation):
     case = make_case(100, 8, 20)
     gradients = []
     for _ in range(2):
         leaves = case.leaves()
-        output = run_case(leaves, logits_bytes=4 * 20 * 30)
+        output = run_case(leaves, implementation=implementation, logits_bytes=4 * 20 * 30)
         (output.lm_sum + output.mode_sum).backward()
         gradients.append([value.grad for value in leaves.parameters])
         for value, given in zip(leaves.parameters, case.parameters, strict=True):
@@ -191,14 +193,15 @@ def test_inputs_are_not_mutated_and_runs_repeat_bitwise(make_case, run_case):
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-def test_int32_targets_and_autocast(make_case, run_case):
+def test_int32_targets_and_autocast(make_case, run_case, implementation):
     case = make_case(30, 8, 20)
     short = replace(case.targets, target_BT=case.targets.target_BT.int())
-    expected = run_case(case)
-    assert torch.equal(run_case(replace(case, targets=short)).lm_sum, expected.lm_sum)
+    expected = run_case(case, implementation=implementation)
+    given = run_case(replace(case, targets=short), implementation=implementation)
+    assert torch.equal(given.lm_sum, expected.lm_sum)
     leaves = case.leaves()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = run_case(leaves)
+        output = run_case(leaves, implementation=implementation)
     output.lm_sum.backward()
     assert leaves.lm_weight_VD.grad.dtype == torch.float32
     assert output.lm_sum.item() == pytest.approx(expected.lm_sum.item(), rel=1e-2)

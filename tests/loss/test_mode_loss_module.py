@@ -8,10 +8,14 @@ from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.loss.mode_loss import ModeLoss, choose_implementation
 
 
-def test_implementations_are_chosen_or_refused():
-    assert choose_implementation("auto") == choose_implementation("chunked") == "chunked"
-    assert choose_implementation("reference") == "reference"
-    with pytest.raises(ConfigError, match=r"loss.implementation is 'triton'.*not available.*auto"):
+def test_implementations_are_chosen_or_refused(monkeypatch):
+    assert choose_implementation("auto", "cpu") == "chunked"
+    assert choose_implementation("auto", "cuda") == "triton"
+    for name in ("chunked", "reference"):
+        assert choose_implementation(name, "cpu") == choose_implementation(name, "cuda") == name
+    monkeypatch.setattr("megatron_mode.loss.mode_loss.why_no_triton", lambda device: "is broken")
+    assert choose_implementation("auto", "cuda") == "chunked"
+    with pytest.raises(ConfigError, match=r"loss.implementation is 'triton'.*is broken.*auto"):
         ModeLoss(LossConfig(implementation="triton"), 10)
 
 

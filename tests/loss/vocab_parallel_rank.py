@@ -4,17 +4,18 @@ Arguments: rank, rendezvous file, output file. Letters: N tokens, D hidden size,
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from megatron_mode.config.fields import BlockingConfig, LossConfig
-from megatron_mode.kernels.mode_loss import Targets, mode_loss
+from megatron_mode.kernels.mode_loss import Targets, mode_loss, tiling
 from megatron_mode.loss.blocking import blocking_of
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.loss.vocab_parallel import vocab_shard
 
-VOCAB_SIZE, PADDED_SIZE, ROWS, LENGTH, HIDDEN_SIZE = 300, 384, 3, 25, 16
+VOCAB_SIZE, PADDED_SIZE, ROWS, LENGTH, HIDDEN_SIZE = 300, 384, 3, 24, 16
 SHARDS = {
     "equal 2": (192, 192),
     "unequal 2": (100, 284),
@@ -23,6 +24,7 @@ SHARDS = {
     "unequal 4": (150, 30, 110, 94),
     "all padding 4": (150, 130, 60, 44),
 }
+SEQUENCE_CASES = ("unequal 2", "equal 4", "all padding 4")
 BLOCKING = BlockingConfig(policy="both", direction="both", tau=0.8, cap=0.2)
 
 
@@ -42,20 +44,41 @@ def draw_inputs(dtype):
     return [hidden_TBD.to(dtype), weight_VD.to(dtype), mode_weight_D, torch.ones(1)], targets
 
 
-def run(begin, end, group, implementation, dtype):
-    """Return outputs and gradients of the shard [begin, end) by the op, in chunks of 25 tokens."""
+def run(begin, end, group, implementation, dtype, *, sequence=False, rows=False, reduce=None):
+    """Return outputs and gradients of the shard [begin, end) by the op, in chunks of 25 tokens.
+
+    With `sequence` this rank holds a part of the hidden states, and the gradient of its part is
+    gathered; with `rows` the op is told the tokens with an LM weight.
+    """
     (hidden, weight, *head), targets = draw_inputs(dtype)
+    if sequence:
+        hidden = hidden.chunk(group.size())[dist.get_rank(group)]
+    if rows:
+        rows_n = targets.lm_weight_BT.reshape(-1).nonzero().squeeze(1)
+        targets = replace(targets, lm_rows_n=rows_n)
     leaves = [value.clone().requires_grad_() for value in (hidden, weight[begin:end], *head)]
     output = mode_loss(
         *leaves,
         targets,
-        shard=vocab_shard(group, end - begin, VOCAB_SIZE, hidden.device),
+        shard=vocab_shard(
+            group,
+            end - begin,
+            VOCAB_SIZE,
+            hidden.device,
+            sequence_parallel=sequence,
+            reduce_dtype=reduce,
+        ),
         z_weight=0.01,
         blocking=blocking_of(BLOCKING, active=True),
         implementation=implementation,
         logits_bytes=25 * 4 * VOCAB_SIZE // (1 if group is None else group.size()),
     )
-    return collect(output, leaves)
+    result = collect(output, leaves)
+    if sequence:
+        parts = [torch.empty_like(result["hidden_grad"]) for _ in range(group.size())]
+        dist.all_gather(parts, result["hidden_grad"].contiguous(), group=group)
+        result["hidden_grad"] = torch.cat(parts)
+    return result
 
 
 def run_module(begin, end, group):
@@ -78,6 +101,7 @@ def collect(output, leaves):
 def main(rank, rendezvous, out):
     """Run every case on this rank and save {case: result}."""
     torch.set_num_threads(1)
+    tiling.INTERPRETER = replace(tiling.INTERPRETER, BLOCK_N=64, BLOCK_V=128)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=4)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     results = {}
@@ -87,9 +111,25 @@ def main(rank, rendezvous, out):
         begin, end = sum(sizes[:index]), sum(sizes[: index + 1])
         dtypes = (torch.float32, torch.bfloat16) if case == "unequal 4" else (torch.float32,)
         for dtype in dtypes:
-            for implementation in ("chunked", "reference"):
+            for implementation in ("chunked", "reference", "triton"):
                 key = (case, implementation, str(dtype))
+                if implementation == "triton" and dtype == torch.bfloat16:
+                    continue  # the interpreter cuts bf16 off
                 results[key] = run(begin, end, group, implementation, dtype)
+        if case in SEQUENCE_CASES:
+            for implementation in ("chunked", "reference", "triton"):
+                key = (case, f"{implementation} sequence", "torch.float32")
+                results[key] = run(
+                    begin, end, group, implementation, torch.float32, sequence=True, rows=True
+                )
+            # Three runs have the same bits.
+            for _ in range(2):
+                again = run(begin, end, group, "triton", torch.float32, sequence=True, rows=True)
+                last = results[case, "triton sequence", "torch.float32"]
+                assert all(torch.equal(again[name], last[name]) for name in last)
+            results[case, "bf16 sum", "torch.float32"] = run(
+                begin, end, group, "chunked", torch.float32, reduce=torch.bfloat16
+            )
         results[case, "module", "torch.float32"] = run_module(begin, end, group)
     for dtype in (torch.float32, torch.bfloat16):
         results["whole", str(dtype)] = run(0, PADDED_SIZE, None, "reference", dtype)

@@ -1,0 +1,102 @@
+"""List what the launcher makes Triton compile: kernels, argument types, constants, launch options.
+
+Triton specialises on divisibility by 16 of pointers (bytes) and integers. The training shapes are
+divisible; odd ones must work too, so each kernel has both variants. Tile sizes are those of
+`tiling`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_mode.kernels.mode_loss import tiling
+from megatron_mode.kernels.mode_loss.dlogits import dlogits
+from megatron_mode.kernels.mode_loss.lse_forward import lse_forward, merge_tiles
+from megatron_mode.kernels.mode_loss.mode_gradient import hidden_gradient, mode_weight_gradient
+from megatron_mode.kernels.mode_loss.prologue import mode_prologue
+
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = {name: dtype for dtype, name in TRITON_TYPES.items()}
+
+# What Triton takes where a launch names nothing else.
+SMALL_OPTIONS = {"num_warps": 4, "num_stages": 3}
+
+HIDDEN_TYPE = "*hidden"
+"""Stands for a pointer to elements in the dtype of the hidden states."""
+POINTER_TYPES = {
+    "hidden_ptr": HIDDEN_TYPE,
+    "weight_ptr": HIDDEN_TYPE,
+    "logits_ptr": HIDDEN_TYPE,
+    "out_ptr": HIDDEN_TYPE,
+    "mode_weight_ptr": HIDDEN_TYPE,
+    "mode_bias_ptr": HIDDEN_TYPE,
+    "target_ptr": "*i64",
+    "lm_row_ptr": "*i32",
+    "candidate_ptr": "*i8",
+}
+OTHER_POINTER = "*fp32"
+FLOATS = ("z_weight", "threshold")
+NEVER_DIVISIBLE = ("tiles",)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Hold one way to launch a kernel."""
+
+    kernel: Any
+    """The function that `triton.jit` made."""
+    constants: dict[str, Any]
+    """Compile-time arguments; a pointer that is None is one too."""
+    options: dict[str, int] = field(default_factory=lambda: dict(SMALL_OPTIONS))
+    multiplies: bool = False
+    """It multiplies matrices: 16-bit operands must meet tensor cores."""
+
+    def signature(self, dtype: torch.dtype) -> dict[str, str]:
+        """Return the Triton type of each argument, in order."""
+        names = [parameter.name for parameter in self.kernel.params]
+        return {
+            name: "constexpr" if name in self.constants else _argument_type(name, dtype)
+            for name in names
+        }
+
+    def attributes(self, dtype: torch.dtype, *, divisible: bool) -> dict[tuple[int], Any]:
+        """Return what Triton knows of the values of the arguments, by position."""
+        return {
+            (position,): [["tt.divisibility", tiling.ALIGNMENT]]
+            for position, (name, kind) in enumerate(self.signature(dtype).items())
+            if divisible and (kind == "i32" or kind[0] == "*") and name not in NEVER_DIVISIBLE
+        }
+
+
+def _argument_type(name: str, dtype: torch.dtype) -> str:
+    if name.endswith("_ptr"):
+        kind = POINTER_TYPES.get(name, OTHER_POINTER)
+        return f"*{TRITON_TYPES[dtype]}" if kind == HIDDEN_TYPE else kind
+    return "fp32" if name in FLOATS else "i32"
+
+
+def launches(dtype: torch.dtype, arch: int, *, divisible: bool) -> dict[str, Launch]:
+    """Return every launch by name, with the tiles for a compute capability such as 90."""
+    tile = tiling.matmul_tile(dtype, arch, aligned=divisible)
+    matmul = {"EVEN_D": divisible, "UPCAST": False, **tile.constexprs}
+    policy = {"WATCH_MODE1": True, "WATCH_MODE2": True, "DROP": False}
+    return {
+        "mode_prologue": Launch(mode_prologue, policy | tiling.PROLOGUE),
+        "lse_forward": Launch(
+            lse_forward, {"logits_ptr": None, "KEEP": False, **matmul}, tile.options, True
+        ),
+        "lse_forward keep": Launch(lse_forward, {"KEEP": True, **matmul}, tile.options, True),
+        "merge_tiles": Launch(merge_tiles, dict(tiling.MERGE)),
+        "dlogits": Launch(
+            dlogits, {"logits_ptr": None, "KEPT": False, **matmul}, tile.options, True
+        ),
+        "dlogits kept": Launch(dlogits, {"KEPT": True, **matmul}, tile.options),
+        "hidden_gradient": Launch(hidden_gradient, dict(tiling.HIDDEN_GRADIENT)),
+        "mode_weight_gradient": Launch(mode_weight_gradient, dict(tiling.MODE_WEIGHT_GRADIENT)),
+    }
+
+
+KERNELS = tuple(launches(torch.bfloat16, 90, divisible=True))

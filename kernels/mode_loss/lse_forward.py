@@ -1,0 +1,156 @@
+"""Reduce the logits of each token to (maximum, sum of exponentials, target logit), tile by tile.
+
+Each program reduces one tile and writes one partial per token; `merge_tiles` joins them with an
+online softmax (Milakov and Gimelshein, 2018) in a fixed order, so the result has the same bits in
+every run. No atomics, and no N x V logits unless KEEP asks for them. Partials are 12 N V / BLOCK_V
+bytes. A program that walks several tiles needs 72 registers a thread more and spills at 128 x 256.
+
+Letters: N tokens, D hidden size, V columns of the shard without padding.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_mode.kernels.mode_loss.offsets import row_start
+
+
+@triton.jit
+def tile_logits(
+    hidden_ptr,  # first token of the tile
+    weight_ptr,  # first column of the tile
+    offset_N,  # clamped
+    offset_V,  # clamped
+    hidden_size,
+    EVEN_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Return the logits [BLOCK_N, BLOCK_V] of one tile in fp32.
+
+    Lanes beyond the matrix repeat its last row: the offsets are clamped, so that the loop over D
+    needs no mask. The caller drops what they yield.
+    """
+    column_D = tl.arange(0, BLOCK_D)
+    logit_NV = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    hidden_ptrs = hidden_ptr + offset_N[:, None] + column_D[None, :]
+    weight_ptrs = weight_ptr + offset_V[None, :] + column_D[:, None]
+    for begin in range(0, hidden_size, BLOCK_D):
+        if EVEN_D:
+            hidden_ND, weight_DV = tl.load(hidden_ptrs), tl.load(weight_ptrs)
+        else:
+            inside_D = begin + column_D < hidden_size
+            hidden_ND = tl.load(hidden_ptrs, mask=inside_D[None, :], other=0)
+            weight_DV = tl.load(weight_ptrs, mask=inside_D[:, None], other=0)
+        if UPCAST:  # the interpreter multiplies the raw bits of bf16
+            hidden_ND, weight_DV = hidden_ND.to(tl.float32), weight_DV.to(tl.float32)
+        logit_NV = tl.dot(hidden_ND, weight_DV, logit_NV, input_precision="ieee")
+        hidden_ptrs += BLOCK_D
+        weight_ptrs += BLOCK_D
+    return logit_NV
+
+
+@triton.jit
+def lse_forward(
+    hidden_ptr,  # [N, D], bf16, fp16 or fp32
+    weight_ptr,  # [V, D], same dtype
+    target_ptr,  # [N] int32 or int64, ids of the whole vocabulary
+    partial_ptr,  # [3, tiles, N] fp32, out: maximum, sum of exponentials, target logit
+    logits_ptr,  # [N, V] in the dtype of hidden, out, or None
+    tokens,
+    columns,
+    hidden_size,
+    hidden_stride,
+    weight_stride,
+    logits_stride,
+    first_column,  # id of the shard's first column
+    KEEP: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    """Write the statistics of BLOCK_N tokens over one tile of the vocabulary.
+
+    Programs are ordered so that GROUP_N token blocks in a row share a tile: its columns stay in
+    the L2 cache. A token whose target lies elsewhere gets target logit 0.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    tiles = tl.cdiv(columns, BLOCK_V)
+    group = program // (GROUP_N * tiles)
+    group_blocks = tl.minimum(blocks - group * GROUP_N, GROUP_N)
+    inside = program % (GROUP_N * tiles)
+    block = group * GROUP_N + inside % group_blocks
+    tile = inside // group_blocks
+
+    lane_N = tl.arange(0, BLOCK_N)
+    row_N = block * BLOCK_N + lane_N
+    real_N = row_N < tokens
+    lane_V = tl.arange(0, BLOCK_V)
+    column_V = tile * BLOCK_V + lane_V
+    real_V = column_V < columns
+    logit_NV = tile_logits(
+        hidden_ptr + row_start(block, BLOCK_N, hidden_stride),
+        weight_ptr + row_start(tile, BLOCK_V, weight_stride),
+        tl.minimum(lane_N, tokens - block * BLOCK_N - 1) * hidden_stride,
+        tl.minimum(lane_V, columns - tile * BLOCK_V - 1) * weight_stride,
+        hidden_size,
+        EVEN_D,
+        UPCAST,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_D,
+    )
+    if KEEP:
+        kept_ptrs = logits_ptr + row_start(block, BLOCK_N, logits_stride)
+        kept_ptrs += (lane_N * logits_stride)[:, None] + column_V[None, :]
+        kept_NV = logit_NV.to(logits_ptr.dtype.element_ty)
+        tl.store(kept_ptrs, kept_NV, mask=real_N[:, None] & real_V[None, :])
+
+    target_N = tl.load(target_ptr + row_N, mask=real_N, other=-1).to(tl.int64) - first_column
+    owned_N = (target_N >= 0) & (target_N < columns)
+    target_N = tl.where(owned_N, target_N, -1).to(tl.int32)
+    is_target_NV = column_V[None, :] == target_N[:, None]
+    target_logit_N = tl.sum(tl.where(is_target_NV, logit_NV, 0), axis=1)
+    logit_NV = tl.where(real_V[None, :], logit_NV, -float("inf"))
+    maximum_N = tl.max(logit_NV, axis=1)
+    sum_N = tl.sum(tl.exp(logit_NV - maximum_N[:, None]), axis=1)
+
+    plane = row_start(tiles, 1, tokens)
+    partial_ptr += row_start(tile, 1, tokens)
+    tl.store(partial_ptr + row_N, maximum_N, mask=real_N)
+    tl.store(partial_ptr + plane + row_N, sum_N, mask=real_N)
+    tl.store(partial_ptr + 2 * plane + row_N, target_logit_N, mask=real_N)
+
+
+@triton.jit
+def merge_tiles(
+    partial_ptr,  # [3, tiles, N] fp32
+    merged_ptr,  # [3, N] fp32, out
+    tokens,
+    tiles,
+    BLOCK_N: tl.constexpr,
+):
+    """Join the partials of BLOCK_N tokens in the order of the tiles."""
+    row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    real_N = row_N < tokens
+    plane = row_start(tiles, 1, tokens)
+    maximum_N = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    sum_N = tl.zeros((BLOCK_N,), tl.float32)
+    found_N = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(tiles):
+        part_ptr = partial_ptr + row_start(tile, 1, tokens)
+        part_maximum_N = tl.load(part_ptr + row_N, mask=real_N, other=0)
+        part_sum_N = tl.load(part_ptr + plane + row_N, mask=real_N, other=0)
+        found_N += tl.load(part_ptr + 2 * plane + row_N, mask=real_N, other=0)
+        new_maximum_N = tl.maximum(maximum_N, part_maximum_N)
+        sum_N = sum_N * tl.exp(maximum_N - new_maximum_N)
+        sum_N += part_sum_N * tl.exp(part_maximum_N - new_maximum_N)
+        maximum_N = new_maximum_N
+    tl.store(merged_ptr + row_N, maximum_N, mask=real_N)
+    tl.store(merged_ptr + tokens + row_N, sum_N, mask=real_N)
+    tl.store(merged_ptr + 2 * tokens + row_N, found_N, mask=real_N)

@@ -1,0 +1,87 @@
+"""Compute the mode term of dH and dw_mode.
+
+    dH_i    = lm_up * dH_i(LM) + mode_up * dz_i w_mode
+    dw_mode = mode_up * sum_i dz_i hidden_i
+
+The mode term joins dH after dH was summed over the vocabulary shards, or it would count once a
+shard. Letters: N tokens, n tokens with an LM weight, D hidden size.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_mode.kernels.mode_loss.offsets import row_start
+
+
+@triton.jit
+def hidden_gradient(
+    lm_gradient_ptr,  # [n, D], fp32 or the dtype of hidden
+    lm_row_ptr,  # [N] int32: row of lm_gradient of the token, -1 for none
+    dlogit_ptr,  # [N] fp32, dz
+    mode_weight_ptr,  # [D]
+    lm_up_ptr,  # one fp32: upstream gradient of lm_sum
+    mode_up_ptr,  # one fp32: upstream gradient of mode_sum
+    out_ptr,  # [N, D], out
+    tokens,
+    hidden_size,
+    gradient_stride,
+    out_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write BLOCK_N x BLOCK_D elements of the gradient of the hidden states."""
+    block = tl.program_id(0)
+    lane_N = tl.arange(0, BLOCK_N)
+    row_N = block * BLOCK_N + lane_N
+    real_N = row_N < tokens
+    column_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside_D = column_D < hidden_size
+    lm_row_N = tl.load(lm_row_ptr + row_N, mask=real_N, other=-1)
+    gradient_ND = tl.load(
+        # Gathered rows have no common start, so their offsets are 64-bit: N of them, not N x D.
+        (lm_gradient_ptr + lm_row_N.to(tl.int64) * gradient_stride)[:, None] + column_D[None, :],
+        mask=(lm_row_N >= 0)[:, None] & inside_D[None, :],
+        other=0,
+    ).to(tl.float32)
+    lm_up, mode_up = tl.load(lm_up_ptr), tl.load(mode_up_ptr)
+    dlogit_N = tl.load(dlogit_ptr + row_N, mask=real_N, other=0) * mode_up
+    weight_D = tl.load(mode_weight_ptr + column_D, mask=inside_D, other=0).to(tl.float32)
+    gradient_ND = gradient_ND * lm_up + dlogit_N[:, None] * weight_D[None, :]
+    out_ptrs = out_ptr + row_start(block, BLOCK_N, out_stride)
+    out_ptrs += (lane_N * out_stride)[:, None] + column_D[None, :]
+    inside_ND = real_N[:, None] & inside_D[None, :]
+    tl.store(out_ptrs, gradient_ND.to(out_ptr.dtype.element_ty), mask=inside_ND)
+
+
+@triton.jit
+def mode_weight_gradient(
+    hidden_ptr,  # [N, D]
+    dlogit_ptr,  # [N] fp32
+    token_weight_ptr,  # [N] fp32, c: hidden states of weight 0 are not looked at (0 * NaN is NaN)
+    partial_ptr,  # [blocks, D] fp32, out
+    tokens,
+    hidden_size,
+    hidden_stride,
+    ROWS: tl.constexpr,  # tokens of a program
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write sum_i dz_i hidden_i over ROWS tokens and BLOCK_D columns."""
+    block = tl.program_id(0)
+    lane_N = tl.arange(0, BLOCK_N)
+    column_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside_D = column_D < hidden_size
+    hidden_ptr += row_start(block, ROWS, hidden_stride)
+    sum_ND = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for begin in range(0, ROWS, BLOCK_N):
+        row_N = block * ROWS + begin + lane_N
+        weight_N = tl.load(token_weight_ptr + row_N, mask=row_N < tokens, other=0)
+        dlogit_N = tl.load(dlogit_ptr + row_N, mask=row_N < tokens, other=0)
+        hidden_ND = tl.load(
+            hidden_ptr + ((begin + lane_N) * hidden_stride)[:, None] + column_D[None, :],
+            mask=(weight_N != 0)[:, None] & inside_D[None, :],
+            other=0,
+        )
+        sum_ND += dlogit_N[:, None] * hidden_ND.to(tl.float32)
+    sum_D = tl.sum(sum_ND, axis=0)
+    tl.store(partial_ptr + row_start(block, 1, hidden_size) + column_D, sum_D, mask=inside_D)

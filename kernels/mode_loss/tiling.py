@@ -1,0 +1,91 @@
+"""Choose tile sizes by dtype, architecture and alignment: device-specific numbers stand here.
+
+Measured ahead of time with `python -m megatron_mode.kernels.aot`, never on a GPU: registers, spills
+and shared memory decide here, not time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Fused multiply-add stays on: Triton asks for the choice to be made.
+FP_FUSION = True
+ALIGNMENT = 16
+"""Bytes of a pointer, and elements of a stride or size, that the launcher specialises on."""
+
+
+@dataclass(frozen=True)
+class MatmulTile:
+    """Hold the launch options of `lse_forward` and `dlogits`."""
+
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_D: int
+    GROUP_N: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def constexprs(self) -> dict[str, int]:
+        """Return the compile-time arguments of the kernel."""
+        return {
+            "BLOCK_N": self.BLOCK_N,
+            "BLOCK_V": self.BLOCK_V,
+            "BLOCK_D": self.BLOCK_D,
+            "GROUP_N": self.GROUP_N,
+        }
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return the launch options that are no arguments of the kernel."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+HOPPER = MatmulTile(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3)
+AMPERE = MatmulTile(BLOCK_N=128, BLOCK_V=128, BLOCK_D=32, GROUP_N=8, num_warps=8, num_stages=4)
+# Loads of rows that are not a multiple of 16 elements cannot be wide or asynchronous: a tile of
+# 128 x 128 spills 268 to 1040 bytes there, this one none.
+UNALIGNED = MatmulTile(BLOCK_N=64, BLOCK_V=64, BLOCK_D=32, GROUP_N=8, num_warps=4, num_stages=3)
+# fp32 without TF32 runs on the ordinary cores, from registers.
+FULL_PRECISION = MatmulTile(
+    BLOCK_N=64, BLOCK_V=64, BLOCK_D=16, GROUP_N=8, num_warps=8, num_stages=2
+)
+# Small, so that small inputs meet several tiles, blocks and groups.
+INTERPRETER = MatmulTile(BLOCK_N=32, BLOCK_V=64, BLOCK_D=32, GROUP_N=2, num_warps=1, num_stages=1)
+
+PROLOGUE = {"BLOCK_N": 16, "BLOCK_D": 256}
+MERGE = {"BLOCK_N": 128}
+HIDDEN_GRADIENT = {"BLOCK_N": 32, "BLOCK_D": 128}
+MODE_WEIGHT_GRADIENT = {"ROWS": 512, "BLOCK_N": 32, "BLOCK_D": 128}
+
+
+def matmul_tile(dtype: torch.dtype, capability: int, *, aligned: bool) -> MatmulTile:
+    """Return the tile for a compute capability such as 90, or 0 for the interpreter."""
+    if capability == 0:
+        return INTERPRETER
+    if dtype == torch.float32:
+        return FULL_PRECISION
+    if not aligned:
+        return UNALIGNED
+    return HOPPER if capability >= 90 else AMPERE
+
+
+def is_aligned(*matrices: Tensor) -> bool:
+    """Tell whether the launcher finds all pointers, row strides and row lengths divisible."""
+    return all(
+        matrix.data_ptr() % ALIGNMENT == 0
+        and matrix.stride(0) % ALIGNMENT == 0
+        and matrix.shape[1] % ALIGNMENT == 0
+        for matrix in matrices
+    )
+
+
+def padded_columns(columns: int) -> int:
+    """Return the columns of a buffer whose rows all begin aligned.
+
+    With an odd row stride the kernel that reads kept logits spills 440 to 4748 bytes.
+    """
+    return -(-columns // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,273 @@
+"""What the kernels compile to without a GPU, and the arithmetic on it.
+
+Kernels are compiled in processes of their own: this one may run Triton's interpreter.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mode.kernels.aot.occupancy import occupancy
+from megatron_mode.kernels.aot.resources import Job, count
+from megatron_mode.kernels.aot.roofline import EXAMPLE, H100, Step, floor_seconds, stages
+from megatron_mode.kernels.aot.table import offences, resource_table, roofline_text
+from megatron_mode.kernels.mode_loss.tiling import MatmulTile
+
+MATMULS = {"lse_forward", "lse_forward keep", "dlogits"}
+KERNELS = MATMULS | {
+    "mode_prologue",
+    "merge_tiles",
+    "dlogits kept",
+    "hidden_gradient",
+    "mode_weight_gradient",
+}
+TILE = MatmulTile(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3)
+
+# Compiles with the tile starts of `offsets`, then with 32-bit ones in their place.
+NARROW_STARTS = """
+import importlib, json
+import triton
+import triton.language as tl
+from megatron_mode.kernels.aot.compilation import measure
+from megatron_mode.kernels.aot.resources import Job
+
+@triton.jit
+def row_start(tile, TILE_ROWS: tl.constexpr, stride):
+    return tile * TILE_ROWS * stride
+
+counts = {}
+for name in ("lse_forward", "dlogits"):
+    importlib.import_module("megatron_mode.kernels.mode_loss." + name).row_start = row_start
+    counts[name] = measure(Job(name, 80, True, "bf16")).wide_products
+print(json.dumps(counts))
+"""
+
+# Triton turns an integer argument of value 1 into a constant, which has no `.to`.
+ARGUMENTS_OF_ONE = """
+import dataclasses
+import torch
+from megatron_mode.kernels.aot.compilation import compile_launch
+from megatron_mode.kernels.aot.launches import launches
+from megatron_mode.kernels.aot.resources import Job
+
+for name, launch in launches(torch.bfloat16, 80, divisible=False).items():
+    kinds = launch.signature(torch.bfloat16)
+    ones = {argument: 1 for argument, kind in kinds.items() if kind == "i32"}
+    launch = dataclasses.replace(launch, constants=launch.constants | ones)
+    compile_launch(launch, Job(name, 80, False, "bf16"))
+"""
+
+
+def run(folder, *arguments, **variables):
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=clean | {"TRITON_CACHE_DIR": str(folder / "cache")} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run_script(folder, text):
+    """Run from a file: Triton reads the source of its functions."""
+    script = folder / "script.py"
+    script.write_text(text)
+    return run(folder, str(script))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aot")
+    done = run(folder, "-m", "megatron_mode.kernels.aot", "--json", "--arch", "80", "90")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_is_there_once_in_every_variant(rows):
+    keys = [(row["kernel"], row["arch"], row["divisible"]) for row in rows]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {
+        (kernel, arch, divisible)
+        for kernel in KERNELS
+        for arch in ("sm_80", "sm_90")
+        for divisible in (True, False)
+    }
+
+
+def test_training_shapes_spill_nothing_and_no_kernel_has_atomics(rows):
+    assert [row for row in rows if row["divisible"] and row["spill_bytes"]] == []
+    assert [row for row in rows if row["atomics"]] == []
+
+
+def test_matrix_products_meet_tensor_cores(rows):
+    expected = {"sm_80": "mma.sync", "sm_90": "wgmma"}
+    for row in rows:
+        multiplies = row["kernel"] in MATMULS
+        assert row["tensor_core"] == (expected[row["arch"]] if multiplies else None), row
+        assert row["cp_async"] == (multiplies and row["divisible"]), row
+
+
+def test_every_block_fits_a_multiprocessor(rows):
+    assert [row for row in rows if not 0 < row["occupancy"] <= 1] == []
+
+
+def test_tile_starts_are_64_bit(rows, tmp_path):
+    """Hidden states and LM weight, and what is written, start at a 64-bit product each."""
+    done = run_script(tmp_path, NARROW_STARTS)
+    assert done.returncode == 0, done.stderr
+    narrow = json.loads(done.stdout)
+    for row in rows:
+        if row["divisible"] and row["arch"] == "sm_80" and row["kernel"] in narrow:
+            assert row["wide_products"] >= 3, row
+            assert narrow[row["kernel"]] == 0, narrow
+
+
+def test_kernels_compile_for_arguments_of_one(tmp_path):
+    done = run_script(tmp_path, ARGUMENTS_OF_ONE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_interpreter_is_refused_in_one_sentence(tmp_path):
+    done = run(tmp_path, "-m", "megatron_mode.kernels.aot", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_help_imports_no_torch(tmp_path):
+    script = (
+        "import sys\n"
+        "from megatron_mode.kernels.aot.__main__ import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(bool({'torch', 'triton'} & set(sys.modules)))\n"
+    )
+    done = run(tmp_path, "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m megatron_mode.kernels.aot" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared_bytes", "num_warps", "expected"),
+    [
+        # 168 registers x 32 lanes = 5376; 16384 // 5376 = 3 a partition, 12 in all: one block of 8.
+        (80, 168, 49152, 8, 8 / 64),
+        # 161 are handed out as 168, 128 as they are: 4 a partition, two blocks of 8.
+        (80, 161, 0, 4, 12 / 64),
+        (80, 128, 49152, 8, 16 / 64),
+        # 2 (98304 + 1024) = 198656 bytes are more than 167936 (sm_80), less than 233472 (sm_90).
+        (80, 128, 98304, 8, 8 / 64),
+        (90, 128, 98304, 8, 16 / 64),
+        # 16 warps a partition: the multiprocessor is full.
+        (90, 32, 0, 4, 64 / 64),
+        # 32 blocks of one warp are as many as it takes.
+        (90, 16, 0, 1, 32 / 64),
+        # 100 bytes take 128 and 1024: 167936 // 1152 = 145 blocks, so registers decide.
+        (80, 64, 100, 4, 32 / 64),
+        # 163 KiB and the reserved one fill sm_80; one byte more does not start.
+        (80, 32, 163 * 1024, 4, 4 / 64),
+        (80, 32, 163 * 1024 + 1, 4, 0),
+        # 255 registers: 2 warps a partition, fewer than a block of 16.
+        (100, 255, 0, 16, 0),
+    ],
+)
+def test_occupancy(arch, registers, shared_bytes, num_warps, expected):
+    assert expected == occupancy(
+        arch, registers=registers, shared_bytes=shared_bytes, num_warps=num_warps
+    )
+
+
+PTX = """
+ cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, 0x10;
+ wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1}, %rd2, %rd3, 1, 1, 1;
+ mul.lo.s64 %rd1, %rd2, %rd3;
+ mul.wide.s32 %rd1, %r2, 2;
+ redux.sync.max.s32 %r1, %r2, 0xffffffff;
+ atom.shared.add.u32 %r1, [%r2], 1;
+ atom.global.add.f32 %f1, [%rd1], %f2;
+ @%p1 red.global.add.f32 [%rd1], %f2;
+ atom.add.f32 %f1, [%rd1], %f2;
+"""
+LOG = """
+    8 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 432 bytes cmem[0]
+"""
+
+
+def counted(ptx=PTX, log=LOG):
+    job = Job("lse_forward", 90, True, "bf16")
+    return count(job, multiplies=True, num_warps=8, shared_bytes=98304, ptx=ptx, log=log)
+
+
+def test_counts_come_from_ptx_and_log():
+    row = counted()
+    assert (row.registers, row.spill_bytes, row.atomics, row.wide_products) == (168, 32, 3, 1)
+    assert (row.tensor_core, row.cp_async, row.occupancy) == ("wgmma", True, 8 / 64)
+    assert counted("mma.sync.aligned.m16n8k16.row.col").tensor_core == "mma.sync"
+    assert counted("tcgen05.mma.cta_group::1.kind::f16").tensor_core == "tcgen05"
+    assert counted("").tensor_core is None
+
+
+@pytest.mark.parametrize(
+    ("change", "offence"),
+    [
+        ({}, None),
+        ({"spill_bytes": 4}, "lse_forward on sm_90 spills 4 bytes"),
+        ({"atomics": 1}, "lse_forward on sm_90 has 1 atomic instructions"),
+        ({"tensor_core": None}, "lse_forward on sm_90 uses no tensor core"),
+        ({"tensor_core": None, "dtype": "fp32"}, None),
+        ({"tensor_core": None, "multiplies": False}, None),
+        ({"occupancy": 0.0}, "lse_forward on sm_90 fits no multiprocessor (98304 bytes shared)"),
+        ({"spill_bytes": 4, "divisible": False}, None),
+        ({"spill_bytes": 4, "arch": "sm_100"}, None),
+    ],
+)
+def test_offences_are_those_of_the_training_shapes(change, offence):
+    clean = dataclasses.replace(counted(), spill_bytes=0, atomics=0)
+    assert offences([dataclasses.replace(clean, **change)]) == ([offence] if offence else [])
+
+
+def test_table_is_aligned():
+    lines = resource_table([counted(), dataclasses.replace(counted(), kernel="x")]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_roofline_of_the_example_has_the_known_times():
+    """10.9 ms a product, 32.7 ms for three and 43.6 ms for four: NVD 2 / 790 TFLOP/s."""
+    parts = stages(EXAMPLE, TILE)
+    products = [part.compute_seconds(H100) for part in parts if part.flops]
+    assert products == pytest.approx([10.895e-3] * 4, rel=1e-4)
+    assert floor_seconds(EXAMPLE, H100) == pytest.approx(32.7e-3, abs=0.05e-3)
+    overlapped = sum(part.seconds(H100) for part in parts)
+    # Four products, the hidden states read twice (0.045 ms), dH once in fp32 and once in bf16
+    # (0.067 ms), 12 N V / BLOCK_V bytes of partials read (0.033 ms).
+    assert overlapped == pytest.approx(43.58e-3 + 0.145e-3, abs=0.01e-3)
+    text = roofline_text(parts, EXAMPLE, H100)
+    assert "not a measurement" in text
+    assert text.splitlines()[-1].endswith("32.69")
+
+
+def test_roofline_counts_every_byte():
+    step = Step(tokens=2048, hidden_size=16, columns=256, slices=1)
+    hidden, weight, dlogits, partials = 65536, 8192, 1048576, 12 * 2048 * 2
+    dh_fp32 = 2 * hidden
+    assert [(part.flops, part.moved_bytes) for part in stages(step, TILE)] == [
+        (0, hidden + 2048 * 21),
+        (16777216, hidden + 2 * weight + partials),
+        (0, partials + 12 * 2048),
+        (16777216, hidden + 2 * weight + dlogits),
+        (16777216, dlogits + weight + 2 * dh_fp32),
+        (16777216, dlogits + weight + hidden),
+        (0, dh_fp32 + 2 * hidden),
+    ]
+    four = stages(dataclasses.replace(step, slices=4), TILE)
+    assert [part.moved_bytes for part in four[4:6]] == [
+        dlogits + weight + 8 * dh_fp32,
+        dlogits + weight + 4 * hidden,
+    ]
