@@ -82,9 +82,9 @@ def mode_loss(
 
     Targets are [B, T], or [N] beside [N, D]. The mode logit and all sums are in fp32 (fp64 for
     fp64 inputs). Without mode weight and bias there is no mode head, and the mode sum is 0.
-    With a sharded vocabulary the gradients of `hidden` and of the mode head are complete on every
-    rank, that of `lm_weight` is the shard's own. A `main_gradient` [V, D] in fp32 takes the
-    gradient of `lm_weight`, added in the backward pass; `lm_weight` itself then gets none.
+    On a shard the gradients of `hidden` and of the mode head are complete, that of `lm_weight` is
+    the shard's own. A `main_gradient` [V, D] in fp32 takes the gradient of `lm_weight`, added in
+    the backward pass; `lm_weight` itself then gets none.
     Raises ValueError, TypeError for a shape, dtype or device, TargetRangeError for a target (CPU).
     """
     device_type = hidden_TBD.device.type
@@ -98,16 +98,9 @@ def mode_loss(
         shard = replace(shard, vocab_size=shard.start + len(lm_weight_VD))
     check_targets_of(targets, grid.shape, hidden_TBD.device)
     check_choices(implementation, hidden_TBD, lm_weight_VD, main_gradient_VD)
-    plan = Plan(
-        implementation,
-        grid,
-        shard,
-        Wants(*(_wants_gradient(value) for value in heads)),
-        z_weight,
-        blocking,
-        **options,
-    )
-    hidden_ND, head = grid.flatten_hidden(hidden_TBD), _head(mode_weight_D, mode_bias)
+    wants = Wants(*(_wants_gradient(value) for value in heads))
+    plan = Plan(implementation, grid, shard, wants, z_weight, blocking, **options)
+    head, hidden_ND = _head(mode_weight_D, mode_bias), grid.flatten_hidden(hidden_TBD)
     tokens = _token_targets(targets, grid, accumulation_dtype(hidden_ND))
     # The dtypes are chosen above: autocast would round the fp32 mode logit and statistics.
     with torch.autocast(device_type, enabled=False):

@@ -50,3 +50,20 @@ def test_implementations_agree(make_case):
     ]
     assert torch.allclose(outputs[0].lm_sum, outputs[1].lm_sum, rtol=1e-6)
     assert torch.equal(outputs[0].mode_sum, outputs[1].mode_sum)
+
+
+def test_options_of_a_gpu_change_nothing_here(make_case):
+    """Kept logits, a checked range and a bf16 sum over ranks leave one rank's fp32 result alone."""
+    case = make_case(20, 8, 30)
+    outputs = []
+    for options in (
+        {},
+        {"keep_logits_bytes": 2**20, "check_targets": True, "reduce_dtype": "bf16"},
+    ):
+        leaves = case.leaves()
+        loss = ModeLoss(LossConfig(implementation="triton", **options), 30)
+        output = loss(*leaves.parameters, leaves.targets)
+        output.lm_sum.backward()
+        outputs.append((output.lm_sum, leaves.hidden_ND.grad, leaves.lm_weight_VD.grad))
+    for value, expected in zip(*outputs, strict=True):
+        assert torch.allclose(value, expected, atol=1e-6)

@@ -1,0 +1,92 @@
+"""Compute loss and gradients in fp64, once for all implementations, and measure errors against it.
+
+    dlogit_iv = softmax(logit_i)_v - [v = target_i]        dz_i = sigmoid(z_i) - m_i
+    dH = dlogit W + dz w^T,   dW = dlogit^T H,   dw = H^T dz
+
+Letters: N tokens, R tokens of a chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from megatron_mode.kernels.bench.failure import MeasurementError
+from megatron_mode.kernels.bench.inputs import Inputs
+
+# 64 MiB of fp64 logits at V = 32768, 251 MiB at V = 128256.
+TRUTH_ROWS = 256
+# Rows of a gradient that are widened to fp64 at a time.
+ERROR_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Hold the exact loss and gradients of one batch."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    """By the names of Inputs.leaves; without the mode bias, whose gradient is one number."""
+
+
+def exact(inputs: Inputs) -> tuple[Truth, Truth]:
+    """Return the truth with the mode head, and that of the LM loss alone."""
+    hidden_ND, lm_weight_VD = (
+        inputs.hidden_ND.detach().double(),
+        inputs.lm_weight_VD.detach().double(),
+    )
+    hidden_grad_ND, weight_grad_VD = torch.empty_like(hidden_ND), torch.zeros_like(lm_weight_VD)
+    lm_sum = hidden_ND.new_zeros(())
+    for begin in range(0, len(hidden_ND), TRUTH_ROWS):
+        rows = slice(begin, begin + TRUTH_ROWS)
+        target_R1 = inputs.target_N[rows, None]
+        dlogit_RV = hidden_ND[rows] @ lm_weight_VD.T
+        lse_R1 = dlogit_RV.logsumexp(1, keepdim=True)
+        lm_sum += (lse_R1 - dlogit_RV.gather(1, target_R1)).sum()
+        dlogit_RV.sub_(lse_R1).exp_()
+        dlogit_RV.scatter_add_(1, target_R1, -torch.ones_like(lse_R1))
+        hidden_grad_ND[rows] = dlogit_RV @ lm_weight_VD
+        weight_grad_VD.addmm_(dlogit_RV.T, hidden_ND[rows])
+
+    mode_weight_D, label_N = inputs.mode_weight_D.detach().double(), inputs.mode_label_N.double()
+    mode_logit_N = hidden_ND @ mode_weight_D + inputs.mode_bias.detach().double()
+    mode_sum = binary_cross_entropy_with_logits(mode_logit_N, label_N, reduction="sum")
+    dmode_N = mode_logit_N.sigmoid() - label_N
+    with_head = {
+        "hidden": hidden_grad_ND + torch.outer(dmode_N, mode_weight_D),
+        "lm_weight": weight_grad_VD,
+        "mode_weight": hidden_ND.T @ dmode_N,
+    }
+    lm_alone = {"hidden": hidden_grad_ND, "lm_weight": weight_grad_VD}
+    return Truth(float(lm_sum + mode_sum), with_head), Truth(float(lm_sum), lm_alone)
+
+
+def loss_error(loss: Tensor, truth: Truth) -> float:
+    """Return the error of the loss relative to the truth."""
+    return abs(float(loss.detach().double()) - truth.loss) / abs(truth.loss)
+
+
+def grad_error(inputs: Inputs, truth: Truth) -> float:
+    """Return the largest relative L2 error among the gradients.
+
+    Raises MeasurementError where the backward pass left none.
+    """
+    errors = []
+    for name, exact_gradient in truth.gradients.items():
+        gradient = inputs.leaves[name].grad
+        if gradient is None:
+            raise MeasurementError(f"the backward pass left no gradient on {name}")
+        errors.append(relative_error(gradient, exact_gradient))
+    return max(errors)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Return |value - truth| / |truth| in the L2 norm, widened to fp64 piece by piece."""
+    square = truth.new_zeros(())
+    for begin in range(0, len(truth), ERROR_ROWS):
+        rows = slice(begin, begin + ERROR_ROWS)
+        square += (value[rows].double() - truth[rows]).square().sum()
+    return float(square.sqrt() / truth.norm())
