@@ -53,6 +53,9 @@ setup(
     ],
     extras_require={
         "dev": [
+            # Peers of `python -m megatron_mode.kernels.bench`.
+            "cut-cross-entropy",
+            "liger-kernel",
             "hypothesis",
             "import-linter>=2.3",
             "mypy",
@@ -63,9 +66,9 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
-        # Optional accelerators and peers of the benchmark. NVIDIA's apex is absent on purpose:
-        # the PyPI package of that name is another project.
-        "cuda": ["liger-kernel", "nvidia-ml-py", "transformer-engine[pytorch]"],
+        # Optional accelerators. NVIDIA's apex is absent on purpose: the PyPI package of that name
+        # is another project.
+        "cuda": ["nvidia-ml-py", "transformer-engine[pytorch]"],
     },
     entry_points={"console_scripts": ["megatron-mode = megatron_mode.__main__:main"]},
 )

@@ -1,8 +1,8 @@
 """List what the launcher makes Triton compile: kernels, argument types, constants, launch options.
 
-Triton specialises on divisibility by 16 of pointers (bytes) and integers. The training shapes are
-divisible; odd ones must work too, so each kernel has both variants. Tile sizes are those of
-`tiling`.
+Triton specialises on divisibility by 16 of pointers (bytes) and of integers that the kernel does
+not exempt. The training shapes are divisible; odd ones must work too, so each kernel has both
+variants. Tile sizes are those of `tiling`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ POINTER_TYPES = {
 }
 OTHER_POINTER = "*fp32"
 FLOATS = ("z_weight", "threshold")
-NEVER_DIVISIBLE = ("tiles",)
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,11 @@ class Launch:
 
     def attributes(self, dtype: torch.dtype, *, divisible: bool) -> dict[tuple[int], Any]:
         """Return what Triton knows of the values of the arguments, by position."""
+        fixed = {p.name for p in self.kernel.params if p.do_not_specialize}
         return {
             (position,): [["tt.divisibility", tiling.ALIGNMENT]]
             for position, (name, kind) in enumerate(self.signature(dtype).items())
-            if divisible and (kind == "i32" or kind[0] == "*") and name not in NEVER_DIVISIBLE
+            if divisible and (kind == "i32" or kind[0] == "*") and name not in fixed
         }
 
 

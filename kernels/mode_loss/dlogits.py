@@ -16,7 +16,7 @@ from megatron_mode.kernels.mode_loss.lse_forward import tile_logits
 from megatron_mode.kernels.mode_loss.offsets import row_start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "columns", "first_column"])
 def dlogits(
     hidden_ptr,  # [N, D], bf16, fp16 or fp32
     weight_ptr,  # [V, D], same dtype: the rows of the slice

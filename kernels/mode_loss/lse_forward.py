@@ -51,7 +51,7 @@ def tile_logits(
     return logit_NV
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "columns", "first_column"])
 def lse_forward(
     hidden_ptr,  # [N, D], bf16, fp16 or fp32
     weight_ptr,  # [V, D], same dtype
@@ -127,7 +127,7 @@ def lse_forward(
     tl.store(partial_ptr + 2 * plane + row_N, target_logit_N, mask=real_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles"])
 def merge_tiles(
     partial_ptr,  # [3, tiles, N] fp32
     merged_ptr,  # [3, N] fp32, out

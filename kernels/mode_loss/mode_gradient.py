@@ -13,7 +13,7 @@ import triton.language as tl
 from megatron_mode.kernels.mode_loss.offsets import row_start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def hidden_gradient(
     lm_gradient_ptr,  # [n, D], fp32 or the dtype of hidden
     lm_row_ptr,  # [N] int32: row of lm_gradient of the token, -1 for none
@@ -53,7 +53,7 @@ def hidden_gradient(
     tl.store(out_ptrs, gradient_ND.to(out_ptr.dtype.element_ty), mask=inside_ND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def mode_weight_gradient(
     hidden_ptr,  # [N, D]
     dlogit_ptr,  # [N] fp32

@@ -2,6 +2,9 @@
 
 The start of a tile is one 64-bit scalar; offsets inside the tile stay 32-bit. A tensor of 64-bit
 offsets took 254 registers a thread where this takes 128 (128 x 128 tile, sm_90).
+
+The kernels do not specialise on the number of tokens, columns and tiles: it changes from one
+micro-batch to the next, and each new class of value would compile in the middle of a run.
 """
 
 import triton

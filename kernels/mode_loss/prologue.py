@@ -19,7 +19,7 @@ import triton.language as tl
 from megatron_mode.kernels.mode_loss.offsets import row_start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def mode_prologue(
     hidden_ptr,  # [N, D], bf16, fp16 or fp32
     mode_weight_ptr,  # [D], any float
