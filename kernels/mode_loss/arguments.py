@@ -5,6 +5,7 @@ Letters: B rows, T row length, N = B*T tokens, D hidden size, V vocabulary colum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -174,6 +175,7 @@ def check_targets(targets: Targets, shape: tuple[int, ...], device: torch.device
         _check_device("lm_rows", targets.lm_rows_n, device)
         if targets.lm_rows_n.dim() != 1:
             raise ValueError(f"lm_rows has shape {list(targets.lm_rows_n.shape)}; expected [n].")
+        _check_rows(targets.lm_rows_n, math.prod(shape))
 
 
 def check_choices(
@@ -221,6 +223,15 @@ def check_range(target_N: Tensor, lm_weight_N: Tensor, vocab_size: int, names: N
 def _check_device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; expected {device}, where hidden is.")
+
+
+def _check_rows(lm_rows_n: Tensor, tokens: int) -> None:
+    """Check the range of the indices on a CPU; a GPU's own checks of an index hold there."""
+    if lm_rows_n.device.type != "cpu" or torch.compiler.is_compiling() or not len(lm_rows_n):
+        return
+    first, last = int(lm_rows_n.min()), int(lm_rows_n.max())
+    if first < 0 or last >= tokens:
+        raise ValueError(f"lm_rows holds {first} to {last}; accepted are 0 to {tokens - 1}.")
 
 
 def _check_dtype(name: str, value: Tensor, accepted: tuple[torch.dtype, ...]) -> None:

@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mode.kernels.mode_loss import TargetRangeError, Targets, VocabShard, mode_loss
+from megatron_mode.kernels.mode_loss import (
+    Blocking,
+    TargetRangeError,
+    Targets,
+    VocabShard,
+    mode_loss,
+)
 
 
 def weighted(case, lm=None, mode=None):
@@ -129,6 +135,41 @@ def test_upstream_gradients_scale_each_sum(
         assert relative_error(value.grad, expected) <= 2e-6
 
 
+def test_an_upstream_gradient_that_is_a_view(make_case, run_case, implementation):
+    case = make_case(30, 8, 20)
+    plain, viewed = case.leaves(), case.leaves()
+    output = run_case(plain, implementation=implementation)
+    (2 * output.lm_sum - 3 * output.mode_sum).backward()
+    output = run_case(viewed, implementation=implementation)
+    # Their gradients are strided elements of one tensor.
+    weight = torch.tensor([[2.0, 5.0], [-3.0, 5.0]])[:, 0]
+    (torch.stack([output.lm_sum, output.mode_sum]) * weight).sum().backward()
+    for value, expected in zip(viewed.parameters, plain.parameters, strict=True):
+        assert torch.equal(value.grad, expected.grad)
+
+
+def test_a_mode_logit_equal_to_the_threshold_is_not_blocked(implementation):
+    threshold = torch.tensor(1.25)
+    above = torch.nextafter(threshold, torch.tensor(9.0))
+    hidden_ND = torch.stack([threshold, above, -threshold, -above])[:, None]
+    one_N = torch.ones(4)
+    targets = Targets(one_N.long(), one_N, torch.tensor([0.0, 0.0, 1.0, 1.0]), one_N)
+    for lm, mode in ((True, False), (False, True), (True, True)):
+        blocking = Blocking(1.25, watch_mode1=True, watch_mode2=True, cap=(1, 1), lm=lm, mode=mode)
+        output = mode_loss(
+            hidden_ND,
+            torch.ones(2, 1),
+            torch.ones(1),
+            torch.zeros(1),
+            targets,
+            blocking=blocking,
+            implementation=implementation,
+        )
+        assert output.blocked_BT.tolist() == [False, True, False, True]
+        assert (output.nll_BT == 0).tolist() == [False, lm, False, lm]
+        assert (output.bce_BT == 0).tolist() == [False, mode, False, mode]
+
+
 def test_only_one_of_the_sums_is_used(
     make_case, run_case, truth_of, relative_error, implementation
 ):
@@ -224,6 +265,14 @@ def test_a_target_outside_the_vocabulary_is_named(target, make_case, run_case, i
         ("lm_weight_VD", torch.zeros(20, 8).half(), TypeError, "lm_weight has dtype torch.float16"),
         ("mode_weight_D", torch.zeros(1, 8), ValueError, r"mode_weight has shape \[1, 8\]"),
         ("mode_bias", torch.zeros(2), ValueError, r"mode_bias has shape \[2\]"),
+        ("mode_bias", None, ValueError, "mode_weight and mode_bias: expected both, or None"),
+        (
+            "mode_weight_D",
+            torch.zeros(8).to("meta"),
+            ValueError,
+            "mode_weight is on meta",
+        ),
+        ("lm_weight_VD", torch.zeros(20, 8).to("meta"), ValueError, "lm_weight is on meta; expect"),
     ],
 )
 def test_wrong_shapes_and_dtypes_are_named(field, value, error, text, make_case, run_case):
@@ -237,6 +286,19 @@ def test_wrong_targets_are_named(make_case):
         ("target_BT", torch.zeros(30), TypeError, "target has dtype torch.float32"),
         ("target_BT", torch.zeros(29, dtype=torch.int64), ValueError, r"target has shape \[29\]"),
         ("mode_label_BT", torch.zeros(1, 30), ValueError, r"mode_label has shape \[1, 30\]"),
+        (
+            "mode_label_BT",
+            torch.zeros(30).to("meta"),
+            ValueError,
+            "mode_label is on meta",
+        ),
+        ("lm_rows_n", torch.tensor([[1]]), ValueError, r"lm_rows has shape \[1, 1\]"),
+        (
+            "lm_rows_n",
+            torch.tensor([3, 30]),
+            ValueError,
+            "lm_rows holds 3 to 30; acc.* 0 to 29",
+        ),
     ):
         with pytest.raises(error, match=text):
             mode_loss(
@@ -244,3 +306,21 @@ def test_wrong_targets_are_named(make_case):
                 replace(case.targets, **{field: value}),
                 shard=VocabShard(vocab_size=20),
             )
+
+
+def test_wrong_choices_are_named(make_case, run_case):
+    case, double = make_case(30, 8, 20), make_case(30, 8, 20, dtype=torch.float64)
+    for given, options, error, text in (
+        (case, {"implementation": "fast"}, ValueError, "implementation is 'fast'; expected triton"),
+        (double, {"implementation": "triton"}, TypeError, "hidden has dtype torch.float64"),
+        (case, {"main_gradient_VD": torch.zeros(20, 9)}, ValueError, r"main_gradient has shape"),
+        (case, {"main_gradient_VD": torch.zeros(20, 8).half()}, TypeError, "main_gradient has dty"),
+        (
+            case,
+            {"main_gradient_VD": torch.zeros(20, 8), "implementation": "reference"},
+            ValueError,
+            "main_gradient is given to reference; expected triton or chunked",
+        ),
+    ):
+        with pytest.raises(error, match=text):
+            run_case(given, **options)
