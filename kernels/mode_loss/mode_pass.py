@@ -82,7 +82,7 @@ def mode_weight_gradient(hidden_ND: Tensor, dlogit_N: Tensor, weight_N: Tensor) 
         rows = slice(begin, begin + MODE_ROWS)
         hidden_RD = hidden_ND[rows].to(dlogit_N.dtype)
         hidden_RD = torch.where(weight_N[rows, None] != 0, hidden_RD, 0)
-        sum_D += dlogit_N[rows] @ hidden_RD
+        sum_D += hidden_RD.T @ dlogit_N[rows]
     return sum_D
 
 

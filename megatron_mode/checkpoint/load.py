@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -56,7 +58,9 @@ def weights_only() -> Iterator[None]:
     before = os.environ.get(FORCE_WEIGHTS_ONLY)
     os.environ[FORCE_WEIGHTS_ONLY] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        # Python before 3.11.4 pickles a member of an enum as getattr(class, name).
+        classes = [LossScaler, ZeroStageEnum, fragment_address, (_enum_member, "builtins.getattr")]
+        with torch.serialization.safe_globals(classes):
             yield
     finally:
         if before is None:
@@ -144,3 +148,13 @@ def _join_alone() -> None:
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
+
+
+def _enum_member(owner: object, name: str) -> Enum:
+    """Stand in for getattr inside a checkpoint, where it may only name a member of an enum.
+
+    Raises UnpicklingError for anything else.
+    """
+    if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
+        return owner.__members__[name]
+    raise UnpicklingError(f"a checkpoint asks for {name!r} of {owner!r}")

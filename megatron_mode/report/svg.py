@@ -81,8 +81,11 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     if not span > 0:
         return [low]
     power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(power * k for k in (1, 2, 5, 10, 20) if span / (power * k) <= most - 1)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    # The first step that is large enough; the one before had more than `most`, so one is inside.
+    for step in (power * k for k in (1, 2, 5, 10)):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < most:
+            break
     return [index * step for index in range(first, last + 1)]
 
 

@@ -109,9 +109,8 @@ def count_flops(decoder, model, *, backward):
     """Return FLOPs a token by component, as the operations that ran have them.
 
     FlopCounterMode knows products of two matrices only. The mode head is a matrix-vector product
-    forward and, backward, an outer product (dH += dz w^T) and a vector-matrix product (dw = dz^T H,
-    which torch runs as a matrix product of one row): the first two are counted here by formulas of
-    our own. RMSNorm's backward takes one matrix-vector product too, which like all element-wise
+    forward and, backward, an outer product (dH += dz w^T) and a matrix-vector product (dw = H^T dz):
+    they are counted here by formulas of our own. RMSNorm's backward takes one matrix-vector product too, which like all element-wise
     work is left out. With these nothing that ran is missing.
     """
     formulas = {torch.ops.aten.mv: matrix_vector_flops, torch.ops.aten.addr_: outer_flops}
@@ -133,9 +132,10 @@ def count_flops(decoder, model, *, backward):
         if component:
             flops[component] += sum(operations.values())
     loss = counter.get_flop_counts()["Training.loss"]
-    # The loss multiplies matrices into a buffer (addmm); what is left there is the mode head. The
+    # The loss multiplies matrices for the LM head only; what is left there is the mode head. The
     # counter does not ascribe the outer product, of the backward pass, to a module.
-    flops["lm_head"] = loss.pop(torch.ops.aten.addmm)
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm)
+    flops["lm_head"] = sum(loss.pop(product, 0) for product in products)
     flops["mode_head"] = sum(loss.values()) + whole.get(torch.ops.aten.addr_, 0)
     tokens = ROWS * model.seq_len
     norms = backward * 2 * model.hidden_size * (2 * model.layers + 1) * tokens

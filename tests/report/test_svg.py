@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_mode.report.svg import Axis, Line, line_chart, short_number, thin, ticks
@@ -13,6 +13,7 @@ numbers = st.floats(-1e12, 1e12, allow_subnormal=False)
 
 
 @given(numbers, st.floats(1e-6, 1e9), st.integers(3, 9))
+@example(1.0, 400000001.0, 3)
 def test_ticks_are_few_round_and_inside(low, span, most):
     high = low + span
     if high <= low or span / max(abs(low), 1e-300) < 1e-9:

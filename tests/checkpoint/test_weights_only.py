@@ -1,0 +1,43 @@
+"""A checkpoint cannot run code, and loads whatever Python wrote it."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
+
+from megatron_mode.checkpoint.load import weights_only
+
+
+class Asks:
+    """Pickle as getattr(owner, name), as Python before 3.11.4 does with a member of an enum."""
+
+    def __init__(self, owner, name):
+        self.asked = (owner, name)
+
+    def __reduce__(self):
+        return getattr, self.asked
+
+
+def saved(tmp_path, value):
+    torch.save({"value": value}, tmp_path / "state.pt")
+    return tmp_path / "state.pt"
+
+
+def test_members_of_an_enum_load_from_any_python(tmp_path):
+    for value in (ZeroStageEnum.gradients, Asks(ZeroStageEnum, "gradients")):
+        path = saved(tmp_path, value)
+        with weights_only():
+            assert torch.load(path)["value"] is ZeroStageEnum.gradients
+
+
+@pytest.mark.parametrize("name", ["mro", "__init__", "__class__", "nothing"])
+def test_nothing_else_is_looked_up(name, tmp_path):
+    path = saved(tmp_path, Asks(ZeroStageEnum, name)) if name != "nothing" else None
+    if path is None:
+        (tmp_path / "state.pt").write_bytes(pickle.dumps(print))
+        path = tmp_path / "state.pt"
+    with weights_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(path)
