@@ -109,9 +109,10 @@ def count_flops(decoder, model, *, backward):
     """Return FLOPs a token by component, as the operations that ran have them.
 
     FlopCounterMode knows products of two matrices only. The mode head is a matrix-vector product
-    forward and, backward, an outer product (dH += dz w^T) and a matrix-vector product (dw = H^T dz):
-    they are counted here by formulas of our own. RMSNorm's backward takes one matrix-vector product too, which like all element-wise
-    work is left out. With these nothing that ran is missing.
+    forward and, backward, an outer product (dH += dz w^T) and a matrix-vector product
+    (dw = H^T dz): they are counted here by formulas of our own. RMSNorm's backward takes one
+    matrix-vector product too, which like all element-wise work is left out. With these nothing
+    that ran is missing.
     """
     formulas = {torch.ops.aten.mv: matrix_vector_flops, torch.ops.aten.addr_: outer_flops}
     training = Training(decoder, model.vocab_size)
