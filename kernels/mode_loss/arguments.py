@@ -75,7 +75,6 @@ class VocabShard:
     gather: Callable[[Tensor], Tensor] | None = None
     """Hidden states [N / ranks, D] of this rank's tokens to all of them [N, D]; None: they are
     replicated. Tokens are cut along T, so hidden states [T / ranks, B, D] are in order T, B."""
-
     own_share: int | None = None
     """Which of `ranks` equal parts of the tokens is this rank's under sequence parallelism; None:
     all of them."""

@@ -20,7 +20,7 @@ from megatron_mode.kernels.mode_loss.offsets import row_start
 def dlogits(
     hidden_ptr,  # [N, D], bf16, fp16 or fp32
     weight_ptr,  # [V, D], same dtype: the rows of the slice
-    target_ptr,  # [N] int32 or int64, ids of the whole vocabulary
+    target_ptr,  # [N] int64, ids of the whole vocabulary
     lse_ptr,  # [N] fp32
     token_weight_ptr,  # [N] fp32, a; a token of weight 0 gets a row of zeros
     logits_ptr,  # [N, V] kept logits of the slice, or None

@@ -29,6 +29,7 @@ from megatron_mode.kernels.mode_loss.plan import (
     Plan,
     Wants,
     keeps_logits,
+    launch_device,
 )
 from megatron_mode.kernels.mode_loss.results import Kept, TokenLosses, accumulation_dtype
 from megatron_mode.kernels.mode_loss.tiling import padded_columns
@@ -55,7 +56,8 @@ def run_forward(
         # Triton is imported where it is used: a machine without it has the other two.
         from megatron_mode.kernels.mode_loss.triton_forward import triton_forward
 
-        return triton_forward(hidden_ND, lm_weight_VD, head, targets, plan)
+        with launch_device(hidden_ND):
+            return triton_forward(hidden_ND, lm_weight_VD, head, targets, plan)
     return chunked_forward(hidden_ND, lm_weight_VD, head, targets, plan)
 
 
@@ -112,7 +114,8 @@ def pack(plan: Plan) -> tuple[str, list[int], list[float]]:
             blocking.mode,
         ]
         floats.append(blocking.threshold)
-    return plan.implementation, [int(number) for number in [*integers, *plan.grid.shape]], floats
+    # The sizes stay as they are: a compiler may hold them symbolically.
+    return plan.implementation, [*(int(number) for number in integers), *plan.grid.shape], floats
 
 
 def unpack(implementation: str, integers: list[int], floats: list[float]) -> Plan:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_mode.kernels.mode_loss.library import pack, unpack
-from megatron_mode.kernels.mode_loss.plan import Plan
+from megatron_mode.kernels.mode_loss.plan import Plan, launch_device
 from megatron_mode.kernels.mode_loss.results import Gradients, Kept, Saved, Upstream
 
 
@@ -49,7 +49,8 @@ def _run(
 ) -> Gradients:
     from megatron_mode.kernels.mode_loss.triton_backward import triton_backward
 
-    return triton_backward(saved, kept, up, plan, main_gradient_VD)
+    with launch_device(saved.hidden_ND):
+        return triton_backward(saved, kept, up, plan, main_gradient_VD)
 
 
 def _filled(found: Gradients, like: Tensor) -> list[Tensor]:

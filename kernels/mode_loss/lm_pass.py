@@ -5,9 +5,9 @@
 
 Two walks, told apart by the dtype. `by_tokens` takes R tokens against the whole vocabulary: three
 products, dW accumulates over the pieces. `by_columns` takes all tokens against C columns twice,
-first for the statistics, then for the gradients: four products, but each dW row is written once, in
-its final dtype, and shards exchange their statistics once. The weights a scale the sides of size D,
-which is cheaper than scaling the logits.
+first for the statistics, then for the gradients: four products, but each dW row is written once
+and shards exchange their statistics once. The weights a scale the sides of size D, which is
+cheaper than scaling the logits.
 
 Letters: n tokens, R tokens of a piece, D hidden size, V columns, C columns of a piece.
 """
@@ -35,6 +35,7 @@ CPU_ROWS_MAX = 1024
 # A GPU needs thousands of rows to fill; the buffer is small beside its memory.
 GPU_LOGITS_BYTES = 256 * 2**20
 ROWS_MIN = 64
+COLUMNS_MIN = 256
 
 
 class LmResult(NamedTuple):
@@ -128,7 +129,8 @@ def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
     budget = plan.logits_bytes or (
         CPU_COLUMNS_BYTES if hidden_nD.device.type == "cpu" else GPU_LOGITS_BYTES
     )
-    width = max(budget // (dtype.itemsize * max(count, 1)), 1)
+    width = budget // (dtype.itemsize * max(count, 1))
+    width = max(width, 1 if plan.logits_bytes else COLUMNS_MIN)
     pieces = list(_pieces(columns, width)) if count else []
     buffer = torch.empty(count * min(width, columns), dtype=dtype, device=hidden_nD.device)
 

@@ -55,7 +55,7 @@ def tile_logits(
 def lse_forward(
     hidden_ptr,  # [N, D], bf16, fp16 or fp32
     weight_ptr,  # [V, D], same dtype
-    target_ptr,  # [N] int32 or int64, ids of the whole vocabulary
+    target_ptr,  # [N] int64, ids of the whole vocabulary
     partial_ptr,  # [3, tiles, N] fp32, out: maximum, sum of exponentials, target logit
     logits_ptr,  # [N, V] in the dtype of hidden, out, or None
     tokens,
@@ -110,6 +110,8 @@ def lse_forward(
         kept_ptrs += (lane_N * logits_stride)[:, None] + column_V[None, :]
         kept_NV = logit_NV.to(logits_ptr.dtype.element_ty)
         tl.store(kept_ptrs, kept_NV, mask=real_N[:, None] & real_V[None, :])
+        # The statistics are those of the rounded logits: exp(rounded - lse) must sum to one.
+        logit_NV = kept_NV.to(tl.float32)
 
     target_N = tl.load(target_ptr + row_N, mask=real_N, other=-1).to(tl.int64) - first_column
     owned_N = (target_N >= 0) & (target_N < columns)

@@ -15,7 +15,7 @@ from megatron_mode.kernels.mode_loss.offsets import row_start
 
 @triton.jit(do_not_specialize=["tokens"])
 def hidden_gradient(
-    lm_gradient_ptr,  # [n, D], fp32 or the dtype of hidden
+    lm_gradient_ptr,  # [n, D] fp32
     lm_row_ptr,  # [N] int32: row of lm_gradient of the token, -1 for none
     dlogit_ptr,  # [N] fp32, dz
     mode_weight_ptr,  # [D]

@@ -50,7 +50,7 @@ class LossOutput:
     mode_logit_BT: Tensor
     """Mode logit z of every token that was given a mode weight, blocked or not; else 0."""
     blocked_BT: Tensor
-    """Tokens that lost a loss to the blocking policy, bool."""
+    """Tokens that the blocking policy chose, bool."""
 
 
 class Options(TypedDict, total=False):
@@ -122,12 +122,13 @@ def _head(mode_weight_D: Tensor | None, mode_bias: Tensor | None) -> ModeHead | 
 
 
 def _token_targets(targets: Targets, grid: TokenGrid, dtype: torch.dtype) -> TokenTargets:
+    # Contiguous: the kernels walk them by index, and a slice or an expanded value has its stride.
     rows_n = targets.lm_rows_n
     return TokenTargets(
-        target_N=grid.flatten(targets.target_BT).long(),
-        lm_weight_N=grid.flatten(targets.lm_weight_BT).detach().to(dtype),
-        mode_label_N=grid.flatten(targets.mode_label_BT).detach().to(dtype),
-        mode_weight_N=grid.flatten(targets.mode_weight_BT).detach().to(dtype),
+        target_N=grid.flatten(targets.target_BT).long().contiguous(),
+        lm_weight_N=grid.flatten(targets.lm_weight_BT).detach().to(dtype).contiguous(),
+        mode_label_N=grid.flatten(targets.mode_label_BT).detach().to(dtype).contiguous(),
+        mode_weight_N=grid.flatten(targets.mode_weight_BT).detach().to(dtype).contiguous(),
         lm_rows_n=None if rows_n is None else grid.flatten_rows(rows_n),
     )
 

@@ -5,6 +5,7 @@ Letters: N tokens, n tokens with an LM weight, D hidden size.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -101,3 +102,8 @@ def keeps_logits(plan: Plan, rows: int, columns: int, dtype: torch.dtype) -> boo
     wanted = plan.wants.hidden or plan.wants.lm_weight
     fits = rows * columns * dtype.itemsize <= plan.keep_logits_bytes
     return plan.implementation == "triton" and wanted and rows * columns > 0 and fits
+
+
+def launch_device(tensor: Tensor) -> AbstractContextManager[None]:
+    """Make the tensor's GPU the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

@@ -24,7 +24,7 @@ class TokenLosses(NamedTuple):
     bce_N: Tensor
     mode_logit_N: Tensor
     blocked_N: Tensor
-    """Tokens that lost a loss, bool."""
+    """Tokens that the blocking policy chose, bool."""
 
 
 class Kept(NamedTuple):

@@ -70,15 +70,16 @@ def matmul_tile(dtype: torch.dtype, capability: int, *, aligned: bool) -> Matmul
         return FULL_PRECISION
     if not aligned:
         return UNALIGNED
-    return HOPPER if capability >= 90 else AMPERE
+    # Others, sm_120 among them, have too little shared memory for the large tile.
+    return HOPPER if capability in (90, 100, 103) else AMPERE
 
 
 def is_aligned(*matrices: Tensor) -> bool:
-    """Tell whether the launcher finds all pointers, row strides and row lengths divisible."""
+    """Tell whether pointers and row strides are divisible, and D by every tile's BLOCK_D."""
     return all(
         matrix.data_ptr() % ALIGNMENT == 0
         and matrix.stride(0) % ALIGNMENT == 0
-        and matrix.shape[1] % ALIGNMENT == 0
+        and matrix.shape[1] % HOPPER.BLOCK_D == 0
         for matrix in matrices
     )
 

@@ -84,20 +84,21 @@ def _lm_gradients(
     if lm_up is None or not (wants.hidden or wants.lm_weight):
         return None, None
     count, columns = len(hidden_nD), plan.shard.real_columns(len(lm_weight_VD))
-    hidden_gradient_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=torch.float32)
+    hidden_gradient_nD = None
+    if wants.hidden:
+        hidden_gradient_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=torch.float32)
     weight_gradient_VD = None
     if wants.lm_weight and main_gradient_VD is None:
         weight_gradient_VD = torch.empty_like(lm_weight_VD)
         weight_gradient_VD[columns if count else 0 :] = 0  # padding, or nothing to add
-    width = max(SLICE_BYTES // (hidden_nD.element_size() * max(count, 1)), 1)
-    width = -(-width // 128) * 128  # slices begin on aligned columns
+    width = slice_columns(count, hidden_nD.shape[1], hidden_nD.element_size())
     buffer_nV = hidden_nD.new_empty(count, tiling.padded_columns(min(width, columns)))
     for begin in range(0, columns if count else 0, width):
         end = min(begin + width, columns)
         slice_nV = buffer_nV[:, : end - begin]
         _write_dlogits(slice_nV, tokens, lm_weight_VD, begin, kept, plan)
         dlogit_nV = operand(slice_nV)
-        if wants.hidden:
+        if hidden_gradient_nD is not None:
             add_product(hidden_gradient_nD, dlogit_nV, operand(lm_weight_VD[begin:end]))
         if wants.lm_weight:
             slice_VD = product(dlogit_nV.T, operand(hidden_nD))
@@ -105,7 +106,16 @@ def _lm_gradients(
                 main_gradient_VD[begin:end].addcmul_(slice_VD, lm_up)
             elif weight_gradient_VD is not None:
                 torch.mul(slice_VD, lm_up, out=weight_gradient_VD[begin:end])
-    return hidden_gradient_nD if wants.hidden else None, weight_gradient_VD
+    return hidden_gradient_nD, weight_gradient_VD
+
+
+def slice_columns(tokens: int, hidden_size: int, element_bytes: int) -> int:
+    """Return the columns of a slice: dlogits, and dW in fp32, each within SLICE_BYTES.
+
+    A multiple of 128, so that slices begin on aligned columns.
+    """
+    row_bytes = max(element_bytes * tokens, 4 * hidden_size)
+    return -(-max(SLICE_BYTES // row_bytes, 1) // 128) * 128
 
 
 def _write_dlogits(
@@ -164,6 +174,8 @@ def _hidden_gradient(
     if not count:
         return
     zero = dlogit_N.new_zeros(())
+    if up.mode is None:
+        dlogit_N = torch.zeros_like(dlogit_N)  # 0 * NaN would be NaN
     blocks = triton.cdiv(count, tiling.HIDDEN_GRADIENT["BLOCK_N"])
     strips = triton.cdiv(hidden_size, tiling.HIDDEN_GRADIENT["BLOCK_D"])
     hidden_gradient[(blocks, strips)](

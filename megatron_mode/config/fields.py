@@ -134,7 +134,8 @@ class LossConfig(Section):
     implementation: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """auto: triton on a GPU where it is installed, else chunked; reference is the plain oracle."""
     keep_logits_bytes: CountOrZero = 0
-    """Largest logits that triton keeps for the backward pass instead of computing them again."""
+    """Largest logits that triton keeps, rounded to the precision of the run, instead of computing
+    them again in the backward pass."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format in which the gradient of the hidden states is summed over tensor ranks."""
     check_targets: bool = False

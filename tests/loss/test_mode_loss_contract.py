@@ -117,6 +117,30 @@ def test_three_dimensional_hidden_states_in_any_order(order, make_case, run_case
     assert torch.allclose(gradient_ND, flat.hidden_ND.grad, rtol=1e-5, atol=1e-6)
 
 
+def strided(value):
+    """Return the value as every second element of a longer tensor."""
+    return torch.stack([value, torch.full_like(value, 3)], dim=1).reshape(-1)[::2]
+
+
+def test_targets_of_any_stride(make_case, run_case, implementation):
+    case = make_case(15, 4, 10, mask="none")
+    one = torch.ones(())
+    targets = replace(case.targets, mode_weight_BT=torch.ones(15))
+    apart = Targets(
+        strided(targets.target_BT),
+        strided(targets.lm_weight_BT),
+        strided(targets.mode_label_BT),
+        one.expand(15),
+    )
+    results = []
+    for given in (targets, apart):
+        leaves = replace(case, targets=given).leaves()
+        output = run_case(leaves, implementation=implementation)
+        (output.lm_sum + output.mode_sum).backward()
+        results.append([output.lm_sum, output.mode_sum, *(v.grad for v in leaves.parameters)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(
     ("lm_up", "mode_up"), [(-2.0, 3.0), (0.0, 0.0), (1e30, -1e30), (1e-30, 1.0)]
 )

@@ -119,7 +119,7 @@ def test_half_precision_is_accumulated_in_fp32(vocab_size, dtype, make_case, too
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_native_half_products_match_the_formulas(dtype, make_case, tools, monkeypatch):
     """A CPU with bf16 instructions, and a GPU, multiply half precision as it is."""
-    monkeypatch.setattr(products, "native_half", lambda device: True)
+    monkeypatch.setattr(products, "native_half", lambda matrix: True)
     for tokens, mask in itertools.product((1, 15, 130), MASKS):
         judge(make_case(tokens, 64, 129, mask=mask, dtype=dtype), "chunked", tools)
 

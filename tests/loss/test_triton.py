@@ -10,11 +10,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mode.config.fields import BlockingConfig
 from megatron_mode.kernels.mode_loss import VocabShard, mode_loss, tiling
 from megatron_mode.kernels.mode_loss.offsets import row_start
+from megatron_mode.kernels.mode_loss.triton_backward import SLICE_BYTES, slice_columns
 from megatron_mode.loss.blocking import blocking_of
 
 AXES = {
@@ -192,6 +195,28 @@ def test_slices_of_the_vocabulary_add_up(make_case, run_case, monkeypatch):
     for found in gradients[1:]:
         for value, expected in zip(found, gradients[0], strict=True):
             assert torch.allclose(value, expected, atol=1e-6)
+
+
+@given(st.integers(0, 70_000), st.integers(1, 16_384), st.sampled_from((2, 4)))
+def test_slices_bound_both_buffers(tokens, hidden_size, element_bytes):
+    columns = slice_columns(tokens, hidden_size, element_bytes)
+    assert columns % 128 == 0
+    assert columns >= 128
+    if columns > 128:
+        assert (columns - 128) * max(element_bytes * tokens, 4 * hidden_size) <= SLICE_BYTES
+
+
+def test_kept_logits_sum_to_one(make_case, run_case):
+    """Statistics of rounded logits: a certain token keeps a gradient of about nothing."""
+    case = make_case(8, 16, 20, mask="none", dtype=torch.bfloat16)
+    case.lm_weight_VD[:, 0] = torch.linspace(-30, 30, 20)
+    case.hidden_ND[:, 0] = 3.0
+    case.targets.target_BT[:] = 19
+    leaves = case.leaves()
+    output = run_case(leaves, implementation="triton", keep_logits_bytes=2**20)
+    output.lm_sum.backward()
+    # Logits of 90 are rounded by up to 0.25: against an unrounded sum this would be about 8.
+    assert leaves.hidden_ND.grad.float().abs().max() < 0.1
 
 
 def test_no_mode_head(make_case, run_case, implementation):
