@@ -22,6 +22,9 @@ from megatron_mode.checkpoint.manifest import (
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 
+# torch's writers say a failed write so; the last where it fails while the file is closed.
+TORN_FILE_SIGNS = ("PytorchStreamWriter", "inline_container", "iostream error")
+
 
 def save_checkpoint(engine: Engine, run_dir: Path, manifest: Manifest, tokenizer: Path) -> Path:
     """Write `step-NNNNNNNN` with every rank's share; rank 0 finishes it and keeps the newest.
@@ -56,7 +59,7 @@ def told_in_a_sentence(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        is_torn_file = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+        is_torn_file = any(sign in str(error) for sign in TORN_FILE_SIGNS)
         if isinstance(error, RuntimeError) and not is_torn_file:
             raise  # a peer is gone, or a bug of ours
         free_bytes = shutil.disk_usage(folder.parent).free

@@ -1,0 +1,32 @@
+"""What torch raises on a full disk becomes one sentence; other errors stay what they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_mode.checkpoint.save import told_in_a_sentence
+from megatron_mode.errors import CheckpointError
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("basic_ios::clear: iostream error"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_a_torn_file_is_told_and_removed(error, tmp_path):
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be written: the disk has"):
+        with told_in_a_sentence(folder):
+            raise error
+    assert not folder.exists()
+
+
+def test_another_error_is_left_alone(tmp_path):
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        with told_in_a_sentence(tmp_path):
+            raise RuntimeError("Connection closed by peer")
