@@ -36,6 +36,8 @@ CPU_ROWS_MAX = 1024
 GPU_LOGITS_BYTES = 256 * 2**20
 ROWS_MIN = 64
 COLUMNS_MIN = 256
+NARROW = 16
+NARROW_COLUMNS = 512
 
 
 class LmResult(NamedTuple):
@@ -78,7 +80,7 @@ def by_tokens(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
         if not columns:
             continue
         if hidden_gradient_nD is not None:
-            torch.mm(logit_VR.T, weight_VD, out=hidden_gradient_nD[piece])
+            _multiply_over_columns(logit_VR, weight_VD, hidden_gradient_nD[piece])
             hidden_gradient_nD[piece].mul_(scale_R1)
         if weight_gradient_VD is not None:
             add_product(weight_gradient_VD[:columns], logit_VR, hidden_RD * scale_R1)
@@ -119,6 +121,21 @@ def _dlogits_in_place(
     logit_VR.mul_(factor_R)
     logit_VR.scatter_add_(0, index_1R, -owned_R[None].to(logit_VR.dtype))
     return nll_R, lse_R, torch.ones_like(factor_R)
+
+
+def _multiply_over_columns(dlogit_VR: Tensor, weight_VD: Tensor, out_RD: Tensor) -> None:
+    """Write dlogit^T @ weight.
+
+    A library adds up a narrow product term by term: at D = 1 and V = 50257 its error was 9e-5,
+    where blocks of columns, as a wide product has them, give 5e-6.
+    """
+    hidden_size = weight_VD.shape[1]
+    if hidden_size >= NARROW:
+        torch.mm(dlogit_VR.T, weight_VD, out=out_RD)
+        return
+    out_RD.zero_()
+    for begin, end in _pieces(len(weight_VD), NARROW_COLUMNS):
+        out_RD += dlogit_VR[begin:end].T @ weight_VD[begin:end]
 
 
 def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
