@@ -20,6 +20,7 @@ from megatron_mode.kernels.mode_loss.mode_pass import (
     effective_lm_weight,
     mode_pass,
     mode_weight_gradient,
+    token_losses,
 )
 from megatron_mode.kernels.mode_loss.plan import ModeHead, Plan, active_lm_tokens
 from megatron_mode.kernels.mode_loss.results import (
@@ -43,10 +44,6 @@ def chunked_forward(
     weight_N = effective_lm_weight(targets, mode.blocked_N, plan)
     tokens = active_lm_tokens(hidden_ND, targets, weight_N)
     lm = lm_pass(tokens, lm_weight_VD, plan)
-    # Tokens of weight 0 stand among the others where the host does not know the masks.
-    nll_n = torch.where(tokens.weight_n != 0, lm.nll_n, 0)
-    z_loss_sum = (plan.z_weight * tokens.weight_n * lm.lse_n.square()).sum()
-    lm_sum = (tokens.weight_n * nll_n).sum() + z_loss_sum
 
     empty = torch.empty(0, dtype=accumulation_dtype(hidden_ND), device=hidden_ND.device)
     hidden_gradient_ND = empty
@@ -70,16 +67,7 @@ def chunked_forward(
         ),
         mode_weight_gradient_D=mode_weight_gradient_D,
     )
-    losses = TokenLosses(
-        lm_sum,
-        mode.mode_sum,
-        z_loss_sum,
-        tokens.spread(nll_n, len(hidden_ND)),
-        mode.bce_N,
-        mode.logit_N,
-        mode.blocked_N,
-    )
-    return losses, kept
+    return token_losses(tokens, lm.nll_n, lm.lse_n, mode, plan), kept
 
 
 def chunked_backward(

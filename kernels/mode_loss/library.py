@@ -34,7 +34,6 @@ from megatron_mode.kernels.mode_loss.plan import (
 from megatron_mode.kernels.mode_loss.results import Kept, TokenLosses, accumulation_dtype
 from megatron_mode.kernels.mode_loss.tiling import padded_columns
 
-Outputs = tuple[Tensor, ...]
 LOSSES = len(TokenLosses._fields)
 
 

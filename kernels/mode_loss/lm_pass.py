@@ -127,7 +127,7 @@ def _multiply_over_columns(dlogit_VR: Tensor, weight_VD: Tensor, out_RD: Tensor)
     """Write dlogit^T @ weight.
 
     A library adds up a narrow product term by term: at D = 1 and V = 50257 its error was 9e-5,
-    where blocks of columns, as a wide product has them, give 5e-6.
+    that of plain torch 5e-6. Blocks of columns, as a wide product has them, stay within twice that.
     """
     hidden_size = weight_VD.shape[1]
     if hidden_size >= NARROW:

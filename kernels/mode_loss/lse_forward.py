@@ -3,7 +3,7 @@
 Each program reduces one tile and writes one partial per token; `merge_tiles` joins them with an
 online softmax (Milakov and Gimelshein, 2018) in a fixed order, so the result has the same bits in
 every run. No atomics, and no N x V logits unless KEEP asks for them. Partials are 12 N V / BLOCK_V
-bytes. A program that walks several tiles needs 72 registers a thread more and spills at 128 x 256.
+bytes. A program that walks several tiles needs 63 to 70 registers a thread more.
 
 Letters: N tokens, D hidden size, V columns of the shard without padding.
 """

@@ -13,8 +13,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megatron_mode.kernels.mode_loss.arguments import TokenTargets
 from megatron_mode.kernels.mode_loss.blocking import blocked_in_token_order
-from megatron_mode.kernels.mode_loss.plan import ModeHead, Plan
-from megatron_mode.kernels.mode_loss.results import accumulation_dtype
+from megatron_mode.kernels.mode_loss.plan import LmTokens, ModeHead, Plan
+from megatron_mode.kernels.mode_loss.results import TokenLosses, accumulation_dtype
 
 # Half-precision rows are widened, and rows without a mode weight cleared, this many at a time:
 # 2 MiB at D = 512.
@@ -61,6 +61,26 @@ def no_mode_terms(targets: TokenTargets) -> ModeTerms:
         zero_N.clone(),
         zero_N.clone(),
         torch.zeros_like(zero_N, dtype=torch.bool),
+    )
+
+
+def token_losses(
+    tokens: LmTokens, nll_n: Tensor, lse_n: Tensor, mode: ModeTerms, plan: Plan
+) -> TokenLosses:
+    """Return sums and token losses from the statistics of the LM tokens and the mode terms.
+
+    Tokens of weight 0 stand among the others where the host does not know the masks: they report 0.
+    """
+    nll_n = torch.where(tokens.weight_n != 0, nll_n, 0)
+    z_loss_sum = (plan.z_weight * tokens.weight_n * lse_n.square()).sum()
+    return TokenLosses(
+        (tokens.weight_n * nll_n).sum() + z_loss_sum,
+        mode.mode_sum,
+        z_loss_sum,
+        tokens.spread(nll_n, len(mode.logit_N)),
+        mode.bce_N,
+        mode.logit_N,
+        mode.blocked_N,
     )
 
 

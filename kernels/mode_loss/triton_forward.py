@@ -24,6 +24,7 @@ from megatron_mode.kernels.mode_loss.mode_pass import (
     ModeTerms,
     effective_lm_weight,
     no_mode_terms,
+    token_losses,
 )
 from megatron_mode.kernels.mode_loss.plan import (
     LmTokens,
@@ -54,8 +55,7 @@ def triton_forward(
     maximum_n, sum_n, target_logit_n = statistics_3n.unbind()
     log_sum_n = sum_n.log()
     lse_n = maximum_n + log_sum_n
-    nll_n = torch.where(tokens.weight_n != 0, (maximum_n - target_logit_n) + log_sum_n, 0)
-    z_loss_sum = (plan.z_weight * tokens.weight_n * lse_n.square()).sum()
+    nll_n = (maximum_n - target_logit_n) + log_sum_n
     empty = lse_n.new_empty(0)
     kept = Kept(
         dlogit_N=mode.dlogit_N,
@@ -66,16 +66,7 @@ def triton_forward(
         lm_weight_gradient_VD=empty.clone(),
         mode_weight_gradient_D=empty,
     )
-    losses = TokenLosses(
-        (tokens.weight_n * nll_n).sum() + z_loss_sum,
-        mode.mode_sum,
-        z_loss_sum,
-        tokens.spread(nll_n, len(hidden_ND)),
-        mode.bce_N,
-        mode.logit_N,
-        mode.blocked_N,
-    )
-    return losses, kept
+    return token_losses(tokens, nll_n, lse_n, mode, plan), kept
 
 
 def _mode_terms(

@@ -34,10 +34,12 @@ def choose_implementation(name: str, device_type: str) -> Implementation:
     `auto` is `triton` on a GPU where it is installed, else `chunked`. On a CPU `triton` runs in its
     interpreter, for tests. Raises ConfigError where `triton` cannot run, and for an unknown name.
     """
+    if name == "auto" and device_type != "cuda":
+        return "chunked"  # without importing Triton to be told no
     if name in ("auto", "triton"):
         reason = why_no_triton(device_type)
         if name == "auto":
-            return "triton" if device_type == "cuda" and reason is None else "chunked"
+            return "triton" if reason is None else "chunked"
         if reason is None:
             return "triton"
         raise ConfigError(
