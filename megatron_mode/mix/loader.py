@@ -37,6 +37,10 @@ class MicroBatch:
     position_BT: Tensor
     flags_BT: Tensor
 
+    def pinned(self) -> MicroBatch:
+        """Return the same in page-locked memory."""
+        return MicroBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
+
     @property
     def lm_rows_n(self) -> Tensor:
         """Return the indices b * T + t of the tokens with an LM weight, int64.
@@ -82,8 +86,11 @@ class Loader:
         readers: int = 1,
         prefetch_steps: int = 4,
         threads: int = 1,
+        pin_memory: bool = False,
     ) -> None:
         """Start reading; `readers` share each batch of `global_rows` rows.
+
+        `pin_memory` puts batches where a GPU can fetch them while the host goes on.
 
         Raises ConfigError where global_rows does not split into micro-batches of all readers.
         """
@@ -103,6 +110,7 @@ class Loader:
         self._pending: deque[Future[StepBatch]] = deque()
         self._prefetch_steps = max(1, prefetch_steps)
         self._closed = False
+        self._pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="loader")
         self._submit()
 
@@ -163,7 +171,6 @@ class Loader:
         micro_batches = []
         for slot in slots[:, self._reader_index]:
             mine = rows[slot]
-            micro_batches.append(
-                micro_batch(self._reader, mine.source.tolist(), mine.source_row.tolist())
-            )
+            batch = micro_batch(self._reader, mine.source.tolist(), mine.source_row.tolist())
+            micro_batches.append(batch.pinned() if self._pin_memory else batch)
         return StepBatch(step, micro_batches, rows)

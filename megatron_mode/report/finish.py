@@ -25,7 +25,7 @@ def finish_run(engine: Engine, folder: Path, corpus: Corpus) -> dict[str, object
 
     The last evaluation reads `FINAL_ROWS_FACTOR` times the rows of those during the run.
     """
-    reader = build_reader(engine.config, corpus.valid)
+    reader = build_reader(engine.config, corpus, corpus.valid)
     rows = engine.config.run.eval_rows * FINAL_ROWS_FACTOR
     results = [
         evaluate_source(engine, reader, index, rows, pieces=True)
@@ -77,7 +77,7 @@ def _coloured(
     """Return a passage with the mode probability of each token, as heatmap.json holds it."""
     names: Sequence[str] = [source.name for source in corpus.valid]
     index = names.index(passage.source)
-    reader = build_reader(engine.config, corpus.valid)
+    reader = build_reader(engine.config, corpus, corpus.valid)
     logit_T = evaluate_window(engine, reader, index, passage.begin_token)
     ids_T, flags_T = corpus.valid[index].read(
         passage.begin_token, passage.begin_token + engine.config.model.seq_len
