@@ -163,7 +163,7 @@ def steps(run: Run, first_step: int) -> Iterator[StepBatch]:
         yield from loader
 
 
-def evaluate(run: Run) -> dict[str, float | None]:
+def evaluate(run: Run) -> dict[str, object]:
     """Evaluate on every held-out source, on `run.eval_rows` rows each."""
     reader = build_reader(run.config, run.corpus, run.corpus.valid)
     results = [

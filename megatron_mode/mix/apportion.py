@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from megatron_mode.mix.floors import IntArray, floor_quadratic
+from megatron_mode.mix.level import Level
+
+LONGEST_DENOMINATOR = 2**96
 
 Points = tuple[tuple[int, Fraction], ...]
 
@@ -50,69 +53,6 @@ class Supply:
             return self.points[-1][1]
         (begin, start), (end, stop) = self.points[index - 1 : index + 1]
         return start + (stop - start) * (row - begin) / Fraction(end - begin)
-
-
-@dataclass(frozen=True)
-class Level:
-    """Hold one source's part in a phase.
-
-    Its share of the `length` rows offered to it goes from `start` to `stop` (0: takes none, 1:
-    takes all); `carry` in [0, 1) is planned minus taken at the begin of the phase, `taken` the rows
-    taken before it. `length` None is an endless phase, with a constant share.
-    """
-
-    start: Fraction
-    stop: Fraction
-    carry: Fraction
-    taken: int
-    length: int | None
-
-    @property
-    def is_idle(self) -> bool:
-        """Tell whether the source takes nothing in this phase."""
-        return self.start == self.stop == 0
-
-    @property
-    def curve(self) -> Fraction:
-        """Return the coefficient of the square of the rows offered."""
-        if self.start == self.stop or not self.length:
-            return Fraction(0)
-        return (self.stop - self.start) / (2 * self.length)
-
-    def planned(self, offered: int) -> Fraction:
-        """Return carry plus the planned part of `offered` rows."""
-        return self.carry + self.start * offered + self.curve * offered * offered
-
-    def first(self, count: int) -> int | None:
-        """Return the fewest rows to offer before the source takes its row `count` (from 0)."""
-        if not self.curve:
-            offered = math.ceil((count + 1 - self.carry) / self.start) if self.start else None
-        else:
-            offered = self._bisect(lambda rows: self.planned(rows) >= count + 1)
-        return offered if self._fits(offered) else None
-
-    def leaving(self, count: int) -> int | None:
-        """Return the fewest rows to offer before the source leaves its row `count` over."""
-        if not self.curve:
-            if self.start == 1:
-                return None
-            offered: int | None = math.floor((count + self.carry) / (1 - self.start)) + 1
-        else:
-            offered = self._bisect(lambda rows: rows - math.floor(self.planned(rows)) > count)
-        return offered if self._fits(offered) else None
-
-    def _fits(self, offered: int | None) -> bool:
-        return offered is not None and (self.length is None or offered <= self.length)
-
-    def _bisect(self, holds: Callable[[int], bool]) -> int | None:
-        assert self.length is not None, "an endless phase has constant shares"
-        low, high = 0, self.length
-        if not holds(high):
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if holds(middle) else (middle + 1, high)
-        return low
 
 
 @dataclass(frozen=True)
@@ -232,7 +172,10 @@ class Apportionment:
         """Return (offset into the phase, source) at which the next source is asked for too much."""
         ends = []
         for source, (supply, level) in enumerate(zip(self.supplies, phase.levels, strict=True)):
-            if not level.is_idle and supply.rows_max is not None:
+            if level.is_idle or supply.rows_max is None:
+                continue
+            length = level.length
+            if length is None or level.taken + math.floor(level.planned(length)) > supply.rows_max:
                 offset = _offset_of(phase, source, supply.rows_max - level.taken)
                 if offset is not None:
                     ends.append((offset, source))
@@ -251,9 +194,16 @@ def _advance(phase: Phase, offset: int) -> list[tuple[int, Fraction]]:
     for level in phase.levels:
         planned = level.planned(offset)
         whole = math.floor(planned)
-        state.append((level.taken + whole, planned - whole))
+        state.append((level.taken + whole, _short(planned - whole)))
         offset -= whole
     return state
+
+
+def _short(carry: Fraction) -> Fraction:
+    """Cut a carry whose denominator would grow from phase to phase; by less than 1e-28 rows."""
+    if carry.denominator <= LONGEST_DENOMINATOR:
+        return carry
+    return Fraction(math.floor(carry * LONGEST_DENOMINATOR), LONGEST_DENOMINATOR)
 
 
 def _deal(phase: Phase, row: int, source: IntArray, sequence: IntArray) -> None:

@@ -36,6 +36,7 @@ class MicroBatch:
     mode_weight_BT: Tensor
     position_BT: Tensor
     flags_BT: Tensor
+    source_B: Tensor
 
     def pinned(self) -> MicroBatch:
         """Return the same in page-locked memory."""

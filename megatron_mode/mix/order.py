@@ -149,6 +149,18 @@ class Order:
             for share in self._parts[mode].shares(min(self.mode_rows(mode, row), self._last(mode)))
         ]
 
+    def planned(self, begin_row: int, end_row: int) -> list[float]:
+        """Return the planned rows of each source of the mix in a short stretch of the run."""
+        mode2 = self.planned_mode2(end_row) - self.planned_mode2(begin_row)
+        of_mode = {1: end_row - begin_row - mode2, 2: mode2}
+        shares = self.planned_shares((begin_row + end_row) // 2)
+        return [share * of_mode[self.mode_of(source)] for source, share in enumerate(shares)]
+
+    def labels(self) -> list[str]:
+        """Name every source apart: one that an edit reads says so and how it is packed."""
+        edits = (f"{s.name} ({s.packing}, edit)" for s in self.edits.streams)
+        return [*(source.name for source in self.configs), *edits]
+
     def rows_seen(self, source: int, source_row: int) -> IntArray:
         """Return the row indices at which a row of a source is shown, ascending.
 
@@ -251,7 +263,7 @@ class Order:
     def _check_supply(self, mode: int) -> None:
         """Refuse a run whose plan asks a mode for more rows than its sources give."""
         needed, given = self._mode_rows[mode], self._parts[mode].rows_max
-        for source, row in self.dry_rows() if given is None or needed <= given else ():
+        for source, row in self.dry_rows():
             if self.configs[source].when_dry == "error" and self.mode_of(source) == mode:
                 name, epochs = self.configs[source].name, self.configs[source].epochs_max
                 raise DataError(

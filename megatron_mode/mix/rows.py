@@ -48,7 +48,10 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Hold B rows of T tokens; `position_BT` is 0 where attention restarts."""
+    """Hold B rows of T tokens; `position_BT` is 0 where attention restarts.
+
+    `source_B` is the index of each row's source among those of the reader.
+    """
 
     input_BT: IntArray
     target_BT: IntArray
@@ -57,11 +60,12 @@ class RowBatch:
     mode_weight_BT: Float32Array
     position_BT: IntArray
     flags_BT: ByteArray
+    source_B: IntArray
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one row of T tokens, the fields as in `RowBatch`."""
+    """Hold one row of T tokens, the fields as in `RowBatch`, without its source."""
 
     input_T: IntArray
     target_T: IntArray
@@ -77,8 +81,15 @@ def role_weights(mix: MixConfig) -> Float32Array:
     flags = np.arange(256)
     weight = np.ones(256, np.float32)
     if mix.mode2_lm_loss != "all":
+        given_weights = mix.role_weights
+        by_role = {
+            "system": given_weights.system,
+            "user": given_weights.user,
+            "assistant": given_weights.assistant,
+            "tool": given_weights.tool,
+        }
         for role in ROLES:
-            given = float(getattr(mix.role_weights, role, 0))
+            given = float(by_role.get(role, 0))
             if mix.mode2_lm_loss == "assistant":
                 given = float(role == "assistant")
             weight[((flags & MODE2) != 0) & ((flags & ROLE_MASK) == role_bits(role))] = given
@@ -155,12 +166,12 @@ class RowReader:
                     "that the order was planned for"
                 )
             parts.append(self._read_row(index, row))
-        return self._batch(parts)
+        return self._batch(parts, source_index)
 
     def read_windows(self, source_index: Sequence[int], begin_token: Sequence[int]) -> RowBatch:
         """Read B rows that begin at any token of their source with T + 1 tokens to go."""
         pairs = zip(source_index, begin_token, strict=True)
-        return self._batch([self._window(index, begin) for index, begin in pairs])
+        return self._batch([self._window(index, begin) for index, begin in pairs], source_index)
 
     def _read_row(self, index: int, row: int) -> tuple[IntArray, ByteArray, IntArray]:
         packing = self.packings[index]
@@ -174,7 +185,11 @@ class RowReader:
         ids, flags = source.read(begin, end)
         return ids, flags, source.document_starts(begin, end) - begin
 
-    def _batch(self, parts: Sequence[tuple[IntArray, ByteArray, IntArray]]) -> RowBatch:
+    def _batch(
+        self,
+        parts: Sequence[tuple[IntArray, ByteArray, IntArray]],
+        source_index: Sequence[int],
+    ) -> RowBatch:
         rows, width = len(parts), self.seq_len + 1
         ids = np.empty((rows, width), np.int64)
         flags = np.empty((rows, width), np.uint8)
@@ -192,6 +207,7 @@ class RowReader:
             mode_weight_BT=((input_flags & NO_MODE_LOSS) == 0).astype(np.float32),
             position_BT=self._positions(rows, start),
             flags_BT=input_flags,
+            source_B=np.array(source_index, np.int64),
         )
 
     def _lm_weights(self, flags: ByteArray, start: IntArray) -> Float32Array:

@@ -1,12 +1,14 @@
 """Turn the sources of a mode into supplies: weights over the mode's rows, and rows to give.
 
-A source's points are stated in tokens seen, because that is what a user plans in. They are turned
-once into rows of the mode, where apportioning is exact; between two points the share then goes by
-the mode's own rows, which is by tokens wherever the Mode 2 fraction is constant.
+A source's points are stated in tokens seen, because that is what a user plans in, and its weight is
+a line between them. Apportioning is exact where shares are lines over the mode's own rows, which
+they are not while a weight changes. So a changing stretch is cut into PIECES; inside a piece the
+share is a line, at most some thousandths of itself away from weight over weights.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -14,6 +16,9 @@ from fractions import Fraction
 from megatron_mode.config.mix import MixConfig, SourceConfig
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.apportion import Apportionment, Supply
+
+PIECES = 32
+WEIGHT_GRID = 10**15  # weights inside a stretch are rounded, so that sums keep short denominators
 
 
 def source_rows(mix: MixConfig, seq_len: int, rows_by_source: Mapping[str, int]) -> list[int]:
@@ -45,11 +50,23 @@ def source_rows(mix: MixConfig, seq_len: int, rows_by_source: Mapping[str, int])
 def weight_points(source: SourceConfig) -> list[tuple[int, Fraction]]:
     """Return (tokens seen, weight) of a source; two points at one place are a jump."""
     if source.weight_points:
-        return [(at, Fraction(weight)) for at, weight in source.weight_points]
+        return refined([(at, Fraction(weight)) for at, weight in source.weight_points])
     weight, onset = Fraction(source.weight), source.onset_tokens
     if not onset and not source.ramp_tokens:
         return [(0, weight)]
-    return [(onset, Fraction(0)), (onset + source.ramp_tokens, weight)]
+    return refined([(onset, Fraction(0)), (onset + source.ramp_tokens, weight)])
+
+
+def refined(points: Sequence[tuple[int, Fraction]]) -> list[tuple[int, Fraction]]:
+    """Cut the stretches in which a weight changes into PIECES."""
+    found = list(points[:1])
+    for (begin, start), (end, stop) in itertools.pairwise(points):
+        inside = sorted({begin + (end - begin) * k // PIECES for k in range(1, PIECES)} - {begin})
+        for at in inside if start != stop else ():
+            weight = start + (stop - start) * Fraction(at - begin, end - begin)
+            found.append((at, Fraction(round(weight * WEIGHT_GRID), WEIGHT_GRID)))
+        found.append((end, stop))
+    return found
 
 
 def rows_max(source: SourceConfig, size: int) -> int | None:

@@ -79,6 +79,8 @@ def walk(supplies: list[Supply], rows: int) -> list[tuple[int, int]]:
         for source in range(len(supplies)):
             seen = sum(row < stop for row in offered[source])
             carry[source] = planned[source][seen] % 1
+            if carry[source].denominator > 2**96:
+                carry[source] = Fraction(math.floor(carry[source] * 2**96), 2**96)
         if exhausted is not None:
             dry.add(exhausted)
     return dealt[:rows]
