@@ -40,6 +40,20 @@ def forecast(order: Order, end_row: int | None = None) -> list[SourceForecast]:
     return found
 
 
+def planned_rows(order: Order, begin_row: int, end_row: int) -> list[float]:
+    """Return the planned rows of each source of the mix in a short stretch of the run."""
+    mode2 = order.planned_mode2(end_row) - order.planned_mode2(begin_row)
+    of_mode = {1: end_row - begin_row - mode2, 2: mode2}
+    shares = order.planned_shares((begin_row + end_row) // 2)
+    return [share * of_mode[order.mode_of(source)] for source, share in enumerate(shares)]
+
+
+def labels(order: Order) -> list[str]:
+    """Name every source apart: one that an edit reads says so and how it is packed."""
+    edits = (f"{s.name} ({s.packing}, edit)" for s in order.edits.streams)
+    return [*(source.name for source in order.configs), *edits]
+
+
 def milestones(order: Order) -> list[Milestone]:
     """List onsets, repeats and ends of sources, in config order."""
     return [*_onsets(order), *_repeats(order), *_ends(order)]

@@ -149,18 +149,6 @@ class Order:
             for share in self._parts[mode].shares(min(self.mode_rows(mode, row), self._last(mode)))
         ]
 
-    def planned(self, begin_row: int, end_row: int) -> list[float]:
-        """Return the planned rows of each source of the mix in a short stretch of the run."""
-        mode2 = self.planned_mode2(end_row) - self.planned_mode2(begin_row)
-        of_mode = {1: end_row - begin_row - mode2, 2: mode2}
-        shares = self.planned_shares((begin_row + end_row) // 2)
-        return [share * of_mode[self.mode_of(source)] for source, share in enumerate(shares)]
-
-    def labels(self) -> list[str]:
-        """Name every source apart: one that an edit reads says so and how it is packed."""
-        edits = (f"{s.name} ({s.packing}, edit)" for s in self.edits.streams)
-        return [*(source.name for source in self.configs), *edits]
-
     def rows_seen(self, source: int, source_row: int) -> IntArray:
         """Return the row indices at which a row of a source is shown, ascending.
 
@@ -204,8 +192,16 @@ class Order:
         Slots are counted micro-batch by micro-batch, in each rank by rank. The permutation is
         keyed by (seed, step) alone, so every layout deals the same rows.
         """
-        key = epoch_key(stream_key(self.seed, "deal"), step)
-        return permute(np.arange(global_rows), global_rows, key)
+        dealt: IntArray = self.deals(step, step + 1, global_rows)[0]
+        return dealt
+
+    def deals(self, begin_step: int, end_step: int, global_rows: int) -> IntArray:
+        """Return the dealings of steps begin_step .. end_step - 1, [steps, global_rows]."""
+        steps = np.arange(begin_step, end_step)
+        keys = np.repeat(epoch_key(stream_key(self.seed, "deal"), steps), global_rows)
+        slots = np.tile(np.arange(global_rows), len(steps))
+        dealt: IntArray = permute(slots, global_rows, keys).reshape(len(steps), global_rows)
+        return dealt
 
     def _fill(self, begin_row: int, out: Rows) -> None:
         """Compute one window of rows, in place."""

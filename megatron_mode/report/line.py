@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_mode.engine.step import Engine, StepResult, TokenOutputs
 from megatron_mode.loss.normalise import BlockedShares
+from megatron_mode.mix.forecast import labels, planned_rows
 from megatron_mode.mix.loader import StepBatch
 from megatron_mode.mix.order import Order
 from megatron_mode.model.size import training_flops
@@ -56,7 +57,7 @@ def metrics_line(
         for offset, weight_BT in ((0, output.lm_weight_BT), (2, output.mode_weight_BT)):
             blocked[offset] += weight_BT.sum(dtype=torch.float64).cpu()
             blocked[offset + 1] += (weight_BT * output.blocked_BT).sum(dtype=torch.float64).cpu()
-    names = order.labels()
+    names = labels(order)
     by_source = source_sums(result.outputs, len(names))
     summed = engine.sum_over_ranks(torch.cat((blocked, by_source.reshape(-1), tokens.vector())))
     head = 4 + by_source.numel()
@@ -105,13 +106,15 @@ def source_sums(outputs: Sequence[TokenOutputs], sources: int) -> Tensor:
 
 def _by_source(order: Order, batch: StepBatch, sums: Tensor) -> dict[str, dict[str, float | None]]:
     """Name rows taken, rows planned and LM loss of each source; null where it gave no token."""
-    names = order.labels()
+    names = labels(order)
     taken = np.bincount(batch.rows.source, minlength=len(names)).tolist()
     begin_row, end_row = int(batch.rows.row[0]), int(batch.rows.row[-1]) + 1
     losses = [loss / weight if weight else None for loss, weight in sums.tolist()]
     return {
         "rows_by_source": dict(zip(names, taken, strict=True)),
-        "planned_rows_by_source": dict(zip(names, order.planned(begin_row, end_row), strict=False)),
+        "planned_rows_by_source": dict(
+            zip(names, planned_rows(order, begin_row, end_row), strict=False)
+        ),
         "lm_loss_by_source": dict(zip(names, losses, strict=True)),
     }
 
