@@ -265,8 +265,9 @@ def plan_answer(document: OrderDocument) -> tuple[dict[str, Any], str]:
             **found._asdict(),
             "tokens": found.rows * order.seq_len,
             "share": round(found.rows / total, 6),
+            "padding_share": described.get("padding_share", 0.0),
         }
-        for found in forecast(order)
+        for found, described in zip(forecast(order), document.sources, strict=True)
     ]
     mode2_rows, notes = order.realised_mode2(order.total_rows), warnings(order)
     answer = {
@@ -284,11 +285,11 @@ def plan_answer(document: OrderDocument) -> tuple[dict[str, Any], str]:
     lines = [
         f"{document.steps:,} steps of {document.global_rows:,} rows of {order.seq_len:,} tokens, "
         f"Mode 2 share {mode2_rows / total:.4f}",
-        f"{'source':<28} mode {'share':>7} {'rows':>14} {'tokens':>16} {'it has':>11}   epochs",
+        f"{'source':<24} mode {'share':>7} {'rows':>14} {'tokens':>16} {'it has':>9} epochs padding",
     ]
     lines += [
-        f"{s['name'][:28]:<28} {s['mode']:>4} {s['share']:>7.4f} {s['rows']:>14,} "
-        f"{s['tokens']:>16,} {s['rows_available']:>11,} {s['epochs']:>8.3f}"
+        f"{s['name'][:24]:<24} {s['mode']:>4} {s['share']:>7.4f} {s['rows']:>14,} "
+        f"{s['tokens']:>16,} {s['rows_available']:>9,} {s['epochs']:>6.2f} {s['padding_share']:>7.2%}"
         for s in sources
     ]
     return answer, "\n".join(lines + [f"note: {note}" for note in notes])

@@ -23,8 +23,8 @@ from megatron_mode.engine.build import choose_dtype
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 from megatron_mode.loss.normalise import BlockedShares
-from megatron_mode.mix.corpus import Corpus
-from megatron_mode.mix.digest import OrderDigest, order_config
+from megatron_mode.mix.corpus import Corpus, order_settings
+from megatron_mode.mix.digest import OrderDigest
 from megatron_mode.mix.edits import NO_EDITS, PlannedEdits
 from megatron_mode.mix.order import Order, Rows
 
@@ -44,7 +44,7 @@ class OrderRecord:
     @classmethod
     def start(cls, config: Config, corpus: Corpus, order: Order) -> OrderRecord:
         """Begin the record of a run."""
-        return cls(order_config(config, corpus.read_sources, order.edits), order.edits)
+        return cls(order_settings(config, corpus, order), order.edits)
 
     def update(self, step: int, rows: Rows) -> None:
         """Append step `step` (0-based)."""

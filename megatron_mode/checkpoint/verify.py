@@ -20,6 +20,7 @@ from megatron_mode.tokens.row_table import table_path
 from megatron_mode.tokens.shards import Source
 
 MOST_NAMED = 6
+SINCE_LATER = frozenset({"data.tokenizer"})  # checkpoints of 0.1.0 do not have it
 
 Report = Callable[[int], object]
 
@@ -38,7 +39,8 @@ def find_manifests(run: Path) -> list[Manifest]:
 def check_settings(manifest: Manifest, settings: Mapping[str, Any]) -> None:
     """Raise CheckpointError naming the settings of the order that differ from a checkpoint's."""
     saved = manifest.order
-    keys = [k for k in sorted(saved.keys() | settings.keys()) if saved.get(k) != settings.get(k)]
+    known = (saved.keys() | settings.keys()) - (SINCE_LATER - saved.keys())
+    keys = [key for key in sorted(known) if saved.get(key) != settings.get(key)]
     differing = [_difference(key, settings.get(key), saved.get(key)) for key in keys[:MOST_NAMED]]
     if len(keys) > MOST_NAMED:
         differing.append(f"and {len(keys) - MOST_NAMED} more")

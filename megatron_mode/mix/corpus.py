@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mode.config.fields import Config
 from megatron_mode.config.mix import SourceConfig
 from megatron_mode.errors import ConfigError, DataError
+from megatron_mode.mix.digest import order_config
 from megatron_mode.mix.edit_lookup import (
     PackedSource,
     edited_sources,
@@ -130,6 +131,12 @@ def build_order(config: Config, corpus: Corpus) -> Order:
         {entry.source.name: entry.rows for entry in packed},
         edits=_plan(config, corpus, packed),
     )
+
+
+def order_settings(config: Config, corpus: Corpus, order: Order) -> dict[str, object]:
+    """Return everything that the order depends on, the tokenizer included (`order_config`)."""
+    tokenizer = {"data.tokenizer": corpus.vocabulary.digest}
+    return {**order_config(config, corpus.read_sources, order.edits), **tokenizer}
 
 
 def build_reader(config: Config, corpus: Corpus, sources: Sequence[Source]) -> RowReader:

@@ -17,7 +17,7 @@ from megatron_mode.mix.packing import (
     rows_in_stream,
     stream_rows_of,
 )
-from megatron_mode.tokens.row_table import open_table
+from megatron_mode.tokens.row_table import RowTable, open_table
 from megatron_mode.tokens.shards import Source
 
 
@@ -36,6 +36,11 @@ class PackedSource:
         if self.packing is not None:
             return self.packing.rows
         return rows_in_stream(self.source.tokens, self.seq_len)
+
+    @property
+    def padding_share(self) -> float:
+        """Return the share of padding among the tokens of all rows; nothing in a stream."""
+        return self.packing.padding_share if isinstance(self.packing, RowTable) else 0.0
 
     def rows_of(self, document: int) -> list[int]:
         """Return the rows that read a document, ascending."""

@@ -16,8 +16,8 @@ from typing import Any
 from megatron_mode.config import Config
 from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import DataError
-from megatron_mode.mix.corpus import Corpus, packed_sources
-from megatron_mode.mix.digest import OrderDigest, order_config
+from megatron_mode.mix.corpus import Corpus, order_settings, packed_sources
+from megatron_mode.mix.digest import OrderDigest
 from megatron_mode.mix.edits import ChangedDocument, Clock, EditStream, plan_edits
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.schedule import Integral
@@ -38,7 +38,7 @@ DIGESTED_ROWS = 20_000_000
 class OrderDocument:
     """Hold an order with what its questions are asked in.
 
-    `settings` is `digest.order_config`, `sources` one description each.
+    `settings` is `corpus.order_settings`, `sources` one description each.
     """
 
     order: Order
@@ -60,10 +60,11 @@ def describe(config: Config, corpus: Corpus, order: Order) -> OrderDocument:
                 "rows": entry.rows,
                 "tokens": entry.source.tokens,
                 "documents": entry.source.documents,
+                "padding_share": entry.padding_share,
                 "files": dict(sorted(entry.source.content_digests.items())),
             }
         )
-    settings = order_config(config, corpus.read_sources, order.edits)
+    settings = order_settings(config, corpus, order)
     return OrderDocument(order, config.batch.global_rows, config.run.steps, settings, sources)
 
 
