@@ -66,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.plot is not None:
         answer, text = plot_answer(opened, args.plot)
     else:
-        answer, text = plan_answer(opened.document)
+        from megatron_mode.order_plan import plan, table
+
+        answer = plan(opened.document)
+        text = table(answer)
     print(json.dumps(answer, ensure_ascii=False) if args.json else text)
     return 0
 
@@ -252,44 +255,3 @@ def write(path: Path, text: str) -> None:
             f"{str(path)!r} cannot be written ({error.strerror}); name a file in a folder that "
             "exists and is writable"
         ) from None
-
-
-def plan_answer(document: OrderDocument) -> tuple[dict[str, Any], str]:
-    """Sum the run up by source, with everything that will happen to one."""
-    from megatron_mode.mix.forecast import forecast, milestones, warnings
-
-    order = document.order
-    total = max(order.total_rows, 1)
-    sources = [
-        {
-            **found._asdict(),
-            "tokens": found.rows * order.seq_len,
-            "share": round(found.rows / total, 6),
-            "padding_share": described.get("padding_share", 0.0),
-        }
-        for found, described in zip(forecast(order), document.sources, strict=True)
-    ]
-    mode2_rows, notes = order.realised_mode2(order.total_rows), warnings(order)
-    answer = {
-        "rows": order.total_rows,
-        "steps": document.steps,
-        "tokens": order.total_rows * order.seq_len,
-        "mode2_rows": mode2_rows,
-        "sources": sources,
-        "events": [
-            {"source": order.source_names[m.source], "row": m.row, "what": m.what}
-            for m in milestones(order)
-        ],
-        "notes": notes,
-    }
-    lines = [
-        f"{document.steps:,} steps of {document.global_rows:,} rows of {order.seq_len:,} tokens, "
-        f"Mode 2 share {mode2_rows / total:.4f}",
-        f"{'source':<24} mode {'share':>7} {'rows':>14} {'tokens':>16} {'it has':>9} epochs padding",
-    ]
-    lines += [
-        f"{s['name'][:24]:<24} {s['mode']:>4} {s['share']:>7.4f} {s['rows']:>14,} "
-        f"{s['tokens']:>16,} {s['rows_available']:>9,} {s['epochs']:>6.2f} {s['padding_share']:>7.2%}"
-        for s in sources
-    ]
-    return answer, "\n".join(lines + [f"note: {note}" for note in notes])

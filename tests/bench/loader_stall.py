@@ -13,6 +13,11 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_mode.engine.step import Engine
+    from megatron_mode.mix.loader import Loader
 
 ROOT = Path(__file__).resolve().parents[2]
 UNTIMED_STEPS = 2
@@ -47,8 +52,25 @@ def measure(config_path: Path, overrides: list[str], steps: int) -> dict[str, ob
         micro_rows=config.batch.micro_rows,
         end_step=steps + UNTIMED_STEPS,
     )
+    real_seconds, same_seconds, waits = alternate(engine, loader, steps)
+    ratios = [a / b for a, b in zip(real_seconds, same_seconds, strict=True)]
+    return {
+        "steps": len(ratios),
+        "real_over_same": round(statistics.median(ratios), 4),
+        "quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
+        "data_wait_share_median": round(statistics.median(waits), 6),
+        "data_wait_share_max": round(max(waits), 6),
+    }
+
+
+def alternate(
+    engine: Engine, loader: Loader, steps: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Step with the loader's batch and with the first one in turn; also return the waits' shares."""
     same = next(loader)
-    real_seconds, same_seconds, waits = [], [], []
+    real_seconds: list[float] = []
+    same_seconds: list[float] = []
+    waits: list[float] = []
     for step in range(steps + UNTIMED_STEPS - 1):
         begin = time.perf_counter()
         batch = next(loader)
@@ -61,14 +83,7 @@ def measure(config_path: Path, overrides: list[str], steps: int) -> dict[str, ob
             waits.append(wait / real)
             real_seconds.append(real)
             same_seconds.append(time.perf_counter() - begin)
-    ratios = [a / b for a, b in zip(real_seconds, same_seconds, strict=True)]
-    return {
-        "steps": len(ratios),
-        "real_over_same": round(statistics.median(ratios), 4),
-        "quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
-        "data_wait_share_median": round(statistics.median(waits), 6),
-        "data_wait_share_max": round(max(waits), 6),
-    }
+    return real_seconds, same_seconds, waits
 
 
 def main() -> None:
