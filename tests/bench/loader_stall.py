@@ -66,7 +66,7 @@ def measure(config_path: Path, overrides: list[str], steps: int) -> dict[str, ob
 def alternate(
     engine: Engine, loader: Loader, steps: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Step with the loader's batch and with the first one in turn; also return the waits' shares."""
+    """Step with the loader's batch and with the first one in turn; return seconds and waits."""
     same = next(loader)
     real_seconds: list[float] = []
     same_seconds: list[float] = []

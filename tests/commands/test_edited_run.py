@@ -33,16 +33,21 @@ def packed(verb: Call, trained: Trained, tmp_path: Path) -> Path:
     return data
 
 
-def test_a_run_with_edits_resumes_and_verifies(
-    pretrain: Call, verb: Call, trained: Trained, packed: Path, tmp_path: Path
-) -> None:
+def chat_documents(verb: Call, trained: Trained, packed: Path) -> list[str]:
+    """Return the ids of three dialogues; the third stands in a row near the end of the run."""
     source = Source.open(packed, "chat")
     plan = ("mix.mode2.sources.0.packing=whole", "run.steps=12", f"data.root={packed}")
     taken = json.loads(verb("order", trained.config, *plan, "--rows", "40:48", "--json").out)
     row = next(r["source_row"] for r in taken["rows"] if r["mode"] == 2)
     third = source.document_of(open_table(source, 32).pieces(row)[0].begin)
-    ids = [source.document(n)[2] for n in {0, 1, 2, third} - {third}][:2]
-    ids.append(source.document(third)[2])
+    others = [number for number in range(3) if number != third][:2]
+    return [source.document(number)[2] for number in (*others, third)]
+
+
+def test_a_run_with_edits_resumes_and_verifies(
+    pretrain: Call, verb: Call, trained: Trained, packed: Path, tmp_path: Path
+) -> None:
+    ids = chat_documents(verb, trained, packed)
     book = Source.open(packed, "books").document(0)[2]
     edits = (
         f"data.root={packed}",
