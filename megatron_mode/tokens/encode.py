@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.documents import BadLineError, Document, LineReader, file_stem, parse_line
+from megatron_mode.tokens.documents import BadLineError, Document, file_stem, parse_line
+from megatron_mode.tokens.readers import open_reader
 from megatron_mode.tokens.split import Output, Split
 from megatron_mode.tokens.template import render_batch
 from megatron_mode.tokens.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ class EncodedBatch:
 def line_batches(paths: Sequence[Path], report_progress: ReportProgress) -> Iterator[LineBatch]:
     """Cut files into batches; report_progress gets the bytes of disk read since the last call."""
     for path in paths:
-        with LineReader(path) as lines:
+        with open_reader(path) as lines:
             batch, size_bytes, position_bytes = LineBatch(path), 0, 0
             for number, line in lines:
                 batch.numbers.append(number)

@@ -43,7 +43,9 @@ INPUT_BYTES_PER_WORKER = 4 << 20
 
 def useful_workers(inputs: Sequence[Path]) -> int:
     """Return the cores available, but no more processes than the input repays the start of."""
-    total_bytes = sum(path.stat().st_size for path in inputs if path.exists())
+    from megatron_mode.tokens.readers import size_bytes
+
+    total_bytes = sum(map(size_bytes, inputs))
     return min(len(os.sched_getaffinity(0)), 1 + total_bytes // INPUT_BYTES_PER_WORKER)
 
 
@@ -54,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write: data.root")
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument(
-        "--input", type=Path, nargs="+", metavar="FILE", help=".jsonl or .jsonl.gz files"
+        "--input",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help=".jsonl (.gz, .zst), .parquet or .arrow files, or folders by save_to_disk",
     )
     inputs.add_argument("--sample", action="store_true", help="use the corpus that ships here")
     tokenizer = parser.add_mutually_exclusive_group()
