@@ -45,11 +45,9 @@ def outcome(path: Path) -> tuple[int, int, bool]:
                     parse_line(line, "s", number)
                     good += 1
                 except BadLineError as reason:
-                    assert str(reason)
-                    bad += 1
+                    bad += bool(str(reason))
     except DataError as error:
-        assert str(path) in str(error)
-        return good, bad, True
+        return good, bad, str(path) in str(error)
     return good, bad, False
 
 
