@@ -1,6 +1,7 @@
 """Open any input as numbered JSON lines, choosing the reader by what the file holds.
 
     JSON lines, plain or gzip'd or zstd-compressed                  -> json_lines
+    a file named .json that holds one array, compressed or not      -> json_array
     Parquet, Arrow IPC, folders written by datasets.save_to_disk    -> tables
 
 A compressed or binary file is known by its first bytes; a name that promises another format is
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mode.errors import DataError
+from megatron_mode.tokens.json_array import JsonArray, holds_array
 from megatron_mode.tokens.json_lines import JsonLines
 from megatron_mode.tokens.lines import LineReader
 
@@ -60,7 +62,8 @@ def open_reader(path: Path, columns: Sequence[str] | None = DOCUMENT_COLUMNS) ->
     try:
         kind = kind_of(path, head)
         if kind == "gzip" or kind == "zstd" or kind is None:
-            return JsonLines(path, raw, kind)
+            reader = JsonArray if holds_array(path, raw, kind) else JsonLines
+            return reader(path, raw, kind)
     except BaseException:
         raw.close()
         raise

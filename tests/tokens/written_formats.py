@@ -90,6 +90,7 @@ WRITERS: dict[str, Callable[[Objects], bytes]] = {
         gzip.compress(json_lines(half), 1) for half in halves(objects)
     ),
     "a.jsonl.zst": lambda objects: b"".join(zstd(json_lines(half)) for half in halves(objects)),
+    "a.json": lambda objects: json.dumps(objects, indent=1).encode(),
     "a.parquet": parquet,
     "sums.parquet": lambda objects: parquet(objects, write_page_checksum=True, compression="zstd"),
     "stream.arrow": arrow,
