@@ -30,6 +30,9 @@ VERBS = {
     "prepare": Verb(
         "megatron_mode.tokens.prepare_command", "tokenizer and sources from JSON lines"
     ),
+    "convert": Verb(
+        "megatron_mode.tokens.convert_command", "dialogues of other formats to JSON lines"
+    ),
     "report": Verb("megatron_mode.report.command", "one HTML file with the pictures of runs"),
     "score": Verb("megatron_mode.score_command", "loss and mode probability of each document"),
     "generate": Verb("megatron_mode.generate", "continue a prompt, each token's mode in colour"),

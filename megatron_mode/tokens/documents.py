@@ -56,8 +56,6 @@ def file_stem(path: Path) -> str:
 
 def parse_line(line: bytes, default_source: str, number: int) -> Document:
     """Turn one JSON line into a Document; raise BadLineError with the reason when it is none."""
-    if isinstance(line, RefusedLine):
-        raise BadLineError(line.decode())
     try:
         document = document_of(parse_json(line), default_source, number)
     except RecursionError:
@@ -101,7 +99,9 @@ def document_of(value: Any, default_source: str, number: int) -> Document:
 
 
 def parse_json(line: bytes) -> Any:
-    """Decode a line; raise BadLineError when it is not UTF-8 or not JSON."""
+    """Decode a line; raise BadLineError when it is refused, not UTF-8 or not JSON."""
+    if isinstance(line, RefusedLine):
+        raise BadLineError(line.decode())
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.json_lines import BUFFER_BYTES, Compression, JsonLines, unpacked
@@ -18,16 +18,15 @@ SPACE = re.compile(r"[ \t\r\n]*")
 JSON_NAME = re.compile(r".*\.json(\.gz|\.zst)?", re.IGNORECASE)
 
 
-def holds_array(path: Path, raw: IO[bytes], compression: Compression | None) -> bool:
-    """Tell whether a file named .json begins with `[`; leave the open file at its start."""
+def holds_array(path: Path, compression: Compression | None) -> bool:
+    """Tell whether a file named .json begins with `[`."""
     if not JSON_NAME.fullmatch(path.name):
         return False
     try:
-        head = unpacked(raw, compression).read(BUFFER_BYTES)
-    except (EOFError, OSError):
+        with path.open("rb") as raw:
+            head = unpacked(raw, compression).read(BUFFER_BYTES)
+    except (EOFError, OSError, zlib.error):
         return False  # reading it as lines says what is wrong
-    finally:
-        raw.seek(0)
     return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 

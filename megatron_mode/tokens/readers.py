@@ -62,7 +62,7 @@ def open_reader(path: Path, columns: Sequence[str] | None = DOCUMENT_COLUMNS) ->
     try:
         kind = kind_of(path, head)
         if kind == "gzip" or kind == "zstd" or kind is None:
-            reader = JsonArray if holds_array(path, raw, kind) else JsonLines
+            reader = JsonArray if holds_array(path, kind) else JsonLines
             return reader(path, raw, kind)
     except BaseException:
         raw.close()

@@ -84,8 +84,8 @@ class ParquetTable(Table):
             file = pq.ParquetFile(
                 path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
             )
-            rows, schema = file.metadata.num_rows, file.schema_arrow
-        names = chosen_columns(path, schema.names, self._columns)
+            rows = file.metadata.num_rows
+            names = chosen_columns(path, file.schema_arrow.names, self._columns)
         with file:
             for group in range(file.num_row_groups):
                 with damage_named(path, row + 1):
@@ -128,11 +128,11 @@ class ArrowTables(Table):
             read = file_batches if is_file else stream_batches
             with source:
                 for batch in read(path, source):
-                    names = chosen_columns(path, batch.schema.names, self._columns)
                     with damage_named(path, row):
                         # Offsets are used unchecked afterwards: damaged ones would end the process.
+                        batch.validate(full=True)
+                        names = chosen_columns(path, batch.schema.names, self._columns)
                         chosen = batch.select(names)
-                        chosen.validate(full=True)
                     yield from pieces(chosen)
                     row += len(batch)
                     self._position_bytes = read_bytes + source.tell()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from written_formats import OBJECTS, WRITERS, Objects, arrow, json_lines, write_dataset, zstd
 
 from megatron_mode.errors import DataError
@@ -262,38 +259,6 @@ def test_prepare_takes_every_format(
     source = Source.open(tmp_path / "out", "chat")
     assert source.documents == 32
     assert {"a.parquet", "saved/data-00000-of-00002.arrow"} < set(source.info["inputs"])
-
-
-@given(objects=OBJECTS, indent=st.sampled_from([None, 1]))
-@settings(max_examples=40)
-def test_an_array_is_read_by_element(folder: Path, objects: Objects, indent: int | None) -> None:
-    for name in ("a.json", "a.json.gz"):
-        data = json.dumps(objects, indent=indent).encode("utf-8-sig")
-        (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            open_reader(folder / name) as reader,
-        ):
-            patch.setattr("megatron_mode.tokens.json_array.READ_BYTES", 3)
-            found = [(number, json.loads(line)) for number, line in reader]
-        assert found == list(enumerate(objects, 1))
-
-
-@pytest.mark.parametrize(
-    ("text", "fragment"),
-    [
-        ('[{"text": "a"}, {"text"}]', ":2: element 2 of the JSON array is malformed"),
-        ('[{"text": "a"}, ', ":2: element 2 of the JSON array is malformed"),
-        ('[{"text": "a"} {"text": "a"}]', "followed by '{\"text\": \"' where ']' is expected"),
-        ('[{"text": "a"}', "is followed by 'the end of the file'"),
-        ('[{"text": "a"}]\n[]', "text follows the array"),
-        ('[{"text": "\udcff"}]', "is not UTF-8"),
-    ],
-)
-def test_a_broken_array_is_named(tmp_path: Path, text: str, fragment: str) -> None:
-    (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(DataError, match=re.escape(fragment)):
-        lines_of(tmp_path / "a.json")
 
 
 def test_source_names_come_from_the_file() -> None:
