@@ -36,6 +36,10 @@ class DigestedSource(Protocol):
     def content_digests(self) -> Mapping[str, str]:
         """Return file name -> digest of what the source holds."""
 
+    @property
+    def mode_tokens(self) -> Mapping[str, object] | None:
+        """Return how mode tokens stand in it, None where there are none."""
+
 
 class OrderDigest:
     """Hash the rows of one step after the other onto a chain."""
@@ -91,6 +95,8 @@ def order_config(config: Config, sources: Sequence[DigestedSource]) -> dict[str,
             record[f"{key}.{entry.name}.epochs_max"] = _plain(entry.epochs_max)
             record[f"{key}.{entry.name}.tokens"] = source.tokens
             record[f"{key}.{entry.name}.content"] = dict(sorted(source.content_digests.items()))
+            if source.mode_tokens:  # absent otherwise: older checkpoints stay resumable
+                record[f"{key}.{entry.name}.mode_tokens"] = dict(source.mode_tokens)
     return record
 
 

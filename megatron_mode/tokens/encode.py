@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.documents import BadLineError, Document, file_stem, parse_line
 from megatron_mode.tokens.readers import open_reader
-from megatron_mode.tokens.split import Output, Split
+from megatron_mode.tokens.split import Output, Split, mode_token_key
 from megatron_mode.tokens.template import render_batch
 from megatron_mode.tokens.tokenizer import Tokenizer
 
@@ -131,7 +131,10 @@ def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> Encode
     )
     parts: dict[tuple[str, str, int], StagedPart] = {}
     dtype = np.dtype(tokenizer.vocabulary.token_dtype)
-    for (document, output), (ids, flags) in zip(routed, rendered, strict=True):
+    control = tokenizer.control
+    for (document, output), without in zip(routed, rendered, strict=True):
+        places_key = mode_token_key(split.seed, document)
+        ids, flags = split.mode_tokens.insert(without, control, places_key)
         where = (output.name, document.source, document.mode)
         part = parts.setdefault(where, StagedPart(*where))
         key = split.order_key(document.source, document.id)

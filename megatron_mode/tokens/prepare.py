@@ -256,6 +256,7 @@ def write_sources(
             seed=plan.split.seed,
             plain_share=plan.split.plain_share,
             valid_share=plan.split.valid_share,
+            mode_tokens=plan.split.mode_tokens.record(plan.split.seed),
             bad_lines=bad_lines,
             licence=plan.licence_of(stage.source),
             inputs=inputs,

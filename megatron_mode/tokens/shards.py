@@ -205,6 +205,11 @@ class Source:
         """Return the SHA-256 of each content file as recorded at preparation, by suffix."""
         return {suffix: file["sha256"] for suffix, file in self.info.get("files", {}).items()}
 
+    @property
+    def mode_tokens(self) -> dict[str, Any] | None:
+        """Return how mode tokens stand in the documents, None where there are none."""
+        return self.info.get("mode_tokens")
+
     def verify_sizes(self) -> None:
         """Compare file sizes with the index and NAME.json; raise DataError naming the file."""
         expected = {".bin": self.tokens * self._index.dtype.itemsize}
