@@ -51,7 +51,9 @@ class BadLineError(Exception):
 
 def file_stem(path: Path) -> str:
     """Return the source name of lines that carry none: the file name up to .jsonl and the like."""
-    return re.sub(r"(\.(jsonl?|ndjson|parquet|arrow))?(\.(gz|zst))?$", "", path.name)
+    return re.sub(
+        r"(\.(jsonl?|ndjson|parquet|arrow))?(\.(gz|zst))?$", "", path.name or path.resolve().name
+    )
 
 
 def parse_line(line: bytes, default_source: str, number: int) -> Document:

@@ -57,7 +57,8 @@ def open_reader(path: Path, columns: Sequence[str] | None = DOCUMENT_COLUMNS) ->
         raw.seek(0)
     except OSError as error:
         raise DataError(
-            f"Input {path} cannot be read ({error.strerror}); {ACCEPTED}, so correct the name."
+            f"Input {path} cannot be read ({error.strerror or error}); {ACCEPTED}, so correct the "
+            "name, or write what a pipe gives to a file first."
         ) from None
     try:
         kind = kind_of(path, head)

@@ -102,6 +102,27 @@ def test_openai_calls_results_and_parts() -> None:
     assert converted("openai", record)["tools"] == [TOOL]
 
 
+def test_results_find_their_calls_by_id_then_by_name_then_in_order() -> None:
+    def results(*messages: dict[str, Any]) -> list[str]:
+        calls = [{"id": key, "function": {"name": f"f{key}", "arguments": "{}"}} for key in "ab"]
+        record = {"messages": [turn("assistant", None, tool_calls=calls), *messages]}
+        return [content for role, content in told("openai", record) if role == "tool"]
+
+    by_id = [turn("tool", key, tool_call_id=key, name="f") for key in "ba"]
+    by_name = [turn("tool", key, name=f"f{key}") for key in "ba"]
+    assert results(*by_id) == results(*by_name) == ["a", "b"]
+    assert results(turn("tool", "b"), turn("tool", "a")) == ["b", "a"]
+    with pytest.raises(
+        BadLineError, match=r'is the result of call "b"; .* \["a", "b"\], once each'
+    ):
+        results(*by_id, by_id[0])
+
+
+def test_calls_may_stand_in_sharegpt_texts() -> None:
+    spoken = [{"from": "gpt", "value": "<tool_call>f</tool_call>"}, {"from": "tool", "value": "3"}]
+    assert told("sharegpt", {"conversations": spoken})[1] == ("tool", "3")
+
+
 def test_function_call_queries() -> None:
     expected = [("user", "Tea?"), ("assistant", '[{"name":"get_price","arguments":{"of":"tea"}}]')]
     for record in (
@@ -179,6 +200,8 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ("openai", {"messages": [turn("narrator", "a")]}, "accepted are system, developer"),
         ("openai", {"messages": [turn("user", None)]}, "messages[0].content is missing"),
         ("openai", {"messages": [turn("tool", "a", tool_call_id="x")]}, "without a call"),
+        ("openai", {"messages": [turn("assistant", "I call f."), turn("tool", "a")]},
+         "messages[1] is a tool result without a call"),
         ("openai", {"messages": [turn("assistant", "", tool_calls=[{"id": "x", "function": CALL}]),
                                  turn("tool", "a", tool_call_id="y")]},
          'messages[1] is the result of call "y"; accepted are the calls of the turn before it, '

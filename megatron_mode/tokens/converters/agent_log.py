@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_mode.tokens.converters.turns import (
     BLANK_LINE,
+    Call,
     Turns,
     call,
     object_of,
@@ -58,7 +59,7 @@ class AgentTurns(Turns):
     def __init__(self, tools: Any) -> None:
         super().__init__(tools)
         self._thoughts: list[str] = []
-        self._actions: list[Any] = []
+        self._actions: list[Call] = []
 
     def add(self, event: Any, place: str) -> None:
         """Append an event."""

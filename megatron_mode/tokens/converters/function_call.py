@@ -15,7 +15,7 @@ import json
 import re
 from typing import Any
 
-from megatron_mode.tokens.converters.turns import Turns, call, object_of, parsed_list, text_of
+from megatron_mode.tokens.converters.turns import Call, Turns, call, object_of, parsed_list, text_of
 from megatron_mode.tokens.documents import BadLineError, show
 
 SPEAKER = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
@@ -111,7 +111,7 @@ def split_schemas(system: str) -> tuple[str, list[Any] | None]:
     return system[: start.start()].strip(), schemas
 
 
-def written_call(text: str, place: str) -> tuple[dict[str, Any], str | None]:
+def written_call(text: str, place: str) -> Call:
     """Read a call out of a text."""
     quoted = QUOTED_CALL.fullmatch(text)
     if quoted:

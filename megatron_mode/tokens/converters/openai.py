@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_mode.tokens.converters.turns import (
     BLANK_LINE,
+    Call,
     Turns,
     call,
     object_of,
@@ -56,7 +57,7 @@ def convert(record: Any) -> dict[str, Any]:
         calls = calls_of(message, place) if role == "assistant" else []
         content = content_of(message, place, is_needed=not calls)
         if role == "tool":
-            turns.result(content, place, message.get("tool_call_id") or message.get("name"))
+            turns.result(content, place, message.get("tool_call_id"), message.get("name"))
         else:
             turns.say(role, content, calls=calls)
     return turns.record()
@@ -85,7 +86,7 @@ def content_of(message: dict[str, Any], place: str, *, is_needed: bool) -> str:
     return BLANK_LINE.join(texts)
 
 
-def calls_of(message: dict[str, Any], place: str) -> list[Any]:
+def calls_of(message: dict[str, Any], place: str) -> list[Call]:
     """Return the calls of an assistant's message, of the present or the older form."""
     if message.get("function_call"):
         return [call(message["function_call"], f"{place}.function_call")]

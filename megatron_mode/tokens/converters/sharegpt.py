@@ -36,7 +36,7 @@ def convert(record: Any) -> dict[str, Any]:
     record = object_of(record, "the record")
     refuse_media(record, "")
     field, spoken = turns_of(record, ("conversations", "conversation", "messages"))
-    turns = Turns(record.get("tools"))
+    turns = Turns(record.get("tools"), calls_in_text=True)
     if record.get("system"):
         turns.say("system", text_of(record["system"], "system"))
     for index, turn in enumerate(spoken):

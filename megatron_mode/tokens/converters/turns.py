@@ -7,7 +7,8 @@ calls, so they are left out, and the results of a turn are put in the order of i
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from megatron_mode.tokens.documents import BadLineError, parse_tools, show
 from megatron_mode.tokens.lines import compact_json
@@ -15,30 +16,41 @@ from megatron_mode.tokens.lines import compact_json
 BLANK_LINE = "\n\n"
 
 
+class Call(NamedTuple):
+    """Hold a call as it is written, and what its result may name it by: id, then name."""
+
+    written: dict[str, Any]
+    keys: tuple[Any, ...]
+
+
 class Turns:
     """Hold the messages so far and the calls that wait for a result."""
 
-    def __init__(self, tools: Any = None) -> None:
-        """Start a dialogue; tools is a list of schemas, one schema, or a string that holds them."""
+    def __init__(self, tools: Any = None, *, calls_in_text: bool = False) -> None:
+        """Start a dialogue; tools is a list of schemas, one schema, or a string that holds them.
+
+        With calls_in_text any turn of the assistant may hold a call, and so be followed by results.
+        """
         tools = parse_tools(tools)
         self._tools = [tools] if isinstance(tools, dict) else tools
         self._messages: list[dict[str, Any]] = []
-        self._calls: list[str | None] = []
+        self._calls: list[Call] = []
         self._results: list[tuple[int, str]] = []
+        self._calls_in_text = calls_in_text
         self._takes_results = False
 
-    def say(self, role: str, content: str, *, calls: list[Any] | None = None) -> None:
+    def say(self, role: str, content: str, *, calls: Sequence[Call] = ()) -> None:
         """Append a turn of system, user or assistant; calls are those of `call`."""
         self._close()
         message: dict[str, Any] = {"role": role, "content": content}
         if calls:
-            message["tool_calls"] = [call for call, _ in calls]
+            message["tool_calls"] = [one.written for one in calls]
         self._messages.append(message)
-        self._calls = [key for _, key in calls or ()]
-        self._takes_results = role == "assistant"
+        self._calls = list(calls)
+        self._takes_results = bool(calls) or (self._calls_in_text and role == "assistant")
 
-    def result(self, content: str, field: str, key: str | None = None) -> None:
-        """Append what a tool returned; key is the id or name of its call where that is known."""
+    def result(self, content: str, field: str, *keys: Any) -> None:
+        """Append what a tool returned; keys are id and name of its call where they are known."""
         if not self._takes_results:
             raise BadLineError(
                 f"{field} is a tool result without a call before it; add the assistant's call or "
@@ -46,12 +58,14 @@ class Turns:
             )
         taken = {index for index, _ in self._results}
         free = [index for index in range(len(self._calls)) if index not in taken]
-        if key is not None and any(self._calls):
-            free = [index for index in free if self._calls[index] == key]
+        known = [key for key in keys if key is not None]
+        if known and self._calls:
+            matches = (i for key in known for i in free if key in self._calls[i].keys)
+            free = list(matches)[:1]
             if not free:
                 raise BadLineError(
-                    f"{field} is the result of call {show(key)}; accepted are the calls of the "
-                    f"turn before it, {show([k for k in self._calls if k])}, once each"
+                    f"{field} is the result of call {show(known[0])}; accepted are the calls of "
+                    f"the turn before it, {show([one.keys[0] for one in self._calls])}, once each"
                 )
         self._results.append((free[0] if free else len(self._results), content))
 
@@ -68,8 +82,8 @@ class Turns:
         self._results = []
 
 
-def call(value: Any, field: str, key: Any = None) -> tuple[dict[str, Any], str | None]:
-    """Read a call {"name", "arguments"} and the key that its result will name."""
+def call(value: Any, field: str, key: Any = None) -> Call:
+    """Read a call {"name", "arguments"}; key is its id where it has one."""
     if not isinstance(value, dict):
         raise BadLineError(f"{field} is {show(value)}; a call must be an object")
     name = value.get("name")
@@ -79,7 +93,7 @@ def call(value: Any, field: str, key: Any = None) -> tuple[dict[str, Any], str |
     arguments = parsed(arguments, f"{field}.arguments") if arguments != "" else {}
     if not isinstance(arguments, dict | list):
         raise BadLineError(f"{field}.arguments is {show(arguments)}; accepted is an object")
-    return {"name": name, "arguments": arguments}, key if isinstance(key, str) else name
+    return Call({"name": name, "arguments": arguments}, (name,) if key is None else (key, name))
 
 
 def parsed(value: Any, field: str) -> Any:
