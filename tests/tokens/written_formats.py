@@ -72,12 +72,16 @@ def parquet(objects: Objects, **options: Any) -> bytes:
     return packed
 
 
-def arrow(objects: Objects, *, as_file: bool = False) -> bytes:
+def arrow(objects: Objects, *, as_file: bool = False, is_packed: bool = False) -> bytes:
     """Return an Arrow IPC stream or file with batches of three rows."""
     sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(objects, SCHEMA)
+    if is_packed:
+        table = table.set_column(1, "source", table["source"].dictionary_encode())
+    options = pa.ipc.IpcWriteOptions(compression="zstd" if is_packed else None)
     open_writer = pa.ipc.new_file if as_file else pa.ipc.new_stream
-    with open_writer(sink, SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(objects, SCHEMA), max_chunksize=3)
+    with open_writer(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=3)
     packed: bytes = sink.getvalue().to_pybytes()
     return packed
 
@@ -94,6 +98,7 @@ WRITERS: dict[str, Callable[[Objects], bytes]] = {
     "a.parquet": parquet,
     "sums.parquet": lambda objects: parquet(objects, write_page_checksum=True, compression="zstd"),
     "stream.arrow": arrow,
+    "packed.arrow": lambda objects: arrow(objects, is_packed=True),
     "file.arrow": lambda objects: arrow(objects, as_file=True),
 }
 
