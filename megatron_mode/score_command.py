@@ -1,4 +1,4 @@
-"""Score each document of a JSON lines file with a checkpoint: loss and mode probability.
+"""Score each document of a file with a checkpoint: loss and mode probability.
 
 Mode 2 documents are rendered without role markers by default: with markers the mode is given away.
 Mode tokens stand where the run's data had them, unless --mode-tokens says otherwise.
@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint folder, or a run folder"
     )
-    parser.add_argument("file", metavar="FILE.jsonl", type=Path, help="documents, perhaps .gz")
+    parser.add_argument(
+        "file",
+        metavar="FILE.jsonl",
+        type=Path,
+        help="documents; also .gz, .zst, .parquet, .arrow, or a folder by save_to_disk",
+    )
     parser.add_argument(
         "--render", choices=("chat", "plain"), default="plain", help="rendering of Mode 2 documents"
     )
