@@ -22,7 +22,7 @@ Call = Callable[..., Outcome]
         (["score", "{empty}", "{in}"], "holds no manifest.json: name a finished checkpoint"),
         (
             ["score", "{run}", "{empty}"],
-            "{empty} cannot be read (it is a folder without state.json)",
+            "{empty} cannot be read (it is a folder",
         ),
         (["score", "{run}", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["score", "{run}", "{void}"], "{void} holds no documents"),
