@@ -33,6 +33,8 @@ VERBS = {
     "convert": Verb(
         "megatron_mode.tokens.convert_command", "dialogues of other formats to JSON lines"
     ),
+    "pack": Verb("megatron_mode.tokens.pack_command", "row tables of whole documents"),
+    "order": Verb("megatron_mode.order_command", "which rows a run takes, and when: plan, query"),
     "report": Verb("megatron_mode.report.command", "one HTML file with the pictures of runs"),
     "score": Verb("megatron_mode.score_command", "loss and mode probability of each document"),
     "generate": Verb("megatron_mode.generate", "continue a prompt, each token's mode in colour"),

@@ -23,12 +23,14 @@ from megatron_mode.mix.corpus import (
     Corpus,
     build_order,
     build_reader,
+    build_train_reader,
     open_corpus,
     resolve_vocabulary,
 )
+from megatron_mode.mix.forecast import warnings
 from megatron_mode.mix.loader import Loader, StepBatch
 from megatron_mode.mix.order import Order
-from megatron_mode.mix.rows import rows_in_stream
+from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.model.size import parameters
 from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import finish_run
@@ -57,7 +59,7 @@ def train(config: Config, process: Process) -> None:
     """Run a training run to its end, from its newest checkpoint when it has one."""
     run = prepare_run(config, process)
     config, engine = run.config, run.engine
-    record = OrderRecord.start(config, run.corpus.train)
+    record = OrderRecord.start(config, run.corpus, run.order)
     first_step = resume(engine, run.folder, record, run.order)
     if run.reports:
         announce(run, first_step)
@@ -116,7 +118,7 @@ def announce(run: Run, first_step: int) -> None:
         f"loss: {run.engine.step_loss.mode_loss.implementation}; {run.folder} {begin}"
     )
     print(accelerator_table(run.engine.step_loss.mode_loss.implementation))
-    for warning in run.order.warnings():
+    for warning in warnings(run.order):
         print(f"note: {warning}")
     for source in run.corpus.valid:
         if rows_in_stream(source.tokens, config.model.seq_len) == 0:
@@ -146,21 +148,24 @@ def steps(run: Run, first_step: int) -> Iterator[StepBatch]:
         return
     loader = Loader(
         run.order,
-        build_reader(config, run.corpus.train),
+        build_train_reader(config, run.corpus, run.order),
         global_rows=global_rows,
         micro_rows=config.batch.micro_rows,
         first_step=first_step,
         end_step=config.run.steps,
         reader_index=engine.at.data,
         readers=engine.layout.data,
+        prefetch_steps=config.data.prefetch_steps,
+        threads=config.data.workers,
+        pin_memory=engine.device.type == "cuda",
     )
     with loader:
         yield from loader
 
 
-def evaluate(run: Run) -> dict[str, float | None]:
+def evaluate(run: Run) -> dict[str, object]:
     """Evaluate on every held-out source, on `run.eval_rows` rows each."""
-    reader = build_reader(run.config, run.corpus.valid)
+    reader = build_reader(run.config, run.corpus, run.corpus.valid)
     results = [
         evaluate_source(run.engine, reader, index, run.config.run.eval_rows, pieces=False)
         for index in range(len(run.corpus.valid))

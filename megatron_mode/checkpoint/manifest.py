@@ -31,7 +31,7 @@ FREE_KEYS = (
     "run.eval_every_steps",
     "run.eval_rows",
     "run.threads",
-    "data.root",
+    "data.",
     "mix.valid.",
     "checkpoint.",
     "batch.micro_rows",
@@ -123,7 +123,7 @@ def check_resumable(
 
     The order of the data is judged elsewhere, by its digest.
     """
-    saved, wanted = flatten(manifest.config), flatten(config.model_dump(mode="json"))
+    saved, wanted = flatten(_completed(manifest.config)), flatten(config.model_dump(mode="json"))
     keys = [key for key in sorted(saved | wanted) if not key.startswith(FREE_KEYS)]
     differing = [
         f"{key} is {wanted.get(key)!r} but the checkpoint has {saved.get(key)!r}"
@@ -143,6 +143,14 @@ def check_resumable(
             + "; ".join(differing)
             + " -- restore these or start a new run.dir"
         )
+
+
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Give keys that the checkpoint's version did not know their defaults, which mean the same."""
+    try:
+        return Config.model_validate(saved).model_dump(mode="json")
+    except ValueError:
+        return saved
 
 
 def _changed_past(manifest: Manifest, config: Config) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,14 +17,16 @@ from megatron_mode.checkpoint.manifest import (
     find_latest,
     read_manifest,
 )
+from megatron_mode.checkpoint.verify import check_settings
 from megatron_mode.config import Config
 from megatron_mode.engine.build import choose_dtype
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 from megatron_mode.loss.normalise import BlockedShares
+from megatron_mode.mix.corpus import Corpus
 from megatron_mode.mix.digest import OrderDigest, order_config
+from megatron_mode.mix.edits import NO_EDITS, PlannedEdits
 from megatron_mode.mix.order import Order, Rows
-from megatron_mode.tokens.shards import Source
 
 RECENT_STEPS = 8
 PACKAGES = ("torch", "deepspeed", "megatron-core", "megatron-mode")
@@ -34,20 +35,20 @@ PACKAGES = ("torch", "deepspeed", "megatron-core", "megatron-mode")
 class OrderRecord:
     """Chain the digest over the steps taken and keep the newest links for a resume to check."""
 
-    def __init__(self, settings: dict[str, object]) -> None:
-        self.settings = settings
+    def __init__(self, settings: dict[str, object], edits: PlannedEdits = NO_EDITS) -> None:
+        self.settings, self._edits = settings, edits
         self.digest = OrderDigest()
         self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT_STEPS + 1)
         self.recent.append((0, self.digest.hex))
 
     @classmethod
-    def start(cls, config: Config, sources: Sequence[Source]) -> OrderRecord:
-        """Begin the record of a run over these training sources."""
-        return cls(order_config(config, sources))
+    def start(cls, config: Config, corpus: Corpus, order: Order) -> OrderRecord:
+        """Begin the record of a run."""
+        return cls(order_config(config, corpus.read_sources, order.edits), order.edits)
 
     def update(self, step: int, rows: Rows) -> None:
         """Append step `step` (0-based)."""
-        self.digest.update(rows)
+        self.digest.update(rows, self._edits)
         self.recent.append((step + 1, self.digest.hex))
 
     def restore(self, manifest: Manifest, order: Order, global_rows: int) -> None:
@@ -55,11 +56,12 @@ class OrderRecord:
 
         Raises CheckpointError naming the settings that differ, or the step whose rows do.
         """
-        self._check_settings(manifest)
+        check_settings(manifest, self.settings)
         (step, digest), *rest = manifest.recent_digests
         replay = OrderDigest(digest)
         for done, expected in rest:
-            replay.update(order.rows((done - 1) * global_rows, done * global_rows))
+            rows = order.rows((done - 1) * global_rows, done * global_rows)
+            replay.update(rows, self._edits)
             if replay.hex != expected:
                 raise CheckpointError(
                     f"the rows of step {done} are not those that the checkpoint of step "
@@ -70,19 +72,6 @@ class OrderRecord:
         assert step == manifest.step, "the newest link is the checkpoint's own"
         self.digest = replay
         self.recent = deque(manifest.recent_digests, maxlen=RECENT_STEPS + 1)
-
-    def _check_settings(self, manifest: Manifest) -> None:
-        saved = manifest.order
-        differing = [
-            f"{key} is {self.settings.get(key)!r} but the checkpoint has {saved.get(key)!r}"
-            for key in sorted(saved.keys() | self.settings.keys())
-            if saved.get(key) != self.settings.get(key)
-        ]
-        if differing:
-            raise CheckpointError(
-                f"the order of the data differs from that of the checkpoint at step "
-                f"{manifest.step}: {'; '.join(differing)} -- restore these or start a new run.dir"
-            )
 
 
 def make_manifest(engine: Engine, record: OrderRecord, step: int) -> Manifest:

@@ -45,7 +45,8 @@ def save_checkpoint(engine: Engine, run_dir: Path, manifest: Manifest, tokenizer
     dist.barrier()
     if engine.rank == 0:
         with told_in_a_sentence(folder):
-            shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
+            if tokenizer.exists():  # a corpus by Megatron's own tools has none
+                shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
             write_manifest(folder, manifest)
             write_latest(checkpoints, manifest.step)
         prune(checkpoints, engine.config.checkpoint.keep)

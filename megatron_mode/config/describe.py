@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic.fields import FieldInfo
 
-from megatron_mode.config.fields import Config, Section
+from megatron_mode.config.fields import Config
+from megatron_mode.config.section import Section
 from megatron_mode.config.yaml_text import write_value
 
 _ARTICLES = {int: "an integer", float: "a number", Decimal: "an exact decimal"}

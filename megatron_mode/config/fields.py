@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Fraction01 = Annotated[Decimal, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Share the rules of all sections: immutable, no unknown keys, field docstrings as help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from megatron_mode.config.mix import MixConfig
+from megatron_mode.config.section import Count, CountOrZero, NonNegative, Positive, Section
 
 
 class ModelConfig(Section):
@@ -54,61 +44,10 @@ class DataConfig(Section):
 
     root: str = "data/tiny"
     """Folder written by `megatron-mode prepare`."""
-
-
-class SourceConfig(Section):
-    """Name one prepared source and its share inside its mode."""
-
-    name: str
-    """Name of the source: the files are data.root/NAME.bin, .idx, .flags.bin, .json."""
-    weight: Annotated[Decimal, Field(gt=0)] = Decimal(1)
-    """Share relative to the other sources of the same mode; exact decimal."""
-    epochs_max: Annotated[Decimal, Field(gt=0)] | None = None
-    """Most passes over the source before it runs dry; unset: no limit."""
-    mode: Literal[1, 2] | None = None
-    """Mode of a source without flags in mix.valid; elsewhere the list it stands in decides."""
-
-
-class SourcesConfig(Section):
-    """List the sources of one mode, in the order in which they are apportioned."""
-
-    sources: tuple[SourceConfig, ...] = ()
-    """Sources; the order is part of the run's order."""
-
-
-class Mode2FractionConfig(Section):
-    """Schedule the share of Mode 2 rows by tokens seen."""
-
-    shape: Literal["constant", "linear", "cosine", "step", "piecewise"] = "constant"
-    """constant holds start; linear and cosine go from start to end between begin_tokens and
-    end_tokens; step jumps from start to end at begin_tokens; piecewise joins points by lines."""
-    start: Fraction01 = Decimal("0.5")
-    """Fraction before begin_tokens, 0 to 1; exact decimal."""
-    end: Fraction01 | None = None
-    """Fraction after end_tokens (after begin_tokens for step), 0 to 1; exact decimal."""
-    begin_tokens: CountOrZero = 0
-    """Tokens seen at which the change begins."""
-    end_tokens: CountOrZero | None = None
-    """Tokens seen at which the change ends; unset: the end of the run."""
-    points: tuple[tuple[CountOrZero, Fraction01], ...] = ()
-    """Table of (tokens seen, fraction) for piecewise; flat outside."""
-
-
-class MixConfig(Section):
-    """Say which rows are taken, in which share, and how they become loss."""
-
-    mode1: SourcesConfig = SourcesConfig()
-    """Sources of text to continue."""
-    mode2: SourcesConfig = SourcesConfig()
-    """Sources of instructions, assistants and agents."""
-    valid: SourcesConfig = SourcesConfig()
-    """Held-out sources of either mode; never trained on."""
-    mode2_fraction: Mode2FractionConfig = Mode2FractionConfig()
-    """Share of Mode 2 rows over the run."""
-    reset_at_documents: bool = True
-    """Restart positions and attention at each document start."""
-    mode2_lm_loss: Literal["all", "assistant"] = "all"
-    """Mode 2 tokens with LM loss: all but padding, or only those of assistant turns."""
+    workers: Count = 1
+    """Threads of each reading process that read rows ahead of the training loop."""
+    prefetch_steps: Count = 4
+    """Steps read ahead of the training loop."""
 
 
 class BlockingConfig(Section):

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
-from decimal import Decimal
-from typing import NamedTuple
 
 from megatron_mode.config.fields import (
     BatchConfig,
     Config,
-    MixConfig,
-    Mode2FractionConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    SourceConfig,
 )
+from megatron_mode.config.mix_rules import MIX_RULES, Rule
 from megatron_mode.errors import ConfigError
 
 VOCAB_MULTIPLE = 128
 LARGEST_SEED = 2**63 - 1
-SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_world_size(config: Config, world_size: int) -> int:
@@ -46,13 +38,6 @@ def check_world_size(config: Config, world_size: int) -> int:
         f"{model_ranks} times a divisor of batch.global_rows / batch.micro_rows = {micro_batches}; "
         f"start {' or '.join(str(w) for w in near if w)} processes, or change the batch"
     )
-
-
-class Rule(NamedTuple):
-    """Tie a check to the keys whose values it looks at."""
-
-    keys: tuple[str, ...]
-    check: Callable[..., Iterator[str]]
 
 
 def find_broken_rules(config: Config, is_wrong: Callable[[str], bool]) -> Iterator[str]:
@@ -129,103 +114,6 @@ def _check_seed(seed: int) -> Iterator[str]:
         yield f"run.seed is {seed}: accepted is at most 2**63 - 1; use a smaller one"
 
 
-def _check_fraction(plan: Mode2FractionConfig) -> Iterator[str]:
-    """Require the keys that a shape uses, refuse the ones that it would ignore."""
-    here = "mix.mode2_fraction"
-    needs_end = plan.shape in ("linear", "cosine", "step")
-    uses_end_tokens = plan.shape in ("linear", "cosine")
-    if needs_end and plan.end is None:
-        yield f"{here}.end is null: accepted is a fraction for shape {plan.shape}; set it"
-    if not needs_end and plan.end is not None:
-        yield f"{here}.end is {plan.end}: accepted is null for shape {plan.shape}; remove it"
-    if not needs_end and plan.begin_tokens:
-        yield (
-            f"{here}.begin_tokens is {plan.begin_tokens}: accepted is 0 for shape {plan.shape}; "
-            "remove it"
-        )
-    if not uses_end_tokens and plan.end_tokens is not None:
-        yield (
-            f"{here}.end_tokens is {plan.end_tokens}: accepted is null for shape {plan.shape}; "
-            "remove it"
-        )
-    if uses_end_tokens and plan.end_tokens is not None and plan.end_tokens <= plan.begin_tokens:
-        yield (
-            f"{here}.end_tokens is {plan.end_tokens}: accepted is more than begin_tokens = "
-            f"{plan.begin_tokens}; raise it, or use shape step"
-        )
-
-
-def _check_points(plan: Mode2FractionConfig) -> Iterator[str]:
-    here = "mix.mode2_fraction.points"
-    tokens = [point[0] for point in plan.points]
-    if plan.shape != "piecewise" and plan.points:
-        yield f"{here} is given: accepted is none for shape {plan.shape}; use shape piecewise"
-    if plan.shape == "piecewise" and not plan.points:
-        yield f"{here} is empty: accepted is a list of [tokens, fraction] for piecewise; add it"
-    for before, after in itertools.pairwise(tokens):
-        if after <= before:
-            yield (
-                f"{here} has {after} tokens after {before}: accepted is rising tokens; sort the "
-                "points and give each number of tokens once"
-            )
-
-
-def _check_fraction_fits_run(
-    plan: Mode2FractionConfig, steps: int, global_rows: int, seq_len: int
-) -> Iterator[str]:
-    total_tokens = steps * global_rows * seq_len
-    needs_room = plan.shape in ("linear", "cosine") and plan.end_tokens is None
-    if needs_room and plan.begin_tokens >= total_tokens:
-        yield (
-            f"mix.mode2_fraction.begin_tokens is {plan.begin_tokens}: accepted is less than the "
-            f"run's {total_tokens} tokens; lower it or set end_tokens"
-        )
-
-
-def _check_sources(mix: MixConfig) -> Iterator[str]:
-    lists = {"mode1": mix.mode1.sources, "mode2": mix.mode2.sources, "valid": mix.valid.sources}
-    counts = Counter(source.name for sources in lists.values() for source in sources)
-    for section, sources in lists.items():
-        for position, source in enumerate(sources):
-            yield from _check_source(f"mix.{section}.sources.{position}", source, section)
-    for name, count in counts.items():
-        if count > 1:
-            yield (
-                f"the source name {name!r} stands {count} times in mix.mode1, mix.mode2 and "
-                "mix.valid: accepted is once; remove the others"
-            )
-
-
-def _check_source(key: str, source: SourceConfig, section: str) -> Iterator[str]:
-    if not SOURCE_NAME.fullmatch(source.name):
-        yield (
-            f"{key}.name is {source.name!r}: accepted is up to 100 letters, digits, '.', '_' and "
-            "'-', as it is a file name; rename the source"
-        )
-    if source.mode is not None and section == f"mode{3 - source.mode}":
-        yield (
-            f"{key}.mode is {source.mode}: accepted is {section[-1]} in mix.{section}; remove it "
-            "or move the source"
-        )
-
-
-def _check_modes_have_sources(mix: MixConfig) -> Iterator[str]:
-    plan = mix.mode2_fraction
-    fractions: list[Decimal] = [fraction for _, fraction in plan.points]
-    if plan.shape != "piecewise":
-        fractions = [plan.start, *([plan.end] if plan.end is not None else [])]
-    if not mix.mode2.sources and any(fraction > 0 for fraction in fractions):
-        yield (
-            f"mix.mode2.sources is empty: accepted is at least one source while mix.mode2_fraction "
-            f"reaches {max(fractions)}; add a source or set the fraction to 0"
-        )
-    if not mix.mode1.sources and any(fraction < 1 for fraction in fractions):
-        yield (
-            f"mix.mode1.sources is empty: accepted is at least one source while mix.mode2_fraction "
-            f"falls to {min(fractions)}; add a source or set the fraction to 1"
-        )
-
-
 def _check_learning_rate(optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
     wsd = optimizer.schedule == "wsd"
     if optimizer.min_learning_rate > optimizer.learning_rate:
@@ -255,13 +143,6 @@ RULES = (
     Rule(("model.layers", "parallel.pipeline"), _check_pipeline),
     Rule(("batch",), _check_batch),
     Rule(("run.seed",), _check_seed),
-    Rule(("mix.mode2_fraction",), _check_fraction),
-    Rule(("mix.mode2_fraction",), _check_points),
-    Rule(
-        ("mix.mode2_fraction", "run.steps", "batch.global_rows", "model.seq_len"),
-        _check_fraction_fits_run,
-    ),
-    Rule(("mix",), _check_sources),
-    Rule(("mix",), _check_modes_have_sources),
+    *MIX_RULES,
     Rule(("optimizer", "run.steps"), _check_learning_rate),
 )

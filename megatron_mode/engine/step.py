@@ -27,7 +27,7 @@ from megatron_mode.model.heads import HeadInputs
 
 
 class TokenOutputs(NamedTuple):
-    """Hold what the loss knew of every token of a micro-batch, detached; all tensors [B, T]."""
+    """Hold what the loss knew of every token of a micro-batch, detached; `source_B` a row."""
 
     nll_BT: Tensor
     bce_BT: Tensor
@@ -39,6 +39,7 @@ class TokenOutputs(NamedTuple):
     mode_weight_BT: Tensor
     flags_BT: Tensor
     position_BT: Tensor
+    source_B: Tensor
 
 
 class StepResult(NamedTuple):
@@ -72,7 +73,7 @@ class StepLoss:
         """Return the micro-batch's scalar loss, scaled so that the engine's average is global."""
         heads = HeadInputs(*outputs)
         target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT, *rest = labels
-        flags_BT, position_BT, lm_rows_n = rest
+        flags_BT, position_BT, lm_rows_n, source_B = rest
         targets = Targets(target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT, lm_rows_n)
         result = self.mode_loss(
             heads.hidden_TBD,
@@ -94,6 +95,7 @@ class StepLoss:
                 mode_weight_BT,
                 flags_BT,
                 position_BT,
+                source_B,
             )
         )
         return scaled_loss(result.lm_sum, result.mode_sum, self.scales)
@@ -191,6 +193,7 @@ def _pairs(micro_batches: list[MicroBatch]) -> Iterator[tuple[Any, Any]] | None:
                 batch.flags_BT,
                 batch.position_BT,
                 batch.lm_rows_n,
+                batch.source_B,
             ),
         )
         for batch in micro_batches

@@ -1,4 +1,4 @@
-"""Open what a run reads: the tokenizer's vocabulary, training sources and held-out sources."""
+"""Open what a run reads: the vocabulary, the sources of the mix, of its edits and held out."""
 
 from __future__ import annotations
 
@@ -6,36 +6,82 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mode.config.fields import Config, SourceConfig
-from megatron_mode.errors import ConfigError
+from megatron_mode.config.fields import Config
+from megatron_mode.config.mix import SourceConfig
+from megatron_mode.errors import ConfigError, DataError
+from megatron_mode.mix.edit_lookup import (
+    PackedSource,
+    edited_sources,
+    find_changed,
+    find_document,
+    pack,
+)
+from megatron_mode.mix.edits import Clock, EditStream, PlannedEdits, plan_edits
 from megatron_mode.mix.order import Order
-from megatron_mode.mix.rows import RowReader, rows_in_stream
+from megatron_mode.mix.rows import RowReader
+from megatron_mode.mix.schedule import Integral
 from megatron_mode.tokens.shards import Source
-from megatron_mode.tokens.vocabulary import Vocabulary, read_vocabulary
+from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, padded, read_vocabulary
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Hold opened sources; `train` is Mode 1 then Mode 2, in config order, as in Order."""
+    """Hold opened sources.
+
+    `train` is Mode 1 then Mode 2, in config order, as in Order; `edits` are the sources that only
+    injections, cohorts and replacements read, by name.
+    """
 
     root: Path
     vocabulary: Vocabulary
     train: tuple[Source, ...]
     valid: tuple[Source, ...]
+    edits: dict[str, Source]
 
-    def rows_by_source(self, seq_len: int) -> dict[str, int]:
-        """Return how many rows of `seq_len` tokens each training source holds."""
-        return {source.name: rows_in_stream(source.tokens, seq_len) for source in self.train}
+    @property
+    def document_id(self) -> int | None:
+        """Return the id of `<|doc|>`; None for a corpus whose vocabulary does not name it."""
+        return self.vocabulary.control.get("<|doc|>")
+
+    @property
+    def read_sources(self) -> tuple[Source, ...]:
+        """Return every source that training reads, each once."""
+        names = {source.name for source in self.train}
+        return (*self.train, *(s for name, s in self.edits.items() if name not in names))
 
 
 def open_corpus(config: Config) -> Corpus:
     """Open every source that the config names; DataError names what is missing or does not fit."""
     root = Path(config.data.root)
-    vocabulary = read_vocabulary(root)
+    vocabulary = find_vocabulary(config, root)
     mix = config.mix
     train = _open(root, mix.mode1.sources, 1) + _open(root, mix.mode2.sources, 2)
     valid = _open(root, mix.valid.sources, None)
-    return Corpus(root, vocabulary, train, valid)
+    by_name = {source.name: source for source in train}
+    asked = [text.partition("/")[0] for text in (i.document for i in mix.edits.inject)]
+    asked += [cohort.source for cohort in mix.edits.cohorts]
+    asked += [pair.by.partition("/")[0] for pair in mix.edits.replace]
+    names = dict.fromkeys(asked)
+    edits = {name: by_name.get(name) or Source.open(root, name) for name in names}
+    return Corpus(root, vocabulary, train, valid, edits)
+
+
+def find_vocabulary(config: Config, root: Path) -> Vocabulary:
+    """Read tokenizer.json, or take model.vocab_size for a corpus by Megatron's own tools.
+
+    Such a corpus has neither flags nor a tokenizer beside it; it then needs model.vocab_size.
+    """
+    given = config.model.vocab_size
+    has_none = not (root / INFO_FILE).exists() and not any(root.glob("*.flags.bin"))
+    if has_none and any(root.glob("*.idx")):
+        if given is None:
+            raise DataError(
+                f"{root} holds no {INFO_FILE}, as Megatron's preprocess_data writes none: set "
+                "model.vocab_size to the padded vocabulary of its tokenizer, or copy "
+                f"{INFO_FILE} there"
+            )
+        return Vocabulary("", given, padded(given), {})
+    return read_vocabulary(root)
 
 
 def check_corpus(config: Config) -> None:
@@ -46,37 +92,83 @@ def check_corpus(config: Config) -> None:
 
 def resolve_vocabulary(config: Config, corpus: Corpus) -> Config:
     """Fill model.vocab_size from the data, or refuse a config that says otherwise."""
-    padded = corpus.vocabulary.padded_vocab_size
+    padded_size = corpus.vocabulary.padded_vocab_size
     given = config.model.vocab_size
-    if given is not None and given != padded:
+    if given is not None and given != padded_size:
         raise ConfigError(
             f"model.vocab_size is {given}, but the data in {corpus.root} was prepared with a "
-            f"padded vocabulary of {padded}: remove model.vocab_size or prepare the data again"
+            f"padded vocabulary of {padded_size}: remove model.vocab_size or prepare the data again"
         )
-    if padded % config.parallel.tensor:
+    if padded_size % config.parallel.tensor:
         raise ConfigError(
             f"parallel.tensor is {config.parallel.tensor}, which does not divide the padded "
-            f"vocabulary of {padded}: use a power of two up to 128"
+            f"vocabulary of {padded_size}: use a power of two up to 128"
         )
     return config.model_copy(
-        update={"model": config.model.model_copy(update={"vocab_size": padded})}
+        update={"model": config.model.model_copy(update={"vocab_size": padded_size})}
     )
+
+
+def packed_sources(config: Config, corpus: Corpus) -> list[PackedSource]:
+    """Return the sources of the mix, in the order of Order.source_names, with their packings."""
+    configs = (*config.mix.mode1.sources, *config.mix.mode2.sources)
+    return [
+        pack(source, entry.packing, config.model.seq_len)
+        for source, entry in zip(corpus.train, configs, strict=True)
+    ]
 
 
 def build_order(config: Config, corpus: Corpus) -> Order:
     """Return the order of the whole run."""
+    total_rows = config.run.steps * config.batch.global_rows
+    packed = packed_sources(config, corpus)
     return Order(
         config.mix,
         config.model.seq_len,
-        config.run.steps * config.batch.global_rows,
+        total_rows,
         config.run.seed,
-        corpus.rows_by_source(config.model.seq_len),
+        {entry.source.name: entry.rows for entry in packed},
+        edits=_plan(config, corpus, packed),
     )
 
 
-def build_reader(config: Config, sources: Sequence[Source]) -> RowReader:
-    """Return the reader of rows of these sources."""
-    return RowReader(sources, config.model.seq_len, config.mix)
+def build_reader(config: Config, corpus: Corpus, sources: Sequence[Source]) -> RowReader:
+    """Return the reader of rows of these sources, as streams: for held-out text."""
+    return RowReader(sources, config.model.seq_len, config.mix, document_id=corpus.document_id)
+
+
+def build_train_reader(config: Config, corpus: Corpus, order: Order) -> RowReader:
+    """Return the reader of the rows that an order names, edits applied."""
+    seq_len = config.model.seq_len
+    packed = packed_sources(config, corpus)
+    sources = edited_sources(packed, order.edits.changed, corpus.edits, corpus.document_id)
+    streams = [pack(corpus.edits[s.name], s.packing, seq_len) for s in order.edits.streams]
+    return RowReader(
+        [*sources, *(entry.source for entry in streams)],
+        seq_len,
+        config.mix,
+        packings=[entry.packing for entry in (*packed, *streams)],
+        document_id=corpus.document_id,
+    )
+
+
+def _plan(config: Config, corpus: Corpus, packed: Sequence[PackedSource]) -> PlannedEdits:
+    mix, seq_len = config.mix, config.model.seq_len
+    global_rows, steps = config.batch.global_rows, config.run.steps
+    integral = Integral(mix.mode2_fraction, seq_len, steps * global_rows)
+    asked = [(i.document.partition("/")[0], "document") for i in mix.edits.inject]
+    asked += [(cohort.source, cohort.packing) for cohort in mix.edits.cohorts]
+    streams = {}
+    for name, packing in dict.fromkeys(asked):
+        entry = pack(corpus.edits[name], packing, seq_len)
+        streams[name, packing] = EditStream(name, entry.name, entry.rows, entry.source.mode)
+    return plan_edits(
+        mix,
+        Clock(integral, global_rows, steps, config.run.seed),
+        streams,
+        lambda text: find_document(text, corpus.edits, "mix.edits.inject"),
+        find_changed(mix.edits, packed, corpus.edits),
+    )
 
 
 def _open(root: Path, configs: tuple[SourceConfig, ...], mode: int | None) -> tuple[Source, ...]:

@@ -1,7 +1,8 @@
 """Pin the order of a run by a chain of hashes and by the settings that it depends on.
 
 d_s = SHA-256(d_(s-1) || rows of step s), d_(-1) being 32 zero bytes, and a row being four
-little-endian int64 numbers: row index, source, source row, mode.
+little-endian int64 numbers: row index, source, source row, mode. Where a step reads documents that
+edits change, as many rows of four follow: row index, source, document, -1 (drop) or -2 (replace).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from megatron_mode.config.fields import Config
+from megatron_mode.config.mix import SourceConfig
 from megatron_mode.errors import CheckpointError
+from megatron_mode.mix.edits import NO_EDITS, PlannedEdits
 from megatron_mode.mix.order import Rows
 from megatron_mode.mix.schedule import resolved_end_tokens
 
@@ -40,6 +43,9 @@ class DigestedSource(Protocol):
     def mode_tokens(self) -> Mapping[str, object] | None:
         """Return how mode tokens stand in it, None where there are none."""
 
+    def row_table_digest(self, seq_len: int) -> str | None:
+        """Return the digest of the row table for rows of `seq_len` tokens, None without one."""
+
 
 class OrderDigest:
     """Hash the rows of one step after the other onto a chain."""
@@ -64,19 +70,23 @@ class OrderDigest:
         """Return the chain's present digest as 64 hexadecimal digits."""
         return self._digest.hex()
 
-    def update(self, rows: Rows) -> None:
+    def update(self, rows: Rows, edits: PlannedEdits = NO_EDITS) -> None:
         """Append the rows of one step, in order of their index (not as they were dealt)."""
         table = np.stack([rows.row, rows.source, rows.source_row, rows.mode], axis=1)
+        if edits.changed:
+            table = np.concatenate([table, edits.changes(rows.row, rows.source, rows.source_row)])
         data = np.ascontiguousarray(table, dtype="<i8").tobytes()
         self._digest = hashlib.sha256(self._digest + data).digest()
 
 
-def order_config(config: Config, sources: Sequence[DigestedSource]) -> dict[str, object]:
+def order_config(
+    config: Config, sources: Sequence[DigestedSource], edits: PlannedEdits = NO_EDITS
+) -> dict[str, object]:
     """Return everything that the order depends on, JSON-ready and flat.
 
-    `sources` are the opened training sources. Two runs whose dictionaries are equal take the same
-    rows at the same steps, as far as both go. The run's length stands in it only through a ramp
-    that ends with the run, so that a longer run whose past is unchanged compares equal.
+    `sources` are the opened sources that training reads. Two runs whose dictionaries are equal take
+    the same rows at the same steps, as far as both go. The run's length stands in it only through
+    what ends with the run, so that a longer run whose past is unchanged compares equal.
     """
     mix = config.mix
     record: dict[str, object] = {
@@ -90,14 +100,39 @@ def order_config(config: Config, sources: Sequence[DigestedSource]) -> dict[str,
         key = f"mix.mode{mode}.sources"
         record[key] = [source.name for source in section.sources]
         for entry in section.sources:
-            source = by_name[entry.name]
-            record[f"{key}.{entry.name}.weight"] = _plain(entry.weight)
-            record[f"{key}.{entry.name}.epochs_max"] = _plain(entry.epochs_max)
-            record[f"{key}.{entry.name}.tokens"] = source.tokens
-            record[f"{key}.{entry.name}.content"] = dict(sorted(source.content_digests.items()))
-            if source.mode_tokens:  # absent otherwise: older checkpoints stay resumable
-                record[f"{key}.{entry.name}.mode_tokens"] = dict(source.mode_tokens)
+            here, source = f"{key}.{entry.name}", by_name.pop(entry.name)
+            record |= _source_record(here, entry) | _content_record(here, source)
+            if entry.packing == "whole":
+                record[f"{here}.row_table"] = source.row_table_digest(config.model.seq_len)
+    for name, source in by_name.items():
+        record |= _content_record(f"mix.edits.sources.{name}", source)
+    return {**record, **edits.record}
+
+
+def _content_record(key: str, source: DigestedSource) -> dict[str, object]:
+    record: dict[str, object] = {
+        f"{key}.tokens": source.tokens,
+        f"{key}.content": dict(sorted(source.content_digests.items())),
+    }
+    if source.mode_tokens:  # absent otherwise, as in older records
+        record[f"{key}.mode_tokens"] = dict(source.mode_tokens)
     return record
+
+
+def _source_record(key: str, entry: SourceConfig) -> dict[str, object]:
+    """Return the plan of a source; keys at their defaults are left out, as older records do."""
+    record: dict[str, object] = {
+        f"{key}.weight": _plain(entry.weight),
+        f"{key}.epochs_max": _plain(entry.epochs_max),
+    }
+    optional = {
+        "onset_tokens": entry.onset_tokens,
+        "ramp_tokens": entry.ramp_tokens,
+        "weight_points": [[at, _plain(weight)] for at, weight in entry.weight_points],
+        "when_dry": entry.when_dry if entry.when_dry != "share" else None,
+        "packing": entry.packing if entry.packing != "stream" else None,
+    }
+    return record | {f"{key}.{name}": value for name, value in optional.items() if value}
 
 
 def _fraction_record(config: Config) -> dict[str, object]:

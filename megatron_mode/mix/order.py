@@ -2,26 +2,25 @@
 
 Step s takes rows [s*Gb, (s+1)*Gb), Gb being `batch.global_rows`. Row i is Mode 2 where floor(F)
 rises (`schedule`); its place among the rows of its mode picks the source (`apportion`); its place
-j among the rows of its source is row P(j mod R_s) of epoch j div R_s (`permutation`). Nothing here
-depends on ranks, micro-batches or worker counts, and nothing is stored that grows with the run.
+j among the rows of its source is row P(j mod R_s) of epoch j div R_s (`permutation`). Edits show
+other rows in some of these places (`placement`) and move none. Nothing here depends on ranks,
+micro-batches or worker counts, and nothing is stored that grows with the run.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from decimal import Decimal
-from fractions import Fraction
 
 import numpy as np
 
-from megatron_mode.config.fields import MixConfig, SourceConfig
+from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.mix.apportion import Apportionment, Supply
+from megatron_mode.mix.edits import NO_EDITS, PlannedEdits
 from megatron_mode.mix.floors import IntArray
 from megatron_mode.mix.permutation import epoch_key, invert, permute, stream_key
 from megatron_mode.mix.schedule import Integral
+from megatron_mode.mix.supplies import apportionment, source_rows
 
 WINDOW_ROWS = 32_768  # 256 KiB an array; with 8,192, calls cost as much as arithmetic
 
@@ -59,27 +58,38 @@ class Order:
         total_rows: int,
         seed: int,
         rows_by_source: Mapping[str, int],
+        *,
+        edits: PlannedEdits = NO_EDITS,
     ) -> None:
         """Plan a run of `total_rows` rows of `seq_len` tokens over sources of the given rows.
 
         Raises ConfigError for sources that are missing or named twice and for a scheduled mode
-        without sources, DataError for a source without a single row and for a mode that runs dry.
+        without sources, DataError for a source without a single row and for one that runs dry
+        against its when_dry, or a mode that does.
         """
         self.seq_len, self.total_rows, self.seed = seq_len, total_rows, seed
         self.integral = Integral(mix.mode2_fraction, seq_len, total_rows)
         self.configs = (*mix.mode1.sources, *mix.mode2.sources)
-        self.source_names = tuple(source.name for source in self.configs)
-        self._first_source = {1: 0, 2: len(mix.mode1.sources)}
-        sizes = _source_rows(mix, seq_len, rows_by_source)
-        self._sizes = np.array(sizes, np.int64)
-        self._keys = np.array([stream_key(seed, n) for n in self.source_names], np.uint64)
-        split = self._first_source[2]
+        self.edits = edits
+        self.source_names = (
+            *(source.name for source in self.configs),
+            *(stream.name for stream in edits.streams),
+        )
+        sizes = source_rows(mix, seq_len, rows_by_source)
+        self._sizes = np.array([*sizes, *(s.rows for s in edits.streams)], np.int64)
+        keys = [stream_key(seed, source.name) for source in self.configs]
+        keys += [stream_key(seed, "edit", s.name, s.packing) for s in edits.streams]
+        self._keys = np.array(keys, np.uint64)
+        split = len(mix.mode1.sources)
+        self._first_source = {1: 0, 2: split}
+        mode2_rows = self.integral.mode2_rows
         self._parts = {
-            1: _apportionment(self.configs[:split], sizes[:split]),
-            2: _apportionment(self.configs[split:], sizes[split:]),
+            1: apportionment(
+                self.configs[:split], sizes[:split], seq_len, lambda row: row - mode2_rows(row)
+            ),
+            2: apportionment(self.configs[split:], sizes[split:], seq_len, mode2_rows),
         }
-        planned_mode2 = self.integral.mode2_rows(total_rows)
-        self._mode_rows = {1: total_rows - planned_mode2, 2: planned_mode2}
+        self._mode_rows = {mode: self.mode_rows(mode, total_rows) for mode in (1, 2)}
         for mode in (1, 2):
             self._check_supply(mode)
 
@@ -107,29 +117,74 @@ class Order:
         """Return the number of Mode 2 rows before `row`: floor(F(row))."""
         return self.integral.mode2_rows(row)
 
-    def rows_of_source(self, source: int) -> int:
-        """Return the number of rows that the run takes from a source, repeats included."""
-        mode = self.mode_of(source)
-        taken = self._parts[mode].counts(self._mode_rows[mode])
-        return taken[source - self._first_source[mode]]
+    def mode_rows(self, mode: int, row: int) -> int:
+        """Return the number of rows of a mode before row `row` of the run."""
+        mode2_rows = self.integral.mode2_rows(row)
+        return mode2_rows if mode == 2 else row - mode2_rows
+
+    def size_of(self, source: int) -> int:
+        """Return the number of rows that a source holds."""
+        return int(self._sizes[source])
 
     def mode_of(self, source: int) -> int:
         """Return the mode of a source by its index in `source_names`."""
+        if source >= len(self.configs):
+            return self.edits.streams[source - len(self.configs)].mode
         return 1 if source < self._first_source[2] else 2
 
+    def rows_of_source(self, source: int, end_row: int | None = None) -> int:
+        """Return the rows that the run plans to take from a source of the mix before `end_row`.
+
+        Repeats count, and so do places in which edits show something else.
+        """
+        mode = self.mode_of(source)
+        rows = self._mode_rows[mode] if end_row is None else self.mode_rows(mode, end_row)
+        return self._parts[mode].counts(rows)[source - self._first_source[mode]]
+
+    def planned_shares(self, row: int) -> list[float]:
+        """Return each source's planned share of its mode's rows at a row of the run."""
+        return [
+            share
+            for mode in (1, 2)
+            for share in self._parts[mode].shares(min(self.mode_rows(mode, row), self._last(mode)))
+        ]
+
     def rows_seen(self, source: int, source_row: int) -> IntArray:
-        """Return the row indices at which a row of a source is taken, one an epoch, ascending.
+        """Return the row indices at which a row of a source is shown, ascending.
 
         Raises ValueError for a row that the source does not have.
         """
+        if source >= len(self.configs):
+            return self._edit_rows_seen(source, source_row)
         size = int(self._sizes[source])
-        epochs = np.arange(-(-self.rows_of_source(source) // size), dtype=np.int64)
+        planned = self.rows_of_source(source)
+        epochs = np.arange(-(-planned // size), dtype=np.int64)
         place = invert(
             np.full(len(epochs), source_row), size, epoch_key(self._keys[source], epochs)
         )
         sequence = epochs * size + place
-        taken = sequence[sequence < self.rows_of_source(source)]
-        return np.array([self._row_of(source, int(number)) for number in taken], np.int64)
+        mode = self.mode_of(source)
+        part, placements = self._parts[mode], self.edits.placements[mode]
+        rows = []
+        for number in sequence[sequence < planned].tolist():
+            mode_row = part.mode_row(source - self._first_source[mode], number)
+            if not placements.takes(mode_row):
+                rows.append(self.integral.row_of(mode, mode_row, self.total_rows))
+        return np.array(rows, np.int64)
+
+    def row_of(self, source: int, sequence: int) -> int:
+        """Return the row index at which a source of the mix is due with its row `sequence`."""
+        mode = self.mode_of(source)
+        mode_row = self._parts[mode].mode_row(source - self._first_source[mode], sequence)
+        return self.integral.row_of(mode, mode_row, self.total_rows)
+
+    def dry_rows(self) -> Iterator[tuple[int, int]]:
+        """Yield (source, row index at which it is due but dry) for all that run dry in the run."""
+        for mode in (1, 2):
+            for local, mode_row in self._parts[mode].dry:
+                if mode_row < self._mode_rows[mode]:
+                    row = self.integral.row_of(mode, mode_row, self.total_rows)
+                    yield self._first_source[mode] + local, row
 
     def deal(self, step: int, global_rows: int) -> IntArray:
         """Return a step's dealing: entry p is the offset in the step of the row in slot p.
@@ -137,33 +192,16 @@ class Order:
         Slots are counted micro-batch by micro-batch, in each rank by rank. The permutation is
         keyed by (seed, step) alone, so every layout deals the same rows.
         """
-        key = epoch_key(stream_key(self.seed, "deal"), step)
-        return permute(np.arange(global_rows), global_rows, key)
+        dealt: IntArray = self.deals(step, step + 1, global_rows)[0]
+        return dealt
 
-    def warnings(self) -> list[str]:
-        """Say which sources repeat or run dry, and when."""
-        messages = []
-        for source, config in enumerate(self.configs):
-            mode, size = self.mode_of(source), int(self._sizes[source])
-            taken = self.rows_of_source(source)
-            if taken > size:
-                messages.append(
-                    f"source '{config.name}' (mode {mode}) repeats: {taken / size:.2f} epochs by "
-                    f"the end of the run, the second begins at {self._when(source, size)}"
-                )
-        for mode in (1, 2):
-            part, first = self._parts[mode], self._first_source[mode]
-            for local, phase in zip(part.dry_order, part.phases[1:], strict=True):
-                if phase.begin >= self._mode_rows[mode]:
-                    continue
-                config = self.configs[first + local]
-                row = self.integral.row_of(mode, phase.begin, self.total_rows)
-                messages.append(
-                    f"source '{config.name}' (mode {mode}) runs dry after epochs_max "
-                    f"{config.epochs_max}, at {self._at(row)}; the other sources of mode {mode} "
-                    "take its share"
-                )
-        return messages
+    def deals(self, begin_step: int, end_step: int, global_rows: int) -> IntArray:
+        """Return the dealings of steps begin_step .. end_step - 1, [steps, global_rows]."""
+        steps = np.arange(begin_step, end_step)
+        keys = np.repeat(epoch_key(stream_key(self.seed, "deal"), steps), global_rows)
+        slots = np.tile(np.arange(global_rows), len(steps))
+        dealt: IntArray = permute(slots, global_rows, keys).reshape(len(steps), global_rows)
+        return dealt
 
     def _fill(self, begin_row: int, out: Rows) -> None:
         """Compute one window of rows, in place."""
@@ -174,6 +212,7 @@ class Order:
         out.row[:] = np.arange(begin_row, begin_row + count)
         np.add(is_mode2, 1, out=out.mode)
         sequence = out.source_row
+        explicit = []
         for mode, mask in ((1, ~is_mode2), (2, is_mode2)):
             where = np.flatnonzero(mask)
             if not where.size:
@@ -182,27 +221,52 @@ class Order:
             source, number = self._parts[mode].take(first, where.size)
             out.source[where] = source + self._first_source[mode]
             sequence[where] = number
+            if self.edits.placements[mode]:
+                placed = self.edits.placements[mode].take(first, where.size)
+                at = where[placed.offset]
+                out.source[at] = placed.stream + len(self.configs)
+                sequence[at] = np.maximum(placed.sequence, 0)
+                explicit.append((at, placed.stream_row))
         size = self._sizes[out.source]
         np.floor_divide(sequence, size, out=out.epoch)
         sequence -= out.epoch * size
         key = epoch_key(self._keys[out.source], out.epoch)
         out.source_row[:] = permute(sequence, size, key)
+        for at, row in explicit:
+            given = row >= 0
+            out.source_row[at[given]] = row[given]
 
-    def _row_of(self, source: int, sequence: int) -> int:
-        """Return the row index at which a source gives its row number `sequence`."""
-        mode = self.mode_of(source)
-        mode_row = self._parts[mode].mode_row(source - self._first_source[mode], sequence)
-        return self.integral.row_of(mode, mode_row, self.total_rows)
-
-    def _when(self, source: int, sequence: int) -> str:
-        return self._at(self._row_of(source, sequence))
-
-    def _at(self, row: int) -> str:
-        return f"row {row:,} ({row * self.seq_len:,} tokens)"
+    def _edit_rows_seen(self, source: int, source_row: int) -> IntArray:
+        """Return where a row of an edit's stream is shown, by its places and its cohorts."""
+        stream, mode = source - len(self.configs), self.mode_of(source)
+        if not 0 <= source_row < self._sizes[source]:
+            raise ValueError(f"the stream has no row {source_row}")
+        placements = self.edits.placements[mode]
+        here = placements.explicit
+        mode_rows = here.row[(here.stream == stream) & (here.stream_row == source_row)].tolist()
+        size = int(self._sizes[source])
+        for index, cohort in enumerate(placements.cohorts):
+            if cohort.stream != stream:
+                continue
+            for epoch in range(-(-cohort.exposures // size)):
+                key = epoch_key(self._keys[source], epoch)
+                sequence = epoch * size + int(invert(source_row, size, key)[0])
+                if sequence < cohort.exposures:
+                    mode_rows.append(placements.rows_of_exposure(index, sequence))
+        rows = [self.integral.row_of(mode, row, self.total_rows) for row in mode_rows]
+        return np.array(sorted(rows), np.int64)
 
     def _check_supply(self, mode: int) -> None:
         """Refuse a run whose plan asks a mode for more rows than its sources give."""
         needed, given = self._mode_rows[mode], self._parts[mode].rows_max
+        for source, row in self.dry_rows():
+            if self.configs[source].when_dry == "error" and self.mode_of(source) == mode:
+                name, epochs = self.configs[source].name, self.configs[source].epochs_max
+                raise DataError(
+                    f"source '{name}' in mix.mode{mode}.sources runs dry after epochs_max {epochs} "
+                    f"at {self._at(row)} and its when_dry is error; raise epochs_max, lower its "
+                    "weight or run.steps, or set when_dry to share or repeat"
+                )
         if given is None or needed <= given:
             return
         row = self.integral.row_of(mode, given, self.total_rows)
@@ -212,48 +276,20 @@ class Order:
                 f"{mode} rows from row {row:,} on; add a source or set the fraction to "
                 f"{2 - mode} throughout"
             )
+        if self._parts[mode].is_starved:
+            raise ConfigError(
+                f"no source in mix.mode{mode}.sources has a weight at {self._at(row)}, where "
+                f"mix.mode2_fraction plans Mode {mode} rows; set an earlier onset_tokens, or "
+                "weight_points that leave one source above 0"
+            )
         raise DataError(
             f"mode {mode} runs dry at {self._at(row)}: the run needs {needed:,} Mode {mode} rows "
             f"and mix.mode{mode}.sources gives {given:,} within epochs_max; raise or unset "
             "epochs_max, add a source, change mix.mode2_fraction or lower run.steps"
         )
 
+    def _last(self, mode: int) -> int:
+        return max(self._mode_rows[mode] - 1, 0)
 
-def _source_rows(mix: MixConfig, seq_len: int, rows_by_source: Mapping[str, int]) -> list[int]:
-    """Check the source names against the data and return their rows in config order."""
-    seen: set[str] = set()
-    for mode, section in ((1, mix.mode1), (2, mix.mode2)):
-        for source in section.sources:
-            key = f"mix.mode{mode}.sources"
-            if source.name in seen:
-                raise ConfigError(
-                    f"{key} names '{source.name}' a second time, but a source may stand in one "
-                    "mode once; drop one of them or add up their weights"
-                )
-            if source.name not in rows_by_source:
-                raise ConfigError(
-                    f"{key} names '{source.name}', but the sources at hand are "
-                    f"{sorted(rows_by_source)}; prepare it or correct the name"
-                )
-            if rows_by_source[source.name] < 1:
-                raise DataError(
-                    f"source '{source.name}' in {key} has {rows_by_source[source.name]} rows, but "
-                    f"at least 1 row of {seq_len} + 1 tokens is needed; add text or lower "
-                    "model.seq_len"
-                )
-            seen.add(source.name)
-    return [rows_by_source[source.name] for source in (*mix.mode1.sources, *mix.mode2.sources)]
-
-
-def _apportionment(configs: tuple[SourceConfig, ...], sizes: list[int]) -> Apportionment:
-    """Give each source its weight and the rows that epochs_max allows it."""
-    return Apportionment(
-        [
-            Supply(Fraction(config.weight), _rows_max(config.epochs_max, size))
-            for config, size in zip(configs, sizes, strict=True)
-        ]
-    )
-
-
-def _rows_max(epochs_max: Decimal | None, size: int) -> int | None:
-    return None if epochs_max is None else math.floor(Fraction(epochs_max) * size)
+    def _at(self, row: int) -> str:
+        return f"row {row:,} ({row * self.seq_len:,} tokens)"

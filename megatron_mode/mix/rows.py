@@ -1,14 +1,16 @@
 """Read rows of prepared sources: ids and targets, loss weights, mode labels, positions.
 
-Source row r of a stream is its tokens [r*T, (r+1)*T], T + 1 of them: T inputs and, one to the
-right, T targets. What a token means is written in its flag byte, so weights are functions of flags:
+A row has T + 1 tokens (`packing` says which): T inputs and, one to the right, T targets. What a
+token means is written in its flag byte, so weights are functions of flags:
 
-    lm_weight[t]    from the target's flags: 0 for NO_LM_LOSS and, with mix.mode2_lm_loss
-                    "assistant", for Mode 2 tokens of another role. Where the target starts the
-                    next document, the input's role decides instead: a document's last token
-                    learns to stop exactly when it was itself worth learning.
+    lm_weight[t]    from the target's flags: 0 for NO_LM_LOSS, and for Mode 2 tokens the weight of
+                    their role under mix.mode2_lm_loss. Where the target starts the next document,
+                    the input's role decides instead: a document's last token learns to stop
+                    exactly as much as it was itself worth learning.
     mode_label[t]   the mode of the document that the input belongs to
     mode_weight[t]  from the input's flags: 0 for NO_MODE_LOSS
+
+Padding and dropped documents (BLANK) take no loss of either kind.
 
 Letters: B rows read together, T row length (`seq_len`).
 """
@@ -17,47 +19,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_mode.config.fields import MixConfig
+from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.floors import IntArray
-from megatron_mode.tokens.flags import MODE2, NO_LM_LOSS, NO_MODE_LOSS, ROLE_MASK, role_bits
+from megatron_mode.mix.packing import (
+    ByteArray,
+    Packing,
+    TokenSource,
+    read_pieces,
+    rows_in_stream,
+)
+from megatron_mode.tokens.flags import (
+    BLANK,
+    MODE2,
+    NO_LM_LOSS,
+    NO_MODE_LOSS,
+    ROLE_MASK,
+    ROLES,
+    role_bits,
+)
 
 Float32Array = npt.NDArray[np.float32]
-ByteArray = npt.NDArray[np.uint8]
-
-ASSISTANT_BITS = role_bits("assistant")
-
-
-class StreamSource(Protocol):
-    """Say what rows need of a prepared source (tokens.shards.Source)."""
-
-    @property
-    def name(self) -> str:
-        """Return the source's name."""
-
-    @property
-    def mode(self) -> int | None:
-        """Return the mode of all its documents, 1 or 2, or None where they differ."""
-
-    @property
-    def tokens(self) -> int:
-        """Return the length of the stream in tokens."""
-
-    def read(self, begin_token: int, end_token: int) -> tuple[IntArray, ByteArray]:
-        """Return ids (int64) and flags of tokens begin_token .. end_token - 1."""
-
-    def document_starts(self, begin_token: int, end_token: int) -> IntArray:
-        """Return the stream offsets in [begin_token, end_token) at which documents start."""
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Hold B rows of T tokens; `position_BT` is 0 where attention restarts."""
+    """Hold B rows of T tokens; `position_BT` is 0 where attention restarts.
+
+    `source_B` is the index of each row's source among those of the reader.
+    """
 
     input_BT: IntArray
     target_BT: IntArray
@@ -66,11 +60,12 @@ class RowBatch:
     mode_weight_BT: Float32Array
     position_BT: IntArray
     flags_BT: ByteArray
+    source_B: IntArray
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one row of T tokens, the fields as in `RowBatch`."""
+    """Hold one row of T tokens, the fields as in `RowBatch`, without its source."""
 
     input_T: IntArray
     target_T: IntArray
@@ -81,18 +76,43 @@ class Row:
     flags_T: ByteArray
 
 
-def rows_in_stream(tokens: int, seq_len: int) -> int:
-    """Count the rows R_s of a stream: every row needs one token more than it predicts."""
-    return max(0, (tokens - 1) // seq_len)
+def role_weights(mix: MixConfig) -> Float32Array:
+    """Return the LM weight of each of the 256 flag bytes; Mode 1 always has 1."""
+    flags = np.arange(256)
+    weight = np.ones(256, np.float32)
+    if mix.mode2_lm_loss != "all":
+        given_weights = mix.role_weights
+        by_role = {
+            "system": given_weights.system,
+            "user": given_weights.user,
+            "assistant": given_weights.assistant,
+            "tool": given_weights.tool,
+        }
+        for role in ROLES:
+            given = float(by_role.get(role, 0))
+            if mix.mode2_lm_loss == "assistant":
+                given = float(role == "assistant")
+            weight[((flags & MODE2) != 0) & ((flags & ROLE_MASK) == role_bits(role))] = given
+    weight[(flags & BLANK) != 0] = 0
+    return weight
 
 
 class RowReader:
     """Turn (source, source row) into arrays; holds no state, so threads may share it."""
 
-    def __init__(self, sources: Sequence[StreamSource], seq_len: int, mix: MixConfig) -> None:
+    def __init__(
+        self,
+        sources: Sequence[TokenSource],
+        seq_len: int,
+        mix: MixConfig,
+        *,
+        packings: Sequence[Packing | None] = (),
+        document_id: int | None = 0,
+    ) -> None:
         """Read from `sources`, indexed as in Order.source_names, in rows of `seq_len` tokens.
 
-        Raises ConfigError for a source that stands in the list of the other mode.
+        `packings` stands beside the sources, None for a stream. Raises ConfigError for a source
+        that stands in the list of the other mode.
         """
         for mode, section in ((1, mix.mode1), (2, mix.mode2)):
             names = {source.name for source in section.sources}
@@ -103,9 +123,20 @@ class RowReader:
                         f"prepared as mode {source.mode}; move it to mix.mode{source.mode}.sources"
                     )
         self.sources = tuple(sources)
+        self.packings = tuple(packings) or (None,) * len(self.sources)
         self.seq_len = seq_len
+        self._document_id = document_id
         self._reset = mix.reset_at_documents
-        self._assistant_only = mix.mode2_lm_loss == "assistant"
+        self._judged = role_weights(mix)
+        flags = np.arange(256)
+        self._allowed = ((flags & (NO_LM_LOSS | BLANK)) == 0).astype(np.float32)
+
+    def rows(self, source_index: int) -> int:
+        """Return the number of rows of a source."""
+        packing = self.packings[source_index]
+        if packing is not None:
+            return packing.rows
+        return rows_in_stream(self.sources[source_index].tokens, self.seq_len)
 
     def read(self, source_index: int, source_row: int) -> Row:
         """Read one row."""
@@ -121,34 +152,52 @@ class RowReader:
         )
 
     def read_batch(self, source_index: Sequence[int], source_row: Sequence[int]) -> RowBatch:
-        """Read B rows: two slices of memory-mapped files a row, then arithmetic on all at once.
+        """Read B rows: a few slices of memory-mapped files, then arithmetic on all at once.
 
         Raises DataError for a row that its source does not have.
         """
-        begin_token = [row * self.seq_len for row in source_row]
-        for index, row, begin in zip(source_index, source_row, begin_token, strict=True):
-            source = self.sources[index]
-            if row < 0 or begin + self.seq_len >= source.tokens:
+        parts = []
+        for index, row in zip(source_index, source_row, strict=True):
+            if not 0 <= row < self.rows(index):
+                source = self.sources[index]
                 raise DataError(
                     f"row {row} of source '{source.name}' does not exist: it has {source.tokens} "
-                    f"tokens, {rows_in_stream(source.tokens, self.seq_len)} rows of "
-                    f"{self.seq_len}; run again with the data that the order was planned for"
+                    f"tokens, {self.rows(index)} rows of {self.seq_len}; run again with the data "
+                    "that the order was planned for"
                 )
-        return self.read_windows(source_index, begin_token)
+            parts.append(self._read_row(index, row))
+        return self._batch(parts, source_index)
 
     def read_windows(self, source_index: Sequence[int], begin_token: Sequence[int]) -> RowBatch:
         """Read B rows that begin at any token of their source with T + 1 tokens to go."""
-        rows, length = len(source_index), self.seq_len
-        ids = np.empty((rows, length + 1), np.int64)
-        flags = np.empty((rows, length + 1), np.uint8)
-        starts: list[IntArray] = []
-        for b, (index, begin) in enumerate(zip(source_index, begin_token, strict=True)):
-            source = self.sources[index]
-            ids[b], flags[b] = source.read(begin, begin + length + 1)
-            starts.append(
-                source.document_starts(begin, begin + length + 1) + (b * (length + 1) - begin)
-            )
-        start = np.concatenate(starts) if starts else np.empty(0, np.int64)
+        pairs = zip(source_index, begin_token, strict=True)
+        return self._batch([self._window(index, begin) for index, begin in pairs], source_index)
+
+    def _read_row(self, index: int, row: int) -> tuple[IntArray, ByteArray, IntArray]:
+        packing = self.packings[index]
+        if packing is None:
+            return self._window(index, row * self.seq_len)
+        pieces = packing.pieces(row)
+        return read_pieces(self.sources[index], pieces, self.seq_len, self._document_id)
+
+    def _window(self, index: int, begin: int) -> tuple[IntArray, ByteArray, IntArray]:
+        source, end = self.sources[index], begin + self.seq_len + 1
+        ids, flags = source.read(begin, end)
+        return ids, flags, source.document_starts(begin, end) - begin
+
+    def _batch(
+        self,
+        parts: Sequence[tuple[IntArray, ByteArray, IntArray]],
+        source_index: Sequence[int],
+    ) -> RowBatch:
+        rows, width = len(parts), self.seq_len + 1
+        ids = np.empty((rows, width), np.int64)
+        flags = np.empty((rows, width), np.uint8)
+        starts = [np.empty(0, np.int64)]
+        for b, (row_ids, row_flags, row_starts) in enumerate(parts):
+            ids[b], flags[b] = row_ids, row_flags
+            starts.append(row_starts + b * width)
+        start = np.concatenate(starts)
         input_flags = np.ascontiguousarray(flags[:, :-1])
         return RowBatch(
             input_BT=np.ascontiguousarray(ids[:, :-1]),
@@ -158,19 +207,16 @@ class RowReader:
             mode_weight_BT=((input_flags & NO_MODE_LOSS) == 0).astype(np.float32),
             position_BT=self._positions(rows, start),
             flags_BT=input_flags,
+            source_B=np.array(source_index, np.int64),
         )
 
     def _lm_weights(self, flags: ByteArray, start: IntArray) -> Float32Array:
         """Weigh targets; `start` are document starts as flat offsets into flags [B, T + 1]."""
-        keep = (flags & NO_LM_LOSS) == 0
-        if self._assistant_only:
-            learns = ((flags & MODE2) == 0) | ((flags & ROLE_MASK) == ASSISTANT_BITS)
-            final = start[start % (self.seq_len + 1) != 0]
-            judge = learns.reshape(-1)
-            judge[final] = judge[final - 1]
-            keep &= learns
-        weight: Float32Array = keep[:, 1:].astype(np.float32)
-        return weight
+        judge = flags.reshape(-1).copy()
+        final = start[start % (self.seq_len + 1) != 0]
+        judge[final] = judge[final - 1]
+        weight = self._allowed[flags] * self._judged[judge].reshape(flags.shape)
+        return np.ascontiguousarray(weight[:, 1:])
 
     def _positions(self, rows: int, start: IntArray) -> IntArray:
         """Count from 0 in each row and, with resets on, in each document."""

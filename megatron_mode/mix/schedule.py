@@ -24,7 +24,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_mode.config.fields import Mode2FractionConfig
+from megatron_mode.config.mix import Mode2FractionConfig
 from megatron_mode.errors import ConfigError
 from megatron_mode.mix.floors import IntArray, floor_quadratic, settle
 

@@ -15,7 +15,7 @@ from megatron_mode.report.svg import Axis, Dash, Line, line_chart, percent, shor
 
 COLOURS = 6
 _MOST_MARKERS = 40
-_DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted")
+DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted")
 _TOKENS = Axis("tokens seen", short_number, low=0)
 
 
@@ -135,7 +135,7 @@ def position_chart(runs: Sequence[RunFolder]) -> str | None:
             numbers = ((float(position), number(value)) for position, value in values.items())
             points = sorted((position, value) for position, value in numbers if value is not None)
             colour = index if len(runs) > 1 else 3 + place
-            dash = _DASHES[place % len(_DASHES)]
+            dash = DASHES[place % len(DASHES)]
             label = f"held out, {rendering}"
             lines.append(Line(label, points, colour % COLOURS, dash, markers=True))
     lines = [line for line in lines if line.points]
@@ -154,7 +154,7 @@ def _metric_line(run: RunFolder, curve: Curve) -> Line:
 
 def _overlaid(run: RunFolder, curve: Curve, index: int, place: int) -> Line:
     """Return the curve in its run's colour, dashed by its place in the chart, without a band."""
-    dash = _DASHES[place % len(_DASHES)]
+    dash = DASHES[place % len(DASHES)]
     return replace(_metric_line(run, curve), colour=index % COLOURS, dash=dash, band=())
 
 
@@ -166,18 +166,24 @@ def _entropy_lines(runs: Sequence[RunFolder]) -> list[Line]:
     return [Line("unigram entropy", [(0.0, y), (end, y)], 5, "dashed") for y in sorted(levels)]
 
 
-def _figure(
-    title: str, lines: Sequence[Line], axes: tuple[Axis, Axis], runs: Sequence[RunFolder]
+def figure(
+    title: str, lines: Sequence[Line], axes: tuple[Axis, Axis], entries: Iterable[str]
 ) -> str:
-    """Put title and legend above the drawing."""
-    legend = _legend(lines, axes[1]) if len(runs) == 1 else _shared_legend(lines, runs)
+    """Put title and the entries of the legend above the drawing."""
     return (
-        f'<figure class="card"><h3>{escape(title)}</h3><ul class="legend">{"".join(legend)}</ul>'
+        f'<figure class="card"><h3>{escape(title)}</h3><ul class="legend">{"".join(entries)}</ul>'
         f"{line_chart(lines, *axes)}</figure>"
     )
 
 
-def _legend(lines: Sequence[Line], y_axis: Axis) -> Iterable[str]:
+def _figure(
+    title: str, lines: Sequence[Line], axes: tuple[Axis, Axis], runs: Sequence[RunFolder]
+) -> str:
+    entries = legend(lines, axes[1]) if len(runs) == 1 else _shared_legend(lines, runs)
+    return figure(title, lines, axes, entries)
+
+
+def legend(lines: Sequence[Line], y_axis: Axis) -> Iterable[str]:
     """Return an entry a curve, with its last value."""
     for line in lines:
         value = escape(y_axis.text(float(f"{line.points[-1][1]:.4g}")))

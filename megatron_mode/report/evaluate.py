@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_mode.engine.step import Engine, TokenOutputs
 from megatron_mode.mix.loader import MicroBatch, micro_batch
-from megatron_mode.mix.rows import RowReader, rows_in_stream
+from megatron_mode.mix.packing import rows_in_stream
+from megatron_mode.mix.rows import RowReader
 from megatron_mode.report.metrics import (
     DEFAULT_BITS,
     POSITION_BUCKETS,

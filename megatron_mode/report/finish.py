@@ -16,6 +16,7 @@ from megatron_mode.report.valid import valid_summary
 from megatron_mode.report.writers import METRICS_FILE, write_summary, write_whole
 from megatron_mode.tokens.flags import CONTROL
 from megatron_mode.tokens.tokenizer import Tokenizer
+from megatron_mode.tokens.vocabulary import MODEL_FILE
 
 FINAL_ROWS_FACTOR = 4
 
@@ -25,18 +26,18 @@ def finish_run(engine: Engine, folder: Path, corpus: Corpus) -> dict[str, object
 
     The last evaluation reads `FINAL_ROWS_FACTOR` times the rows of those during the run.
     """
-    reader = build_reader(engine.config, corpus.valid)
+    reader = build_reader(engine.config, corpus, corpus.valid)
     rows = engine.config.run.eval_rows * FINAL_ROWS_FACTOR
     results = [
         evaluate_source(engine, reader, index, rows, pieces=True)
         for index in range(len(corpus.valid))
     ]
-    tokenizer = Tokenizer.load(corpus.root / "tokenizer.model")
-    seq_len = engine.config.model.seq_len
-    coloured = [
-        _coloured(engine, corpus, tokenizer, passage)
-        for passage in choose_passages(corpus.valid, tokenizer, seq_len)
-    ]
+    model = corpus.root / MODEL_FILE
+    coloured = []
+    if model.exists():  # a corpus by Megatron's own tools has none
+        tokenizer = Tokenizer.load(model)
+        passages = choose_passages(corpus.valid, tokenizer, engine.config.model.seq_len)
+        coloured = [_coloured(engine, corpus, tokenizer, passage) for passage in passages]
     summary = {**training_summary(folder), **valid_summary(results)} if engine.rank == 0 else {}
     if engine.rank == 0:
         report = folder / "report.html"
@@ -77,7 +78,7 @@ def _coloured(
     """Return a passage with the mode probability of each token, as heatmap.json holds it."""
     names: Sequence[str] = [source.name for source in corpus.valid]
     index = names.index(passage.source)
-    reader = build_reader(engine.config, corpus.valid)
+    reader = build_reader(engine.config, corpus, corpus.valid)
     logit_T = evaluate_window(engine, reader, index, passage.begin_token)
     ids_T, flags_T = corpus.valid[index].read(
         passage.begin_token, passage.begin_token + engine.config.model.seq_len

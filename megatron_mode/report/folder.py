@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,19 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[Point]], int, int]:
                 last_step, tokens_seen = int(row["step"]), int(row["tokens_seen"])
             except (ValueError, KeyError, TypeError):
                 continue
-            for key, value in row.items():
+            for key, value in _flat(row):
                 if (finite := number(value)) is not None:
                     columns.setdefault(key, []).append((tokens_seen, finite))
     return columns, last_step, tokens_seen
+
+
+def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a line; those by source under `key/source`."""
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
 
 
 def _add_final_evaluation(

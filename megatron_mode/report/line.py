@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from megatron_mode.engine.step import Engine, StepResult
+from megatron_mode.engine.step import Engine, StepResult, TokenOutputs
 from megatron_mode.loss.normalise import BlockedShares
+from megatron_mode.mix.forecast import labels, planned_rows
 from megatron_mode.mix.loader import StepBatch
 from megatron_mode.mix.order import Order
 from megatron_mode.model.size import training_flops
@@ -53,7 +57,10 @@ def metrics_line(
         for offset, weight_BT in ((0, output.lm_weight_BT), (2, output.mode_weight_BT)):
             blocked[offset] += weight_BT.sum(dtype=torch.float64).cpu()
             blocked[offset + 1] += (weight_BT * output.blocked_BT).sum(dtype=torch.float64).cpu()
-    summed = engine.sum_over_ranks(torch.cat((blocked, tokens.vector())))
+    names = labels(order)
+    by_source = source_sums(result.outputs, len(names))
+    summed = engine.sum_over_ranks(torch.cat((blocked, by_source.reshape(-1), tokens.vector())))
+    head = 4 + by_source.numel()
     engine.blocked_shares = _blocked_shares(engine, summed[:4].tolist())
     end_row = (batch.step + 1) * len(batch.rows)
     tokens_seen = end_row * engine.config.model.seq_len
@@ -61,8 +68,9 @@ def metrics_line(
         "step": batch.step + 1,
         "tokens_seen": tokens_seen,
         "loss": result.loss,
-        **TokenStatistics.from_vector(summed[4:]).metrics(),
+        **TokenStatistics.from_vector(summed[head:]).metrics(),
         **_shares(order, batch, end_row),
+        **_by_source(order, batch, summed[4:head].reshape(-1, 2)),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         **_speed(engine, len(batch.rows) * engine.config.model.seq_len, seconds),
@@ -82,6 +90,32 @@ def _shares(order: Order, batch: StepBatch, end_row: int) -> dict[str, float]:
         "mode2_rows_planned_minus_realised": order.planned_mode2(end_row)
         - (order.realised_mode2(begin_row) + taken),
         "mode2_flops_share": taken / rows,
+    }
+
+
+def source_sums(outputs: Sequence[TokenOutputs], sources: int) -> Tensor:
+    """Return [sources, 2]: the sums of weighted LM loss and of LM weight over rows of a source."""
+    sums = torch.zeros(sources, 2, dtype=torch.float64)
+    for output in outputs:
+        weight_BT = output.lm_weight_BT.to(torch.float64)
+        # A token of weight zero reports 0, so nothing that is not finite comes in with it.
+        row_B2 = torch.stack(((output.nll_BT * weight_BT).sum(1), weight_BT.sum(1)), dim=1)
+        sums.index_add_(0, output.source_B.cpu(), row_B2.cpu())
+    return sums
+
+
+def _by_source(order: Order, batch: StepBatch, sums: Tensor) -> dict[str, dict[str, float | None]]:
+    """Name rows taken, rows planned and LM loss of each source; null where it gave no token."""
+    names = labels(order)
+    taken = np.bincount(batch.rows.source, minlength=len(names)).tolist()
+    begin_row, end_row = int(batch.rows.row[0]), int(batch.rows.row[-1]) + 1
+    losses = [loss / weight if weight else None for loss, weight in sums.tolist()]
+    return {
+        "rows_by_source": dict(zip(names, taken, strict=True)),
+        "planned_rows_by_source": dict(
+            zip(names, planned_rows(order, begin_row, end_row), strict=False)
+        ),
+        "lm_loss_by_source": dict(zip(names, losses, strict=True)),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_mode.report.charts import metric_charts, position_chart
 from megatron_mode.report.folder import RunFolder, number, read_run
 from megatron_mode.report.heatmap import LEVELS, level_of, printable
+from megatron_mode.report.source_charts import source_charts
 from megatron_mode.report.svg import CURVE_POINTS, percent, short_number
 from megatron_mode.report.theme import style_sheet
 
@@ -54,9 +55,14 @@ def render_page(runs: Sequence[RunFolder]) -> str:
     charts = metric_charts(runs)
     if by_position := position_chart(runs):
         charts.append(by_position)
+    if len(runs) == 1:
+        charts += source_charts(runs[0])
     curve_note = f"A curve of more than {CURVE_POINTS} steps shows means of neighbouring steps"
     if len(runs) == 1:
-        curve_note += ", the band their range; the number in a legend is the last point"
+        curve_note += (
+            ", the band their range; the number in a legend is the last point; of sources, dots "
+            "are what was taken and dotted lines the plan"
+        )
     sections = [
         f'<h1>{escape(title)}</h1><p class="quiet">{escape(_extent(runs))}</p>',
         _head(runs),

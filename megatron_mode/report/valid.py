@@ -15,7 +15,7 @@ from megatron_mode.report.evaluate import EVALUATION_BITS, SourceResult
 from megatron_mode.report.metrics import PositionStatistics, TokenStatistics, auroc
 
 
-def valid_metrics(results: Sequence[SourceResult]) -> dict[str, float | None]:
+def valid_metrics(results: Sequence[SourceResult]) -> dict[str, object]:
     """Return the flat `valid_` keys of a metrics line; None where a class is absent."""
     plain, chat = with_rendering(results, "plain"), with_rendering(results, "chat")
     lm = tokens_of(chat if any(r.mode == 2 for r in chat) else plain).metrics()
@@ -29,6 +29,7 @@ def valid_metrics(results: Sequence[SourceResult]) -> dict[str, float | None]:
         "valid_mode_auroc_chat": tokens_of(chat).auroc(),
         "valid_mode_recall_at_fpr01": mode["mode_recall_at_fpr01"],
         "valid_mode_recall_at_fpr05": mode["mode_recall_at_fpr05"],
+        "valid_lm_loss_by_source": {r.name: r.tokens.metrics()["lm_loss"] for r in results},
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.hashed_file import HashedFile
@@ -71,6 +72,14 @@ class DocumentTable:
             raise DataError(
                 f"{path} is missing or cut off; prepare or copy the source again."
             ) from None
+
+    def find(self, id: str) -> int | None:
+        """Return the first document with this id, None where there is none."""
+        for number in range(self._reader.num_record_batches):
+            within = pc.index(self._reader.get_batch(number).column(0), id).as_py()
+            if within >= 0:
+                return int(number * BATCH_DOCUMENTS + within)
+        return None
 
     def row(self, document: int) -> DocumentRow:
         """Return one row."""

@@ -5,6 +5,9 @@ bit 1      predicting this token carries no LM loss
 bit 2      this token carries no mode loss
 bits 3-5   role: 0 none, 1 system, 2 user, 3 assistant, 4 tool
 bit 6      control piece
+
+Bit 7 is never written: rows set it on padding and on documents that were dropped, where no loss of
+either kind is taken.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ NO_MODE_LOSS = 4
 ROLE_SHIFT = 3
 ROLE_MASK = 0b111000
 CONTROL = 64
+BLANK = 128
 
 ROLES = ("none", "system", "user", "assistant", "tool")
 

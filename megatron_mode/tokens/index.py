@@ -97,6 +97,15 @@ class Index:
         """Return the first token of a document; for `documents` itself, the end of the last."""
         return self._sequence_start(int(self._boundaries[document]))
 
+    def document_spans(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the first token and the length in tokens of documents begin .. end - 1."""
+        sequence = np.asarray(self._boundaries[begin : end + 1])
+        first: NDArray[np.int64] = np.empty(end - begin + 1, np.int64)
+        inside = sequence < self.sequences
+        first[inside] = self._pointers[sequence[inside]] // self.dtype.itemsize
+        first[~inside] = self.tokens
+        return first[:-1], np.diff(first)
+
     def document_starts(self, begin_token: int, end_token: int) -> NDArray[np.int64]:
         """Return the first tokens of the documents that start in [begin_token, end_token).
 

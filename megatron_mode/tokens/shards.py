@@ -23,9 +23,9 @@ from megatron_mode.tokens.document_table import DocumentRow, DocumentTable, Docu
 from megatron_mode.tokens.flags import MODE2, counts_by_flag
 from megatron_mode.tokens.hashed_file import HashedFile
 from megatron_mode.tokens.index import Index, index_chunks
+from megatron_mode.tokens.seal import FORMAT_VERSION, check_present, read_info
 from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, read_vocabulary
 
-FORMAT_VERSION = 1
 CONTENT_SUFFIXES = (".bin", ".idx", ".flags.bin", ".docs.arrow")
 FLUSH_BYTES = 1 << 22
 
@@ -210,6 +210,11 @@ class Source:
         """Return how mode tokens stand in the documents, None where there are none."""
         return self.info.get("mode_tokens")
 
+    def row_table_digest(self, seq_len: int) -> str | None:
+        """Return the SHA-256 of NAME.rows.T.bin as recorded when it was packed."""
+        digest: str | None = self.info.get("row_tables", {}).get(str(seq_len), {}).get("sha256")
+        return digest
+
     def verify_sizes(self) -> None:
         """Compare file sizes with the index and NAME.json; raise DataError naming the file."""
         expected = {".bin": self.tokens * self._index.dtype.itemsize}
@@ -242,6 +247,18 @@ class Source:
         """Return the document that a token belongs to."""
         return self._index.document_of(token)
 
+    def document_spans(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the first token and the length in tokens of documents begin .. end - 1."""
+        return self._index.document_spans(begin, end)
+
+    def find_document(self, id: str) -> int | None:
+        """Return the index of the document of an id, None where there is none: a scan of ids."""
+        if not self.has_flags:
+            stem, _, number = id.rpartition(":")
+            found = stem == self.name and number.isdecimal() and int(number) < self.documents
+            return int(number) if found else None
+        return DocumentTable(self._path(".docs.arrow")).find(id)
+
     def document(self, index: int) -> tuple[NDArray[Any], NDArray[Any], str, str, str]:
         """Return ids, flags, id, source and rendering of one document."""
         ids, flags = self.read(
@@ -261,32 +278,3 @@ class Source:
         if self.tokens == 0:
             return np.empty(0, dtype)  # an empty file cannot be mapped
         return np.memmap(self._path(suffix), dtype, mode="r")
-
-
-def check_present(root: Path, name: str) -> None:
-    """Raise DataError when DIR/NAME is no source, naming the sources that DIR does hold."""
-    if not (root / f"{name}.idx").exists():
-        found = ", ".join(sorted(path.stem for path in root.glob("*.idx"))) or "none"
-        raise DataError(
-            f"{root / name}.idx does not exist; the sources in {root} are: {found}; correct the "
-            "name or data.root, or run `megatron-mode prepare`."
-        )
-    if (root / f"{name}.flags.bin").exists() and not (root / f"{name}.json").exists():
-        raise DataError(f"{root / name}.json is missing beside its flags; copy it too.")
-
-
-def read_info(root: Path, name: str) -> dict[str, Any]:
-    """Read NAME.json; {} for a corpus by Megatron's own tools, which has none."""
-    path = root / f"{name}.json"
-    try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError):
-        raise DataError(f"{path} cannot be read; prepare the source again.") from None
-    if info.get("format") != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format {info.get('format')}; accepted is {FORMAT_VERSION}, so prepare "
-            "the source again."
-        )
-    return info

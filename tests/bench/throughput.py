@@ -61,7 +61,7 @@ def compare(config_path: Path, overrides: list[str], steps: int, threads: int) -
     from megatron_mode.engine.build import build_engine, build_mesh, join_group
     from megatron_mode.mix.corpus import (
         build_order,
-        build_reader,
+        build_train_reader,
         open_corpus,
         resolve_vocabulary,
     )
@@ -72,9 +72,10 @@ def compare(config_path: Path, overrides: list[str], steps: int, threads: int) -
     join_group(process, threads)
     engine = build_engine(config, build_mesh(config, 1), corpus.vocabulary.vocab_size)
     peer, optimizer = build_peer(config)
+    order = build_order(config, corpus)
     loader = Loader(
-        build_order(config, corpus),
-        build_reader(config, corpus.train),
+        order,
+        build_train_reader(config, corpus, order),
         global_rows=config.batch.global_rows,
         micro_rows=config.batch.micro_rows,
         end_step=steps + UNTIMED_PAIRS,

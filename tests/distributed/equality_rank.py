@@ -89,6 +89,7 @@ def micro_batches_of(batch, layout, at, micro_rows):
                 mode_weight_BT=mode_weight.float(),
                 position_BT=position,
                 flags_BT=torch.zeros_like(ids, dtype=torch.uint8),
+                source_B=torch.zeros(len(ids), dtype=torch.int64),
             )
         )
     return found

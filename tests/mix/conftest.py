@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside the tests
 
 DOC, ROLE_NONE, ASSISTANT, USER = 0, 0, 3, 2
 

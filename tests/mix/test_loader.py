@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mode.config.fields import MixConfig
+from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import ConfigError
 from megatron_mode.mix.loader import Loader, MicroBatch, StepBatch, micro_batch
 from megatron_mode.mix.order import Order
-from megatron_mode.mix.rows import RowReader, rows_in_stream
+from megatron_mode.mix.packing import rows_in_stream
+from megatron_mode.mix.rows import RowReader
 
 SEQ_LEN, GLOBAL_ROWS, STEPS = 32, 12, 9
 MIX = MixConfig.model_validate(

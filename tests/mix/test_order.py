@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mode.config.fields import (
+from megatron_mode.config.mix import (
     MixConfig,
     Mode2FractionConfig,
     SourceConfig,
     SourcesConfig,
 )
 from megatron_mode.errors import ConfigError, DataError
+from megatron_mode.mix.forecast import warnings
 from megatron_mode.mix.order import Order, Rows
 
 SEQ_LEN = 16
@@ -229,7 +230,7 @@ def test_a_dry_source_hands_on_inside_its_mode_and_is_announced() -> None:
     assert np.sum(rows.source == 0) == 60
     assert np.all(rows.source[last_web + 3 :][rows.mode[last_web + 3 :] == 1] == 1)
     assert np.array_equal(np.cumsum(rows.mode == 2), np.arange(1, 401) // 2)
-    dry, repeats = sorted(order.warnings(), key=lambda text: "repeats" in text)
+    dry, repeats = sorted(warnings(order), key=lambda text: "repeats" in text)
     assert dry.startswith("source 'web' (mode 1) runs dry after epochs_max 1, at row 162 (2,592")
     assert "'chat' (mode 2) repeats: 5.00 epochs" in repeats
     second = int(np.flatnonzero(rows.epoch * (rows.source == 2) == 1)[0])

@@ -7,7 +7,7 @@ import sys
 import time
 import tracemalloc
 
-from megatron_mode.config.fields import MixConfig
+from megatron_mode.config.mix import MixConfig
 from megatron_mode.mix.order import Order
 
 

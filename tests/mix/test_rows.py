@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_mode.config.fields import MixConfig
+from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.mix.rows import Row, RowReader, rows_in_stream
+from megatron_mode.mix.packing import rows_in_stream
+from megatron_mode.mix.rows import Row, RowReader
 
 ASSISTANT = 3
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mode.config.fields import Mode2FractionConfig
+from megatron_mode.config.mix import Mode2FractionConfig
 from megatron_mode.errors import ConfigError
 from megatron_mode.mix.schedule import Integral, fraction_at
 

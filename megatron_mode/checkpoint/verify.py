@@ -1,0 +1,107 @@
+"""Replay a run's order from its first row and hold it against every checkpoint and every file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mode.checkpoint.manifest import (
+    CHECKPOINTS_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    read_manifest,
+)
+from megatron_mode.errors import CheckpointError, DataError
+from megatron_mode.mix.digest import OrderDigest
+from megatron_mode.mix.order import Order
+from megatron_mode.tokens.row_table import table_path
+from megatron_mode.tokens.shards import Source
+
+MOST_NAMED = 6
+
+Report = Callable[[int], object]
+
+
+def find_manifests(run: Path) -> list[Manifest]:
+    """Read the manifests of a run's finished checkpoints, oldest first."""
+    found = sorted((run / CHECKPOINTS_NAME).glob(f"step-*/{MANIFEST_NAME}"))
+    if not found:
+        raise CheckpointError(
+            f"{run} has no finished checkpoint under {CHECKPOINTS_NAME}/: name the folder of a run "
+            "that saved one"
+        )
+    return [read_manifest(path.parent) for path in found]
+
+
+def check_settings(manifest: Manifest, settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError naming the settings of the order that differ from a checkpoint's."""
+    saved = manifest.order
+    keys = [k for k in sorted(saved.keys() | settings.keys()) if saved.get(k) != settings.get(k)]
+    differing = [_difference(key, settings.get(key), saved.get(key)) for key in keys[:MOST_NAMED]]
+    if len(keys) > MOST_NAMED:
+        differing.append(f"and {len(keys) - MOST_NAMED} more")
+    if differing:
+        raise CheckpointError(
+            f"the order of the data differs from that of the checkpoint at step "
+            f"{manifest.step}: {'; '.join(differing)} -- restore these or start a new run.dir"
+        )
+
+
+def _difference(key: str, given: Any, saved: Any) -> str:
+    """Name both values; of content digests only the files that differ."""
+    if isinstance(given, Mapping) and isinstance(saved, Mapping):
+        files = [name for name in sorted({*given, *saved}) if given.get(name) != saved.get(name)]
+        return f"{key} is not that of the checkpoint ({', '.join(files)})"
+    return f"{key} is {given!r} but the checkpoint has {saved!r}"
+
+
+def replay(order: Order, global_rows: int, manifests: Sequence[Manifest], report: Report) -> str:
+    """Chain the digest from row 0 on and compare it at every checkpoint; return the last one."""
+    digest, step = OrderDigest(), 0
+    for manifest in manifests:
+        if manifest.step * global_rows > order.total_rows:
+            raise CheckpointError(
+                f"the checkpoint of step {manifest.step} lies beyond the order's "
+                f"{order.total_rows // global_rows} steps; name the config of the run"
+            )
+        while step < manifest.step:
+            rows = order.rows(step * global_rows, (step + 1) * global_rows)
+            digest.update(rows, order.edits)
+            step += 1
+            report(1)
+        if digest.hex != manifest.order_digest:
+            raise CheckpointError(
+                f"the rows replayed up to step {step} have digest {digest.hex[:12]}, but the "
+                f"checkpoint has {manifest.order_digest[:12]}: the mix, the seed, the data or the "
+                "program is not that of the run; restore it"
+            )
+    return digest.hex
+
+
+def check_files(sources: Sequence[Source], seq_len: int, report: Report) -> int:
+    """Hash every file of the sources again; return the bytes read.
+
+    Raises DataError naming the file that is not what NAME.json says; sources by Megatron's own
+    tools record no digests and are passed over.
+    """
+    total = 0
+    for source in sources:
+        expected = {
+            source.root / f"{source.name}{suffix}": digest
+            for suffix, digest in source.content_digests.items()
+        }
+        if table := source.row_table_digest(seq_len):
+            expected[table_path(source.root, source.name, seq_len)] = table
+        for path, digest in expected.items():
+            with path.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            total += path.stat().st_size
+            report(path.stat().st_size)
+            if found != digest:
+                raise DataError(
+                    f"{path} has SHA-256 {found[:12]} but {source.name}.json says {digest[:12]}: "
+                    "it changed since it was prepared; copy or prepare it again"
+                )
+    return total

@@ -1,0 +1,89 @@
+"""Turn the sources of a mode into supplies: weights over the mode's rows, and rows to give.
+
+A source's points are stated in tokens seen, because that is what a user plans in, and its weight is
+a line between them. Apportioning is exact where shares are lines over the mode's own rows, which
+they are not while a weight changes. So a changing stretch is cut into PIECES; inside a piece the
+share is a line, at most some thousandths of itself away from weight over weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+
+from megatron_mode.config.mix import MixConfig, SourceConfig
+from megatron_mode.errors import ConfigError, DataError
+from megatron_mode.mix.apportion import Apportionment, Supply
+
+PIECES = 32
+WEIGHT_GRID = 10**15  # weights inside a stretch are rounded, so that sums keep short denominators
+
+
+def source_rows(mix: MixConfig, seq_len: int, rows_by_source: Mapping[str, int]) -> list[int]:
+    """Check the source names against the data and return their rows in config order."""
+    seen: set[str] = set()
+    for mode, section in ((1, mix.mode1), (2, mix.mode2)):
+        for source in section.sources:
+            key = f"mix.mode{mode}.sources"
+            if source.name in seen:
+                raise ConfigError(
+                    f"{key} names '{source.name}' a second time, but a source may stand in one "
+                    "mode once; drop one of them or add up their weights"
+                )
+            if source.name not in rows_by_source:
+                raise ConfigError(
+                    f"{key} names '{source.name}', but the sources at hand are "
+                    f"{sorted(rows_by_source)}; prepare it or correct the name"
+                )
+            if rows_by_source[source.name] < 1:
+                raise DataError(
+                    f"source '{source.name}' in {key} has {rows_by_source[source.name]} rows, but "
+                    f"at least 1 row of {seq_len} + 1 tokens is needed; add text or lower "
+                    "model.seq_len"
+                )
+            seen.add(source.name)
+    return [rows_by_source[source.name] for source in (*mix.mode1.sources, *mix.mode2.sources)]
+
+
+def weight_points(source: SourceConfig) -> list[tuple[int, Fraction]]:
+    """Return (tokens seen, weight) of a source; two points at one place are a jump."""
+    if source.weight_points:
+        return refined([(at, Fraction(weight)) for at, weight in source.weight_points])
+    weight, onset = Fraction(source.weight), source.onset_tokens
+    if not onset and not source.ramp_tokens:
+        return [(0, weight)]
+    return refined([(onset, Fraction(0)), (onset + source.ramp_tokens, weight)])
+
+
+def refined(points: Sequence[tuple[int, Fraction]]) -> list[tuple[int, Fraction]]:
+    """Cut the stretches in which a weight changes into PIECES."""
+    found = list(points[:1])
+    for (begin, start), (end, stop) in itertools.pairwise(points):
+        inside = sorted({begin + (end - begin) * k // PIECES for k in range(1, PIECES)} - {begin})
+        for at in inside if start != stop else ():
+            weight = start + (stop - start) * Fraction(at - begin, end - begin)
+            found.append((at, Fraction(round(weight * WEIGHT_GRID), WEIGHT_GRID)))
+        found.append((end, stop))
+    return found
+
+
+def rows_max(source: SourceConfig, size: int) -> int | None:
+    """Return the rows within epochs_max, None without a limit."""
+    return None if source.epochs_max is None else math.floor(Fraction(source.epochs_max) * size)
+
+
+def apportionment(
+    sources: Sequence[SourceConfig],
+    sizes: Sequence[int],
+    seq_len: int,
+    mode_row: Callable[[int], int],
+) -> Apportionment:
+    """Return the apportionment of a mode; `mode_row` counts its rows before a row of the run."""
+    supplies = []
+    for source, size in zip(sources, sizes, strict=True):
+        points = tuple((mode_row(-(-at // seq_len)), w) for at, w in weight_points(source))
+        limit = None if source.when_dry == "repeat" else rows_max(source, size)
+        supplies.append(Supply(points, limit))
+    return Apportionment(supplies)
