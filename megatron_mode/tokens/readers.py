@@ -80,7 +80,7 @@ def kind_of(path: Path, head: bytes) -> Kind | None:
     promised = SUFFIXES.get(path.suffix)
     if promised is not None and found != promised:
         raise DataError(
-            f"Input {path} is named {path.suffix} but does not begin like a {promised} file "
+            f"Input {path} is named {path.suffix} but does not begin like {promised} "
             f"({head[:4].hex(' ') or 'it is empty'}); fetch it again, or give it the name of what "
             "it holds."
         )
