@@ -53,10 +53,7 @@ def convert(plan: Conversion, *, show_progress: bool) -> dict[str, Any]:
                 roles.update(message.role for message in document.messages)
                 stream.write(line + b"\n")
         if not documents:
-            raise DataError(
-                f"{', '.join(map(str, plan.inputs))} holds no dialogues of the format "
-                f"{plan.format}; name another file or format."
-            )
+            raise no_dialogues(plan, bad_lines)
     return {
         "out": str(plan.out),
         "format": plan.format,
@@ -66,6 +63,15 @@ def convert(plan: Conversion, *, show_progress: bool) -> dict[str, Any]:
         "bad_lines": bad_lines.count,
         "first_bad_lines": bad_lines.first,
     }
+
+
+def no_dialogues(plan: Conversion, bad_lines: BadLines) -> DataError:
+    """Say that nothing could be converted, and what was wrong with the first record."""
+    reason = f" ({bad_lines.first[0]})" if bad_lines.first else ""
+    return DataError(
+        f"{', '.join(map(str, plan.inputs))} holds no dialogues of the format {plan.format}"
+        f"{reason}; name another file or format."
+    )
 
 
 @contextmanager

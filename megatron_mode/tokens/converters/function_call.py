@@ -119,7 +119,5 @@ def written_call(text: str, place: str) -> Call:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadLineError(
-            f"{place} holds the call {show(text)}, broken JSON ({error}); mend or remove the record"
-        ) from None
+        raise BadLineError(f"{place} holds the call {show(text)}, broken JSON ({error})") from None
     return call(value, place)

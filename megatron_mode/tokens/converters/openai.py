@@ -79,8 +79,7 @@ def content_of(message: dict[str, Any], place: str, *, is_needed: bool) -> str:
         key = TEXT_PARTS.get(str(part.get("type")))
         if key is None:
             raise BadLineError(
-                f"{where}.type is {show(part.get('type'))}; only text content can be mapped, so "
-                "remove it or the record"
+                f"{where}.type is {show(part.get('type'))}; only text content can be mapped"
             )
         texts.append(text_of(part.get(key), f"{where}.{key}"))
     return BLANK_LINE.join(texts)

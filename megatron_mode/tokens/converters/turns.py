@@ -53,8 +53,8 @@ class Turns:
         """Append what a tool returned; keys are id and name of its call where they are known."""
         if not self._takes_results:
             raise BadLineError(
-                f"{field} is a tool result without a call before it; add the assistant's call or "
-                "remove the result"
+                f"{field} is a tool result without a call before it; accepted is a result after "
+                "the assistant's call"
             )
         taken = {index for index, _ in self._results}
         free = [index for index in range(len(self._calls)) if index not in taken]
@@ -73,7 +73,7 @@ class Turns:
         """Return the dialogue as a record; BadLineError when nothing was said."""
         self._close()
         if not self._messages:
-            raise BadLineError("the dialogue holds no turn; remove it")
+            raise BadLineError("the dialogue holds no turn; accepted is at least one")
         return {"messages": self._messages, **({"tools": self._tools} if self._tools else {})}
 
     def _close(self) -> None:
@@ -103,9 +103,7 @@ def parsed(value: Any, field: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise BadLineError(
-            f"{field} is {show(value)}, broken JSON ({error}); mend or remove the record"
-        ) from None
+        raise BadLineError(f"{field} is {show(value)}, broken JSON ({error})") from None
 
 
 def parsed_list(value: Any, field: str) -> list[Any]:
@@ -155,6 +153,5 @@ def refuse_media(message: dict[str, Any], field: str) -> None:
     for name in ("image", "images", "audio", "audios", "video", "videos", "reasoning_content"):
         if message.get(name):
             raise BadLineError(
-                f"{field}{name} is {show(message[name])}; only text content can be mapped, so "
-                "remove it or the record"
+                f"{field}{name} is {show(message[name])}; only text content can be mapped"
             )
