@@ -34,7 +34,7 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={
         "megatron_mode": ["py.typed"],
-        "megatron_mode.tokens": ["sample/*"],
+        "megatron_mode.tokens": ["sample/*", "sample/agent-log/*"],
         "megatron_mode.configs": ["*/*.yaml", "README.md"],
     },
     install_requires=[

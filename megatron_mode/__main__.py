@@ -30,6 +30,9 @@ VERBS = {
     "prepare": Verb(
         "megatron_mode.tokens.prepare_command", "tokenizer and sources from JSON lines"
     ),
+    "convert": Verb(
+        "megatron_mode.tokens.convert_command", "dialogues of other formats to JSON lines"
+    ),
     "pack": Verb("megatron_mode.tokens.pack_command", "row tables of whole documents"),
     "order": Verb("megatron_mode.order_command", "which rows a run takes, and when: plan, query"),
     "report": Verb("megatron_mode.report.command", "one HTML file with the pictures of runs"),

@@ -39,6 +39,10 @@ class DigestedSource(Protocol):
     def content_digests(self) -> Mapping[str, str]:
         """Return file name -> digest of what the source holds."""
 
+    @property
+    def mode_tokens(self) -> Mapping[str, object] | None:
+        """Return how mode tokens stand in it, None where there are none."""
+
     def row_table_digest(self, seq_len: int) -> str | None:
         """Return the digest of the row table for rows of `seq_len` tokens, None without one."""
 
@@ -106,10 +110,13 @@ def order_config(
 
 
 def _content_record(key: str, source: DigestedSource) -> dict[str, object]:
-    return {
+    record: dict[str, object] = {
         f"{key}.tokens": source.tokens,
         f"{key}.content": dict(sorted(source.content_digests.items())),
     }
+    if source.mode_tokens:  # absent otherwise, as in older records
+        record[f"{key}.mode_tokens"] = dict(source.mode_tokens)
+    return record
 
 
 def _source_record(key: str, entry: SourceConfig) -> dict[str, object]:

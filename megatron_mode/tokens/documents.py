@@ -1,29 +1,29 @@
 """Read documents from JSON lines, one at a time, and say what is wrong with a bad one.
 
-Mode 1 lines hold `text`, Mode 2 lines hold `messages` (and perhaps `tools`); `id` and `source` are
-optional, other keys are ignored. Files may be gzip'd.
+Mode 1 lines hold `text`, Mode 2 lines hold `messages` (and perhaps `tools`: a list, an object, or
+a string that holds one as JSON); `id` and `source` are optional, other keys are ignored.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.flags import ROLES
+from megatron_mode.tokens.lines import RefusedLine, compact_json
+from megatron_mode.tokens.readers import open_reader
 
-GZIP_MAGIC = b"\x1f\x8b"
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # "tokenizer" is the corpus' own file; the others would meet files of a source with a shorter name.
 RESERVED_NAME = re.compile(r"tokenizer|.*\.(flags|docs|rows\.\d+)")
 MESSAGE_ROLES = ROLES[1:]
+# Python's own limit depends on where it is reached; no tool schema comes near this one.
+TOOLS_LEVELS = 100
 
 
 class Message(NamedTuple):
@@ -49,68 +49,27 @@ class BadLineError(Exception):
     """Say why a line is no document; the reader adds file and line number."""
 
 
-def compact_json(value: Any) -> str:
-    """Write a value as JSON without spaces, keys in their own order."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-class LineReader:
-    """Iterate over (line number from 1, line as bytes) of a plain or gzip'd file.
-
-    Raises DataError for a file that is missing, a folder, or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._raw = path.open("rb")
-        except OSError as error:
-            raise DataError(
-                f"Input {path} cannot be read ({error.strerror}); name .jsonl or .jsonl.gz files."
-            ) from None
-        is_gzip = self._raw.read(2) == GZIP_MAGIC
-        self._raw.seek(0)
-        zipped = gzip.GzipFile(fileobj=self._raw) if is_gzip else None
-        self._stream: IO[bytes] | gzip.GzipFile = zipped or self._raw
-
-    @property
-    def position_bytes(self) -> int:
-        """Return how far the file on disk has been read."""
-        return self._raw.tell()
-
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        number = 0
-        try:
-            for number, line in enumerate(self._stream, start=1):
-                if not line.isspace():
-                    yield number, line
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(
-                f"{self.path}:{number + 1}: the gzip file is damaged or cut off ({error}); "
-                "fetch it again."
-            ) from None
-
-    def __enter__(self) -> LineReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stream.close()
-        self._raw.close()
-
-
 def file_stem(path: Path) -> str:
-    """Return the source name of lines that carry none: the file name up to .jsonl or .json."""
-    return re.sub(r"\.(jsonl?|ndjson)?(\.gz)?$", "", path.name)
+    """Return the source name of lines that carry none: the file name up to .jsonl and the like."""
+    return re.sub(
+        r"(\.(jsonl?|ndjson|parquet|arrow))?(\.(gz|zst))?$", "", path.name or path.resolve().name
+    )
 
 
 def parse_line(line: bytes, default_source: str, number: int) -> Document:
     """Turn one JSON line into a Document; raise BadLineError with the reason when it is none."""
-    value = parse_json(line)
+    try:
+        document = document_of(parse_json(line), default_source, number)
+    except RecursionError:
+        raise BadLineError("malformed JSON (nested too deep)") from None
+    # Only an escape can bring a lone surrogate in, and few lines hold one.
+    if b"\\ud" in line or b"\\uD" in line:
+        check_surrogates(document)
+    return document
+
+
+def document_of(value: Any, default_source: str, number: int) -> Document:
+    """Check the object of a line; raise BadLineError naming what is wrong in it."""
     if not isinstance(value, dict):
         raise BadLineError(f"the line is a JSON {type(value).__name__}; it must be an object")
     source = value.get("source")
@@ -134,20 +93,17 @@ def parse_line(line: bytes, default_source: str, number: int) -> Document:
             raise BadLineError(
                 f"text is {show(text)}; it must be a string with at least one character"
             )
-        document = Document(str(identifier), source, 1, text=text)
-    elif messages is not None:
-        turns = parse_messages(messages)
-        document = Document(str(identifier), source, 2, messages=turns, tools=value.get("tools"))
-    else:
-        raise BadLineError("the line has neither text (Mode 1) nor messages (Mode 2); add one")
-    # Only an escape can bring a lone surrogate in, and few lines hold one.
-    if b"\\ud" in line or b"\\uD" in line:
-        check_surrogates(document)
-    return document
+        return Document(str(identifier), source, 1, text=text)
+    if messages is not None:
+        turns, tools = parse_messages(messages), parse_tools(value.get("tools"))
+        return Document(str(identifier), source, 2, messages=turns, tools=tools)
+    raise BadLineError("the line has neither text (Mode 1) nor messages (Mode 2); add one")
 
 
 def parse_json(line: bytes) -> Any:
-    """Decode a line; raise BadLineError when it is not UTF-8 or not JSON."""
+    """Decode a line; raise BadLineError when it is refused, not UTF-8 or not JSON."""
+    if isinstance(line, RefusedLine):
+        raise BadLineError(line.decode())
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -194,6 +150,31 @@ def parse_message(message: Any, turn: int) -> Message:
     return Message(role, content)
 
 
+def parse_tools(tools: Any) -> Any:
+    """Check the tool schemas; a string is read as JSON, an empty one as none."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise BadLineError(
+                f"tools is {show(tools)}, a tool schema that is not JSON; give a list of schemas "
+                "or a string that holds one"
+            ) from None
+    if tools is None:
+        return None
+    if not isinstance(tools, list | dict):
+        raise BadLineError(f"tools is {show(tools)}; accepted is a list of tool schemas")
+    level: list[Any] = [tools]
+    for _ in range(TOOLS_LEVELS):
+        held = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        ]
+        level = [value for values in held for value in values]
+        if not level:
+            return tools
+    raise BadLineError(f"tools is nested deeper than {TOOLS_LEVELS} levels; flatten the schemas")
+
+
 def check_surrogates(document: Document) -> None:
     """Raise BadLineError when a text holds half of a surrogate pair, which no UTF-8 file can."""
     parts = [document.id, document.text, compact_json(document.tools)]
@@ -226,7 +207,7 @@ def read_documents(
     """
     path = Path(path)
     bad_lines = 0
-    with LineReader(path) as lines:
+    with open_reader(path) as lines:
         for number, line in lines:
             try:
                 document = parse_line(line, file_stem(path), number)

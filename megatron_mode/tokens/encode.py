@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.documents import BadLineError, Document, LineReader, file_stem, parse_line
-from megatron_mode.tokens.split import Output, Split
+from megatron_mode.tokens.documents import BadLineError, Document, file_stem, parse_line
+from megatron_mode.tokens.readers import open_reader
+from megatron_mode.tokens.split import Output, Split, mode_token_key
 from megatron_mode.tokens.template import render_batch
 from megatron_mode.tokens.tokenizer import Tokenizer
 
@@ -87,7 +88,7 @@ class EncodedBatch:
 def line_batches(paths: Sequence[Path], report_progress: ReportProgress) -> Iterator[LineBatch]:
     """Cut files into batches; report_progress gets the bytes of disk read since the last call."""
     for path in paths:
-        with LineReader(path) as lines:
+        with open_reader(path) as lines:
             batch, size_bytes, position_bytes = LineBatch(path), 0, 0
             for number, line in lines:
                 batch.numbers.append(number)
@@ -130,7 +131,10 @@ def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> Encode
     )
     parts: dict[tuple[str, str, int], StagedPart] = {}
     dtype = np.dtype(tokenizer.vocabulary.token_dtype)
-    for (document, output), (ids, flags) in zip(routed, rendered, strict=True):
+    control = tokenizer.control
+    for (document, output), without in zip(routed, rendered, strict=True):
+        places_key = mode_token_key(split.seed, document)
+        ids, flags = split.mode_tokens.insert(without, control, places_key)
         where = (output.name, document.source, document.mode)
         part = parts.setdefault(where, StagedPart(*where))
         key = split.order_key(document.source, document.id)

@@ -28,6 +28,7 @@ from megatron_mode.tokens.encode import (
     parse_batch,
 )
 from megatron_mode.tokens.folder import PartialFolder
+from megatron_mode.tokens.readers import input_files, size_bytes
 from megatron_mode.tokens.split import Split, draw
 from megatron_mode.tokens.staging import Stage
 from megatron_mode.tokens.template import plain_text
@@ -113,7 +114,7 @@ def prepare(plan: Preparation, *, show_progress: bool) -> dict[str, Any]:
 
     OSError from the target (full, read-only) passes through after everything is removed.
     """
-    total_bytes = sum(path.stat().st_size for path in plan.inputs if path.exists())
+    total_bytes = sum(map(size_bytes, plan.inputs))
     with PartialFolder(plan.out) as folder:
         tokenizer = provide_tokenizer(plan, folder.path, total_bytes, show_progress)
         catalogue, bad_lines = Catalogue(folder.path), BadLines(plan.max_bad_lines)
@@ -239,7 +240,11 @@ def write_sources(
 ) -> list[dict[str, Any]]:
     """Write every staged source, shuffled, and return a summary of each."""
     summaries = []
-    inputs = {path.name: file_digest(path) for path in plan.inputs}
+    inputs = {
+        str(file.relative_to(path.parent)): file_digest(file)
+        for path in plan.inputs
+        for file in input_files(path)
+    }
     for name in sorted(catalogue.stages):
         stage = catalogue.stages[name]
         info = stage.write(
@@ -251,6 +256,7 @@ def write_sources(
             seed=plan.split.seed,
             plain_share=plan.split.plain_share,
             valid_share=plan.split.valid_share,
+            mode_tokens=plan.split.mode_tokens.record(plan.split.seed),
             bad_lines=bad_lines,
             licence=plan.licence_of(stage.source),
             inputs=inputs,

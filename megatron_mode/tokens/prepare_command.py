@@ -43,7 +43,9 @@ INPUT_BYTES_PER_WORKER = 4 << 20
 
 def useful_workers(inputs: Sequence[Path]) -> int:
     """Return the cores available, but no more processes than the input repays the start of."""
-    total_bytes = sum(path.stat().st_size for path in inputs if path.exists())
+    from megatron_mode.tokens.readers import size_bytes
+
+    total_bytes = sum(map(size_bytes, inputs))
     return min(len(os.sched_getaffinity(0)), 1 + total_bytes // INPUT_BYTES_PER_WORKER)
 
 
@@ -54,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write: data.root")
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument(
-        "--input", type=Path, nargs="+", metavar="FILE", help=".jsonl or .jsonl.gz files"
+        "--input",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help=".jsonl (.gz, .zst), .parquet or .arrow files, or folders by save_to_disk",
     )
     inputs.add_argument("--sample", action="store_true", help="use the corpus that ships here")
     tokenizer = parser.add_mutually_exclusive_group()
@@ -72,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{SAMPLE_VOCAB_SIZE} with --sample)",
     )
     add_split_arguments(parser)
+    add_mode_token_arguments(parser)
     add(
         "--workers", type=int, metavar="N", help="processes (default: the cores, but one per 4 MiB)"
     )
@@ -118,6 +125,30 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mode_token_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the mode tokens."""
+    add = parser.add_argument
+    add(
+        "--mode-tokens",
+        choices=("none", "start", "end", "sporadic"),
+        default="none",
+        help="write <|mode1|> or <|mode2|> into the documents: after <|doc|>, last, or before "
+        "content tokens here and there (default: %(default)s)",
+    )
+    add(
+        "--mode-token-rate",
+        type=float,
+        metavar="R",
+        help="share (0 to 1) of content tokens preceded by one, for sporadic",
+    )
+    add(
+        "--mode-token-loss",
+        choices=("on", "off"),
+        default="off",
+        help="train the language model to predict them (default: %(default)s)",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Prepare what the arguments ask for; raise ConfigError or DataError with one sentence."""
     plan = preparation(args)
@@ -140,8 +171,13 @@ def run(args: argparse.Namespace) -> int:
 def preparation(args: argparse.Namespace) -> Preparation:
     """Check the arguments and turn them into a plan."""
     check_ranges(args)
+    from megatron_mode.tokens.mode_tokens import checked
     from megatron_mode.tokens.prepare import Preparation
     from megatron_mode.tokens.split import Split
+
+    mode_tokens = checked(
+        args.mode_tokens, args.mode_token_rate, train=args.mode_token_loss == "on"
+    )
 
     inputs = sorted(SAMPLE_FOLDER.glob("*.jsonl.gz")) if args.sample else args.input
     default_size = SAMPLE_VOCAB_SIZE if args.sample else VOCAB_SIZE
@@ -156,6 +192,7 @@ def preparation(args: argparse.Namespace) -> Preparation:
             plain_share=args.plain_share,
             valid_share=args.valid_share,
             valid_sources=frozenset(filter(None, re.split(r"[,\s]+", args.valid_sources or ""))),
+            mode_tokens=mode_tokens,
         ),
         workers=args.workers or useful_workers(inputs),
         max_bad_lines=args.max_bad_lines,

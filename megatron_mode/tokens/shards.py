@@ -205,6 +205,11 @@ class Source:
         """Return the SHA-256 of each content file as recorded at preparation, by suffix."""
         return {suffix: file["sha256"] for suffix, file in self.info.get("files", {}).items()}
 
+    @property
+    def mode_tokens(self) -> dict[str, Any] | None:
+        """Return how mode tokens stand in the documents, None where there are none."""
+        return self.info.get("mode_tokens")
+
     def row_table_digest(self, seq_len: int) -> str | None:
         """Return the SHA-256 of NAME.rows.T.bin as recorded when it was packed."""
         digest: str | None = self.info.get("row_tables", {}).get(str(seq_len), {}).get("sha256")

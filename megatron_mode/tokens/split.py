@@ -1,4 +1,4 @@
-"""Decide by seeded draws which documents are held out and which are rendered plain.
+"""Decide by seeded draws which documents are held out, which are rendered plain, and the like.
 
 A draw is a pure function of seed, purpose and names, so it does not depend on the order of the
 input, the number of workers, or how the work is split.
@@ -7,10 +7,11 @@ input, the number of workers, or how the work is split.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron_mode.tokens.documents import Document
+from megatron_mode.tokens.mode_tokens import ModeTokens
 from megatron_mode.tokens.template import Rendering
 
 DRAW_RANGE = 1 << 64
@@ -20,6 +21,11 @@ def draw(seed: int, purpose: str, *names: str) -> int:
     """Return a number in [0, 2**64) drawn for these names."""
     text = "\x1f".join((str(seed), purpose, *names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mode_token_key(seed: int, document: Document) -> int:
+    """Return the key by which the places of a document's mode tokens are drawn."""
+    return draw(seed, "mode-token", document.source, document.id)
 
 
 class Output(NamedTuple):
@@ -37,6 +43,7 @@ class Split:
     plain_share: float
     valid_share: float
     valid_sources: frozenset[str]
+    mode_tokens: ModeTokens = field(default_factory=ModeTokens)
 
     def is_held_out(self, document: Document) -> bool:
         """Tell whether a document is kept from training; equal ids of a source stay together."""

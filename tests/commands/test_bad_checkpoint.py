@@ -20,7 +20,10 @@ Call = Callable[..., Outcome]
     [
         (["score", "nowhere", "{in}"], "nowhere is not a folder: name a checkpoint folder"),
         (["score", "{empty}", "{in}"], "holds no manifest.json: name a finished checkpoint"),
-        (["score", "{run}", "{empty}"], "{empty} cannot be read (Is a directory)"),
+        (
+            ["score", "{run}", "{empty}"],
+            "{empty} cannot be read (it is a folder",
+        ),
         (["score", "{run}", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["score", "{run}", "{void}"], "{void} holds no documents"),
         (["score", "{run}", "{bad}", "--json"], "bad.jsonl:1: malformed JSON"),

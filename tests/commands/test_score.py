@@ -22,7 +22,15 @@ from megatron_mode.tokens.template import render
 
 pytestmark = pytest.mark.usefixtures("alone")  # scoring joins a group of one and never leaves
 Call = Callable[..., Outcome]
-KEYS = {"id", "source", "tokens", "nll_mean", "mode_logit_mean", "mode_probability_mean"}
+KEYS = {
+    "id",
+    "source",
+    "tokens",
+    "nll_mean",
+    "nll_content_mean",
+    "mode_logit_mean",
+    "mode_probability_mean",
+}
 TOKEN_KEYS = {"token", "nll", "mode_logit", "mode_probability", "control"}
 
 

@@ -23,6 +23,7 @@ class FakeSource:
         self.name = name
         self.tokens = 1000
         self.content_digests: Mapping[str, str] = {".bin": digest}
+        self.mode_tokens: Mapping[str, object] | None = None
 
 
 def config_with(**fraction: object) -> Config:
@@ -103,3 +104,12 @@ def test_order_config_names_what_the_order_depends_on() -> None:
     changed = order_config(longer, sources)
     assert changed.pop("mix.mode2_fraction.end_tokens") == 40 * 8 * 16
     assert changed.items() <= order_config(ramp, sources).items()
+
+
+def test_mode_tokens_are_part_of_the_order_where_there_are_any() -> None:
+    config = config_with(start="0.4")
+    bare, marked = FakeSource("web"), FakeSource("chat")
+    without = order_config(config, [bare, marked])
+    marked.mode_tokens = {"placement": "start", "seed": 1}
+    key = "mix.mode2.sources.chat.mode_tokens"
+    assert order_config(config, [bare, marked]) == {**without, key: marked.mode_tokens}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside the tests
 
 from megatron_mode.tokens.prepare_command import add_arguments, run
 from megatron_mode.tokens.tokenizer import Tokenizer, train_tokenizer

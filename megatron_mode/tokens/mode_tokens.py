@@ -1,0 +1,173 @@
+"""Write <|mode1|> or <|mode2|> into a rendered document: the alternative to the mode logit.
+
+    start      right after <|doc|>
+    end        last in the document
+    sporadic   before each content token with probability `rate`, at seeded places
+
+The token is that of the document's mode and takes the role of its place. It gives the mode away,
+so it never carries mode loss itself; the tokens after it see it, which is what it is for, and a
+mode loss on them measures little but that the token was read. Whether predicting it is trained is
+`train`. Places are a pure function of seed, source and id: workers, shards and order do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mode.errors import ConfigError
+from megatron_mode.tokens.flags import CONTROL, MODE2, NO_LM_LOSS, NO_MODE_LOSS, ROLE_MASK
+
+Placement = Literal["none", "start", "end", "sporadic"]
+Setting = Literal["keep", "strip", "swap", "forge"]
+PLACEMENTS: tuple[Placement, ...] = ("none", "start", "end", "sporadic")
+SETTINGS: tuple[Setting, ...] = ("keep", "strip", "swap", "forge")
+MODE_PIECES = ("<|mode1|>", "<|mode2|>")
+
+Rendered = tuple[list[int], bytes]
+
+
+@dataclass(frozen=True)
+class ModeTokens:
+    """Say where mode tokens stand and whether predicting them is trained."""
+
+    placement: Placement = "none"
+    rate: float = 0.0
+    """Probability, for `sporadic` only."""
+    train: bool = False
+
+    def places(self, flags: bytes, key: int) -> list[int]:
+        """Return the positions before which a token goes, in order; len(flags) is the end."""
+        if self.placement == "none":
+            return []
+        if self.placement != "sporadic":
+            return [1 if self.placement == "start" else len(flags)]
+        content = content_positions(flags)
+        # The raw stream is fixed for good, which that of a Generator's methods is not.
+        raw = np.random.PCG64(key).random_raw(len(content))
+        uniform = (raw >> np.uint64(11)) * 2.0**-53
+        chosen: list[int] = content[uniform < self.rate].tolist()
+        return chosen
+
+    def insert(self, rendered: Rendered, control: Mapping[str, int], key: int) -> Rendered:
+        """Return (ids, flags) with the true tokens of a rendered document, <|doc|> first."""
+        flags = rendered[1]
+        piece = control[MODE_PIECES[true_mode(flags) - 1]]
+        bits = 0 if self.train else NO_LM_LOSS
+        # Before a content token it takes that one's role, at the start and the end its left one's.
+        side = 0 if self.placement == "sporadic" else -1
+        return with_piece(rendered, self.places(flags, key), piece, bits, side)
+
+    def record(self, seed: int) -> dict[str, Any] | None:
+        """Return what NAME.json says of them; None where there are none."""
+        if self.placement == "none":
+            return None
+        found: dict[str, Any] = {"placement": self.placement, "train": self.train, "seed": seed}
+        return {**found, "rate": self.rate} if self.placement == "sporadic" else found
+
+
+class Reading(NamedTuple):
+    """Say how a run's data had mode tokens, with the seed of the places."""
+
+    tokens: ModeTokens
+    seed: int
+
+
+def content_positions(flags: bytes) -> NDArray[np.int64]:
+    """Return the positions of the tokens that are no control piece."""
+    return np.flatnonzero((np.frombuffer(flags, np.uint8) & CONTROL) == 0)
+
+
+def true_mode(flags: bytes) -> int:
+    """Return the mode of a document, 1 or 2, which its first token tells."""
+    return 2 if flags[0] & MODE2 else 1
+
+
+def with_piece(
+    rendered: Rendered, places: Sequence[int], piece: int, bits: int, side: int
+) -> Rendered:
+    """Insert a mode piece before each of these positions; mode and role are those at its side.
+
+    bits are added to the flags of a mode piece; side is 0 (right) or -1 (left).
+    """
+    ids, flags = rendered
+    new_ids: list[int] = []
+    new_flags = bytearray()
+    begin = 0
+    for place in places:
+        new_ids += [*ids[begin:place], piece]
+        new_flags += flags[begin:place]
+        taken = flags[place + side] & (MODE2 | ROLE_MASK)
+        new_flags.append(CONTROL | NO_MODE_LOSS | bits | taken)
+        begin = place
+    new_ids += ids[begin:]
+    new_flags += flags[begin:]
+    return new_ids, bytes(new_flags)
+
+
+def rearrange(
+    rendered: Rendered, setting: Setting, tokens: ModeTokens, control: Mapping[str, int],
+    keys: tuple[int, int],
+) -> Rendered:  # fmt: skip
+    """Return a document with its true tokens, none, the other mode's, or one false one more.
+
+    keys are those of the true places and of the false one, which falls into the middle half of the
+    content.
+    """
+    if setting == "strip":
+        return rendered
+    mode = true_mode(rendered[1])
+    if setting == "swap":
+        other = {MODE_PIECES[mode - 1]: control[MODE_PIECES[2 - mode]]}
+        return tokens.insert(rendered, {**control, **other}, keys[0])
+    kept = tokens.insert(rendered, control, keys[0])
+    content = content_positions(kept[1])
+    if setting == "keep" or not len(content):
+        return kept
+    begin = len(content) // 4
+    middle = content[begin : max(begin + 1, len(content) * 3 // 4)]
+    place = int(middle[keys[1] % len(middle)])
+    return with_piece(kept, [place], control[MODE_PIECES[2 - mode]], NO_LM_LOSS, 0)
+
+
+def read_order(order: Mapping[str, Any], default_seed: int) -> Reading:
+    """Return what the training sources of a run had, by the `order` of its manifest.
+
+    Raises ConfigError when they differ, since a document does not tell which of them it is like.
+    """
+    found = {}
+    for mode in (1, 2):
+        for name in order.get(f"mix.mode{mode}.sources", ()):
+            record = order.get(f"mix.mode{mode}.sources.{name}.mode_tokens") or {}
+            tokens = ModeTokens(
+                record.get("placement", "none"), record.get("rate", 0.0), record.get("train", False)
+            )
+            found[name] = Reading(tokens, record.get("seed", default_seed))
+    settings = {(reading.tokens.placement, reading.tokens.rate) for reading in found.values()}
+    if len(settings) > 1:
+        named = ", ".join(f"{name}: {reading.tokens.placement}" for name, reading in found.items())
+        raise ConfigError(
+            f"the sources of the run differ in their mode tokens ({named}); give "
+            "--mode-token-placement"
+        )
+    return next(iter(found.values()), Reading(ModeTokens(), default_seed))
+
+
+def checked(placement: Placement, rate: float | None, *, train: bool = False) -> ModeTokens:
+    """Build the settings from options; ConfigError for a rate that is missing or too much."""
+    if placement == "sporadic" and not (rate is not None and 0 < rate <= 1):
+        given = "missing" if rate is None else rate
+        raise ConfigError(
+            f"--mode-token-rate is {given}; accepted with sporadic is more than 0, up to 1, so "
+            "give such a share of the tokens"
+        )
+    if placement != "sporadic" and rate is not None:
+        raise ConfigError(
+            f"--mode-token-rate is {rate} but the placement is {placement}; it is for sporadic "
+            "only, so drop it or choose sporadic"
+        )
+    return ModeTokens(placement, rate or 0.0, train)
