@@ -27,7 +27,8 @@ from megatron_mode.tokens.documents import BadLineError, parse_line
 from megatron_mode.tokens.lines import RefusedLine
 from megatron_mode.tokens.readers import open_reader
 
-HANG_SECONDS = 20
+# A damaged page header makes pyarrow allocate up to 2 GiB before it refuses: 13 s when busy.
+HANG_SECONDS = 90
 FILES_PER_EXAMPLE = 25
 MAGIC = tuple(magic for kinds in readers.MAGIC.values() for magic in kinds)
 PIECES = [
