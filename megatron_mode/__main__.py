@@ -30,6 +30,7 @@ VERBS = {
     "prepare": Verb(
         "megatron_mode.tokens.prepare_command", "tokenizer and sources from JSON lines"
     ),
+    "merge": Verb("megatron_mode.tokens.merge_command", "join the shards of a preparation"),
     "report": Verb("megatron_mode.report.command", "one HTML file with the pictures of runs"),
     "score": Verb("megatron_mode.score_command", "loss and mode probability of each document"),
     "generate": Verb("megatron_mode.generate", "continue a prompt, each token's mode in colour"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +21,7 @@ from megatron_mode.errors import DataError
 from megatron_mode.tokens.document_table import DocumentRow, DocumentTable, DocumentTableWriter
 from megatron_mode.tokens.flags import MODE2, counts_by_flag
 from megatron_mode.tokens.hashed_file import HashedFile
-from megatron_mode.tokens.index import Index, index_chunks
+from megatron_mode.tokens.index import Index, SpooledLengths, index_chunks
 from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, read_vocabulary
 
 FORMAT_VERSION = 1
@@ -44,13 +43,13 @@ class SourceWriter:
         self.info: dict[str, Any] = {"rendering": "plain" if mode == 1 else "chat", **info}
         self._vocabulary = vocabulary
         self._dtype = np.dtype(vocabulary.token_dtype)
-        self._lengths = array("i")
         self._tokens = 0
         self._histogram = np.zeros(256, np.int64)
         self._ids_buffer: list[NDArray[Any]] = []
         self._flags_buffer: list[bytes] = []
         self._buffered_tokens = 0
         self._files: dict[str, HashedFile] = {}
+        self._lengths = SpooledLengths(self._root / f".{name}.lengths.partial")
         try:
             for suffix in CONTENT_SUFFIXES:
                 self._files[suffix] = HashedFile(self._root / f"{name}{suffix}")
@@ -100,8 +99,7 @@ class SourceWriter:
         """Complete the files, give them their names (NAME.json last) and return NAME.json."""
         self._flush()
         self._table.close()
-        lengths = np.frombuffer(self._lengths, np.int32)
-        for chunk in index_chunks(lengths, self._dtype.name):
+        for chunk in index_chunks(self._lengths, self._dtype.name):
             self._files[".idx"].write(chunk)
         for file in self._files.values():
             file.close()
@@ -124,6 +122,7 @@ class SourceWriter:
         seal.close()
         for file in self._files.values():
             os.replace(file.temporary, file.path)
+        self._lengths.remove()
         return self.info
 
     def discard(self) -> None:
@@ -133,6 +132,7 @@ class SourceWriter:
             with contextlib.suppress(OSError):
                 file.close()
             file.temporary.unlink(missing_ok=True)
+        self._lengths.remove()
 
     def __enter__(self) -> SourceWriter:
         return self

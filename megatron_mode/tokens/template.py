@@ -65,6 +65,16 @@ def plain_text(document: Document) -> str:
     return "".join(part.text for part in parts(document, "plain") if not part.is_control)
 
 
+def content_bytes(document: Document) -> list[bytes]:
+    """Return what a document says, whatever its rendering: its text, or role and content by turn.
+
+    Documents with equal contents are copies.
+    """
+    if document.mode == 1:
+        return [document.text.encode()]
+    return [part.encode() for message in dialogue(document) for part in message]
+
+
 def render_batch(
     documents: Sequence[Document], renderings: Sequence[Rendering], tokenizer: Tokenizer
 ) -> list[tuple[array[int], bytes]]:
