@@ -27,6 +27,7 @@ from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, read_vocabula
 FORMAT_VERSION = 1
 CONTENT_SUFFIXES = (".bin", ".idx", ".flags.bin", ".docs.arrow")
 FLUSH_BYTES = 1 << 22
+FLUSH_DOCUMENTS = 1 << 14  # Each held takes 250 bytes beside its tokens.
 
 
 class SourceWriter:
@@ -78,7 +79,7 @@ class SourceWriter:
         self._lengths.append(len(flags))
         self._tokens += len(flags)
         self._buffered_tokens += len(flags)
-        if self._buffered_tokens >= FLUSH_BYTES:
+        if self._buffered_tokens >= FLUSH_BYTES or len(self._flags_buffer) >= FLUSH_DOCUMENTS:
             self._flush()
 
     def _flush(self) -> None:

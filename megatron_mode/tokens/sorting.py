@@ -17,8 +17,8 @@ from megatron_mode.tokens.records import DIGEST_BYTES, DOCUMENT_KEY_BYTES, key_p
 from megatron_mode.tokens.runs import RecordFile
 
 Entries = NDArray[Any]
-HELD_ENTRIES = 1 << 17
-SPILL_ENTRIES = 1 << 17
+HELD_ENTRIES = 1 << 15
+SPILL_ENTRIES = 1 << 16
 MOST_FILES = 256
 
 

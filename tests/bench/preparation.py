@@ -1,16 +1,18 @@
 """Compare `megatron-mode prepare` with SentencePiece's bare batch call over the same texts.
 
 The bare side holds all texts in memory and calls `encode(texts, num_threads=n)` once, nothing else.
-Ours is the whole command with n workers: start of the processes, reading, parsing, rendering,
+Besides the time on the clock, which other jobs on the machine lengthen, the CPU seconds of both are
+told. Ours is the whole command with n workers: start of the processes, reading, parsing, rendering,
 tokenising, dropping copies, shuffling, hashing and writing. Both alternate; files are cached.
 
-    python tests/bench/preparation.py --input a.jsonl.gz b.jsonl.gz --tokenizer M [--rounds 5] [--json]
+    python tests/bench/preparation.py --input a.jsonl.gz b.jsonl.gz --tokenizer M [--rounds 5]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -36,7 +38,8 @@ def main() -> None:
     print(
         f"ours {result['ours_tokens_per_second']:,.0f} tokens/s, SentencePiece alone "
         f"{result['bare_tokens_per_second']:,.0f} tokens/s; ratio of medians "
-        f"{result['ratio']:.3f}, of pairs {result['pair_ratios']}"
+        f"{result['ratio']:.3f}, of pairs {result['pair_ratios']}; ratio of CPU seconds "
+        f"{result['cpu_ratio']:.3f}"
     )
 
 
@@ -50,12 +53,17 @@ def compare(inputs: list[Path], tokenizer: Path, rounds: int, threads: int) -> d
     ours_tokens = 0
     ours_seconds: list[float] = []
     bare_seconds: list[float] = []
+    ours_cpu_seconds: list[float] = []
+    bare_cpu_seconds: list[float] = []
     for _ in range(rounds):
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         processor.encode(texts, num_threads=threads)
         bare_seconds.append(time.perf_counter() - began)
+        bare_cpu_seconds.append(time.process_time() - began_cpu)
+        began_cpu = children_cpu_seconds()
         ours_tokens, seconds = timed_preparation(inputs, tokenizer, threads)
         ours_seconds.append(seconds)
+        ours_cpu_seconds.append(children_cpu_seconds() - began_cpu)
     ours = [ours_tokens / seconds for seconds in ours_seconds]
     bare = [bare_tokens / seconds for seconds in bare_seconds]
     return {
@@ -72,8 +80,17 @@ def compare(inputs: list[Path], tokenizer: Path, rounds: int, threads: int) -> d
         "pair_ratios": [
             round(theirs / mine, 3) for theirs, mine in zip(bare_seconds, ours_seconds, strict=True)
         ],
+        "ours_cpu_seconds": [round(seconds, 2) for seconds in ours_cpu_seconds],
+        "bare_cpu_seconds": [round(seconds, 2) for seconds in bare_cpu_seconds],
+        "cpu_ratio": statistics.median(bare_cpu_seconds) / statistics.median(ours_cpu_seconds),
         "ours_with_control_pieces_per_second": statistics.median(ours),
     }
+
+
+def children_cpu_seconds() -> float:
+    """Return the CPU time of all processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def rendered_texts(inputs: list[Path]) -> list[str]:

@@ -61,7 +61,7 @@ def test_every_option_says_what_it_does(verb, capsys):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["scoer"], "verb is 'scoer': accepted is one of prepare, report, score, generate; "
+        (["scoer"], "verb is 'scoer': accepted is one of prepare, merge, report, score, generate; "
          "did you mean score?"),
         (["prepare", "--vocab-sise", "3"], "did you mean --vocab-size?"),
         (["prepare", "--vocab-size", "many"], "invalid int value: 'many'"),
