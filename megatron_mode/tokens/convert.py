@@ -14,8 +14,9 @@ from typing import IO, Any
 
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.tokens.converters.record import converted
-from megatron_mode.tokens.prepare import BadLines, progress_bar
+from megatron_mode.tokens.progress import progress_bar
 from megatron_mode.tokens.readers import size_bytes
+from megatron_mode.tokens.verdicts import BadLines
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mode.tokens.convert import Conversion, convert
     from megatron_mode.tokens.documents import is_safe_name
     from megatron_mode.tokens.folder import disk_error
-    from megatron_mode.tokens.prepare_command import terminated_by_exit
+    from megatron_mode.tokens.prepare_output import terminated_by_exit
 
     if args.source is not None and not is_safe_name(args.source):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Turn batches of JSON lines into staged parts, in this process or in several.
+"""Turn batches of JSON lines into records and payload, in this process or in several.
 
 Batches are cut the same way and come back in order whatever the number of workers, so the result
 does not depend on it.
@@ -7,63 +7,23 @@ does not depend on it.
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import signal
-import threading
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron_mode.errors import DataError
 from megatron_mode.tokens.documents import BadLineError, Document, file_stem, parse_line
 from megatron_mode.tokens.readers import open_reader
+from megatron_mode.tokens.records import Block, Staging, output_code, position
 from megatron_mode.tokens.split import Output, Split, mode_token_key
-from megatron_mode.tokens.template import render_batch
+from megatron_mode.tokens.template import content_bytes, render_batch
 from megatron_mode.tokens.tokenizer import Tokenizer
+from megatron_mode.tokens.workers import Workers
 
 BATCH_BYTES = 1 << 20
 BATCH_LINES = 1024
-PENDING_BATCHES_PER_WORKER = 3
-
-RENDERING_CODES = ("chat", "plain")
 
 ReportProgress = Callable[[int], None]
-
-
-@dataclass
-class StagedPart:
-    """Hold the documents of one batch that go to one prepared source."""
-
-    name: str
-    source: str
-    mode: int
-    tokens: bytearray = field(default_factory=bytearray)
-    flags: bytearray = field(default_factory=bytearray)
-    renderings: bytearray = field(default_factory=bytearray)
-    ids: bytearray = field(default_factory=bytearray)
-    id_lengths: array[int] = field(default_factory=lambda: array("i"))
-    lengths: array[int] = field(default_factory=lambda: array("i"))
-    keys: array[int] = field(default_factory=lambda: array("Q"))
-
-    def add(self, tokens: NDArray[Any], flags: bytes, rendering: str, id: str, key: int) -> None:
-        """Append one document."""
-        self.tokens += tokens.tobytes()
-        self.flags += flags
-        self.renderings.append(RENDERING_CODES.index(rendering))
-        name = id.encode()
-        self.ids += name
-        self.id_lengths.append(len(name))
-        self.lengths.append(len(flags))
-        self.keys.append(key)
 
 
 @dataclass
@@ -71,25 +31,40 @@ class LineBatch:
     """Hold consecutive lines of one file with their numbers."""
 
     path: Path
+    input_index: int
+    number: int
+    """Batches of the file before this one."""
     numbers: list[int] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
 
 
 @dataclass
 class EncodedBatch:
-    """Hold what became of a batch: parts by prepared source, and the lines that were bad."""
+    """Hold what became of a batch: rendered documents, and the lines that were bad."""
 
     path: Path
-    parts: list[StagedPart]
+    end: tuple[int, int]
+    """Input index and number of the last line."""
+    sources: dict[tuple[str, int], set[int]]
+    """Output codes by source and mode, in the order of their numbers in the records."""
+    block: Block
     bad_lines: list[tuple[int, str]]
-    lines: int
 
 
-def line_batches(paths: Sequence[Path], report_progress: ReportProgress) -> Iterator[LineBatch]:
-    """Cut files into batches; report_progress gets the bytes of disk read since the last call."""
+def check_readable(paths: Sequence[Path]) -> None:
+    """Raise DataError for a file that cannot be opened, before hours were spent on the others."""
     for path in paths:
+        with open_reader(path):
+            pass
+
+
+def line_batches(
+    inputs: Sequence[tuple[int, Path]], report_progress: ReportProgress
+) -> Iterator[LineBatch]:
+    """Cut (index, file) into batches; report_progress gets the bytes of disk read since then."""
+    for index, path in inputs:
         with open_reader(path) as lines:
-            batch, size_bytes, position_bytes = LineBatch(path), 0, 0
+            batch, size_bytes, position_bytes = LineBatch(path, index, 0), 0, 0
             for number, line in lines:
                 batch.numbers.append(number)
                 batch.lines.append(line)
@@ -97,7 +72,8 @@ def line_batches(paths: Sequence[Path], report_progress: ReportProgress) -> Iter
                 if size_bytes >= BATCH_BYTES or len(batch.lines) >= BATCH_LINES:
                     yield batch
                     report_progress(lines.position_bytes - position_bytes)
-                    batch, size_bytes, position_bytes = LineBatch(path), 0, lines.position_bytes
+                    batch = LineBatch(path, index, batch.number + 1)
+                    size_bytes, position_bytes = 0, lines.position_bytes
             if batch.lines:
                 yield batch
             report_progress(lines.position_bytes - position_bytes)
@@ -119,27 +95,36 @@ def parse_batch(batch: LineBatch) -> tuple[list[tuple[int, Document]], list[tupl
 def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> EncodedBatch:
     """Parse, render and tokenise a batch."""
     numbered, bad_lines = parse_batch(batch)
-    routed: list[tuple[Document, Output]] = [
-        (document, output)
+    routed: list[tuple[Document, int, Output]] = [
+        (document, number, output)
         for number, document in numbered
         for output in split.outputs(document, number)
     ]
     rendered = render_batch(
-        [document for document, _ in routed],
-        [output.rendering for _, output in routed],
+        [document for document, _, _ in routed],
+        [output.rendering for _, _, output in routed],
         tokenizer,
     )
-    parts: dict[tuple[str, str, int], StagedPart] = {}
-    dtype = np.dtype(tokenizer.vocabulary.token_dtype)
-    control = tokenizer.control
-    for (document, output), without in zip(routed, rendered, strict=True):
-        places_key = mode_token_key(split.seed, document)
-        ids, flags = split.mode_tokens.insert(without, control, places_key)
-        where = (output.name, document.source, document.mode)
-        part = parts.setdefault(where, StagedPart(*where))
-        key = split.order_key(document.source, document.id)
-        part.add(np.array(ids, dtype), flags, output.rendering, document.id, key)
-    return EncodedBatch(batch.path, list(parts.values()), bad_lines, len(batch.lines))
+    staging = Staging()
+    for (document, number, output), (ids, flags) in zip(routed, rendered, strict=True):
+        if split.mode_tokens.placement != "none":
+            key = mode_token_key(split.seed, document)
+            with_tokens = split.mode_tokens.insert((ids.tolist(), flags), tokenizer.control, key)
+            ids, flags = array("i", with_tokens[0]), with_tokens[1]
+        contents = content_bytes(document)
+        at = position(batch.input_index, number)
+        digest = split.order_digest(document.source, at, contents)
+        code = output_code(output, document.source)
+        order_key = digest + at.to_bytes(8, "big") + bytes([code])
+        staging.add(document, order_key, ids, flags, text_bytes(document, contents))
+    block = staging.block(tokenizer.vocabulary.token_dtype)
+    end = (batch.input_index, batch.numbers[-1])
+    return EncodedBatch(batch.path, end, staging.sources, block, bad_lines)
+
+
+def text_bytes(document: Document, contents: Sequence[bytes]) -> int:
+    """Return the bytes of text in the contents of a document, which name the role of each turn."""
+    return sum(map(len, contents if document.mode == 1 else contents[1::2]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -148,47 +133,13 @@ def load_once(model_path: Path) -> Tokenizer:
     return Tokenizer.from_bytes(model_path.read_bytes(), str(model_path))
 
 
-def encode_in_worker(batch: LineBatch, model_path: Path, split: Split) -> EncodedBatch:
+def encode_in_worker(model_path: Path, split: Split, batch: LineBatch) -> EncodedBatch:
     """Do encode_batch in a worker."""
     return encode_batch(batch, load_once(model_path), split)
 
 
-def follow_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when the parent is gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a worker"
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def encoded_batches(
-    batches: Iterator[LineBatch], model_path: Path, split: Split, workers: int
+    batches: Iterator[LineBatch], model_path: Path, split: Split, workers: Workers
 ) -> Iterator[EncodedBatch]:
-    """Yield the batches encoded, in order, with a bounded number of them in flight."""
-    if workers == 1:
-        for batch in batches:
-            yield encode_in_worker(batch, model_path, split)
-        return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=follow_parent
-    )
-    pending: deque[Future[EncodedBatch]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(encode_in_worker, batch, model_path, split))
-            if len(pending) >= PENDING_BATCHES_PER_WORKER * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"A tokenising worker died (--workers {workers}); it was probably out of memory, so "
-            "give fewer --workers."
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    """Yield the batches encoded, in order."""
+    return workers.map(functools.partial(encode_in_worker, model_path, split), batches)

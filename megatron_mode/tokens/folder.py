@@ -1,96 +1,136 @@
-"""Make a folder appear at once: everything is written beside it and renamed at the end."""
+"""Make a folder appear at once, and keep what was finished when its making is cut short.
+
+Work lies in .NAME.preparing beside the target (inside it where the target is a mount point, which
+cannot be renamed). A lock tells living runs from killed ones; plan.json tells the same plan from
+another one.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from megatron_mode.errors import DataError
+from megatron_mode.tokens.runs import write_whole
 from megatron_mode.tokens.vocabulary import INFO_FILE, MODEL_FILE
+from megatron_mode.tokens.workers import UnfinishedError
 
 LOCK_FILE = ".lock"
+PLAN_FILE = "plan.json"
+RESULT_FOLDER = "result"
 PREVIOUS = ".previous"
 SOURCE_SUFFIX = re.compile(r"(\.bin|\.idx|\.flags\.bin|\.docs\.arrow|\.json|\.rows\.\d+\.bin)$")
+# After these the same command continues: Ctrl-C, SIGTERM, a worker that died.
+KEPT_AFTER = (KeyboardInterrupt, SystemExit, UnfinishedError)
 
 
-class PartialFolder:
-    """Hold a partial folder until `publish`; leaving the context before that removes it.
+def work_parent(target: Path) -> Path:
+    """Return the folder that holds the work folders of a target."""
+    return target if os.path.ismount(target) else target.parent
 
-    A mount point cannot be renamed: there the partial folder lies inside it, and `publish` renames
-    file by file, tokenizer.json last, without which no source opens.
+
+def work_name(target: Path) -> str:
+    """Return the name of a target's work folder."""
+    return f".{target.name}.preparing"
+
+
+class WorkFolder:
+    """Hold the work folder of a target, locked.
+
+    Leaving the context removes it after `publish` and after an error; it stays when the run was
+    stopped, and after `keep`. At a mount point `publish` renames file by file, tokenizer.json
+    last, without which no source opens.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, suffix: str = "", *, lasts: bool = False) -> None:
+        """Name the folder; one that lasts stays after an error too."""
         self.target = Path(os.path.realpath(target))
         self._is_mount = os.path.ismount(self.target)
+        self.path = work_parent(self.target) / f"{work_name(self.target)}{suffix}"
         self._made_parents: list[Path] = []
-        self.path = Path()
-        self._lock_descriptor = -1
+        self._lock = -1
+        self._lasts, self._keeps = lasts, lasts
+        self._may_publish = not suffix
 
-    def __enter__(self) -> PartialFolder:
+    def __enter__(self) -> WorkFolder:
         check_replaceable(self.target)
-        parent = self.target if self._is_mount else self.target.parent
-        prefix = f".{self.target.name}.partial-"
-        missing = [p for p in (parent, *parent.parents) if not p.exists()]
         try:
-            for folder in reversed(missing):
+            for folder in reversed([p for p in self.path.parents if not p.exists()]):
                 folder.mkdir()
                 self._made_parents.append(folder)
-            remove_abandoned(self.target, parent, prefix)
-            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            # The lock says that this run is alive; the system drops it however the run ends.
-            self._lock_descriptor = os.open(self.path / LOCK_FILE, os.O_CREAT | os.O_RDWR)
-            lock(self._lock_descriptor)
+            self._lock = locked_folder(self.path, self.target)
+            if self._may_publish:
+                restore_previous(self.target)
         except BaseException:
-            self._clean()
+            self._remove_parents()
             raise
         return self
 
+    @property
+    def result(self) -> Path:
+        """Return the folder that becomes the target."""
+        return self.path / RESULT_FOLDER
+
+    def begin(self, plan: dict[str, Any]) -> bool:
+        """Tell whether a run of the same plan left work here; otherwise start with nothing."""
+        path = self.path / PLAN_FILE
+        try:
+            if json.loads(path.read_text(encoding="utf-8")) == plan:
+                self.result.mkdir(exist_ok=True)
+                return True
+        except (OSError, ValueError):
+            pass
+        path.unlink(missing_ok=True)
+        for other in self.path.iterdir():
+            if other.is_dir():
+                shutil.rmtree(other)
+            elif other.name != LOCK_FILE:
+                other.unlink()
+        self.result.mkdir()
+        write_whole(path, json.dumps(plan))
+        return False
+
+    def keep(self) -> None:
+        """Leave the folder where it is at the end."""
+        self._keeps = True
+
+    def release(self) -> None:
+        """Let the folder be removed at the end."""
+        self._keeps = self._lasts = False
+
     def publish(self) -> None:
-        """Put the folder in the place of the target."""
+        """Put the result in the place of the target."""
+        for path in self.result.glob(".*"):
+            path.unlink()  # a killed run's temporary files
         if self._is_mount:
             self._publish_files()
             return
-        mask = os.umask(0)
-        os.umask(mask)
-        self.path.chmod(0o777 & ~mask)
         self._made_parents = []
-        previous = self.path.with_name(f"{self.path.name}{PREVIOUS}")
+        previous = previous_of(self.target)
         if self.target.exists():
             os.rename(self.target, previous)
         try:
-            os.rename(self.path, self.target)
+            os.rename(self.result, self.target)
         except BaseException:
             if previous.exists():
                 os.rename(previous, self.target)
             raise
-        (self.target / LOCK_FILE).unlink()
         shutil.rmtree(previous, ignore_errors=True)
 
     def _publish_files(self) -> None:
         (self.target / INFO_FILE).unlink(missing_ok=True)
         for path in prepared_files(self.target):
             path.unlink()
-        names = {path.name for path in self.path.iterdir()} - {INFO_FILE, LOCK_FILE}
+        names = {path.name for path in self.result.iterdir()} - {INFO_FILE}
         for name in [*sorted(names), INFO_FILE]:
-            os.rename(self.path / name, self.target / name)
-
-    def _clean(self) -> None:
-        if self._lock_descriptor >= 0:
-            os.close(self._lock_descriptor)
-        if self.path.name:
-            shutil.rmtree(self.path, ignore_errors=True)
-        for folder in reversed(self._made_parents):
-            try:
-                folder.rmdir()
-            except OSError:
-                return  # somebody put something there meanwhile
+            os.rename(self.result / name, self.target / name)
 
     def __exit__(
         self,
@@ -98,39 +138,59 @@ class PartialFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._clean()
+        stays = self._keeps if error is None else self._lasts or isinstance(error, KEPT_AFTER)
+        if not stays:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._remove_parents()
+        os.close(self._lock)
+
+    def _remove_parents(self) -> None:
+        for folder in reversed(self._made_parents):
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # somebody put something there meanwhile
 
 
-def lock(descriptor: int) -> bool:
-    """Take an exclusive lock without waiting; False when another holds it or none are offered."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def previous_of(target: Path) -> Path:
+    """Return where a target is moved while its successor takes its place."""
+    return target.with_name(f"{work_name(target)}{PREVIOUS}")
 
 
-def remove_abandoned(target: Path, parent: Path, prefix: str) -> None:
-    """Remove partial folders of runs that were killed: those whose lock is free.
+def restore_previous(target: Path) -> None:
+    """Put a former target back that a run killed between its two renames left aside."""
+    previous = previous_of(target)
+    if not previous.exists():
+        return
+    if target.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    else:
+        os.rename(previous, target)
 
-    A run killed between its two renames leaves the former target aside: it is put back.
+
+def locked_folder(path: Path, target: Path) -> int:
+    """Make a folder and lock it against other runs; return the lock's descriptor.
+
+    The system drops the lock however the run ends. Where the file system offers none, none is held.
     """
-    for path in parent.glob(f"{prefix}*"):
-        if path.name.endswith(PREVIOUS):
-            if target.exists():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                os.rename(path, target)
-            continue
+    while True:
+        path.mkdir(exist_ok=True)
+        file = path / LOCK_FILE
+        descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            descriptor = os.open(path / LOCK_FILE, os.O_RDWR)
-        except OSError:
-            continue
-        try:
-            if lock(descriptor):
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             os.close(descriptor)
+            raise DataError(
+                f"--out {target} is being prepared by another run, in {path}; wait for it or stop "
+                "it, or name another --out."
+            ) from None
+        except OSError:
+            return descriptor
+        # The run before may have removed the folder between our two calls.
+        if file.exists() and os.path.samestat(os.stat(file), os.fstat(descriptor)):
+            return descriptor
+        os.close(descriptor)
 
 
 def prepared_files(folder: Path) -> list[Path]:
@@ -151,7 +211,7 @@ def check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise DataError(f"--out {target} is a file; name a folder that is new, empty or prepared.")
     known = {path.name for path in prepared_files(target)}
-    ignored = re.compile(r"\..*\.partial-.*|\.lock|lost\+found")
+    ignored = re.compile(r"\..*\.preparing.*|lost\+found")
     foreign = sorted(
         path.name
         for path in target.iterdir()

@@ -13,7 +13,9 @@ Source: megatron/core/datasets/indexed_dataset.py, _IndexWriter and _IndexReader
 
 from __future__ import annotations
 
+import contextlib
 import struct
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +33,45 @@ CODES = {name: code for code, name in TOKEN_TYPES.items()}
 CHUNK_DOCUMENTS = 1 << 20
 
 
-def index_chunks(lengths: NDArray[np.int32], token_dtype: str) -> Iterator[bytes]:
+class SpooledLengths:
+    """Keep the lengths of any number of documents in a temporary file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = path.open("w+b")
+        self._recent = array("i")
+        self._written = 0
+
+    def append(self, length: int) -> None:
+        """Append a length."""
+        self._recent.append(length)
+        if len(self._recent) == CHUNK_DOCUMENTS:
+            self._spill()
+
+    def __len__(self) -> int:
+        return self._written + len(self._recent)
+
+    def __getitem__(self, span: slice) -> NDArray[np.int32]:
+        self._spill()
+        begin, end, _ = span.indices(self._written)
+        self._stream.seek(4 * begin)
+        return np.frombuffer(self._stream.read(4 * (end - begin)), np.int32)
+
+    def remove(self) -> None:
+        """Remove the file."""
+        with contextlib.suppress(OSError):  # a full disk refuses the last buffer
+            self._stream.close()
+        self._path.unlink(missing_ok=True)
+
+    def _spill(self) -> None:
+        self._stream.seek(4 * self._written)
+        self._stream.write(self._recent.tobytes())
+        self._stream.flush()
+        self._written += len(self._recent)
+        self._recent = array("i")
+
+
+def index_chunks(lengths: NDArray[np.int32] | SpooledLengths, token_dtype: str) -> Iterator[bytes]:
     """Yield the bytes of an index with one sequence a document, a bounded piece at a time."""
     count = len(lengths)
     yield HEADER.pack(MAGIC, 1, CODES[token_dtype], count, count + 1)

@@ -6,28 +6,24 @@ Importing this is cheap; numpy, pyarrow and sentencepiece load when the verb run
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_mode.errors import ConfigError
+from megatron_mode.tokens.prepare_output import print_summary, stoppable
 
 if TYPE_CHECKING:
-    from megatron_mode.tokens.prepare import Preparation
+    from megatron_mode.tokens.plan import Preparation
 
 DESCRIPTION = """\
 Turn JSON lines into a tokenizer and prepared sources, one for each `source` named in the lines
 (the file's name where a line has none). Lines with `text` are Mode 1, lines with `messages` Mode 2.
-Held-out documents become NAME-valid (Mode 1), or NAME-valid-plain and NAME-valid-chat (Mode 2)."""
+Held-out documents become NAME-valid (Mode 1), or NAME-valid-plain and NAME-valid-chat (Mode 2).
+The same command continues a run that was stopped or killed."""
 
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 SAMPLE_LICENCES = {
@@ -43,7 +39,7 @@ INPUT_BYTES_PER_WORKER = 4 << 20
 
 def useful_workers(inputs: Sequence[Path]) -> int:
     """Return the cores available, but no more processes than the input repays the start of."""
-    from megatron_mode.tokens.readers import size_bytes
+    from megatron_mode.tokens.plan import size_bytes
 
     total_bytes = sum(map(size_bytes, inputs))
     return min(len(os.sched_getaffinity(0)), 1 + total_bytes // INPUT_BYTES_PER_WORKER)
@@ -89,8 +85,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bad lines to skip before giving up (default: %(default)s)",
     )
+    add_copy_arguments(parser)
+    add(
+        "--shard",
+        metavar="I/N",
+        help="do part I (0 to N-1) of N; `megatron-mode merge` joins them (default: all)",
+    )
     add("--licence", metavar="TEXT", help="licence recorded in every NAME.json")
     add("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what happens to documents and ids that come again in their source."""
+    add = parser.add_argument
+    add(
+        "--duplicates",
+        choices=("drop", "keep"),
+        default="drop",
+        help="documents whose contents came before in their source, held-out part included",
+    )
+    add(
+        "--duplicate-ids",
+        choices=("rename", "error"),
+        default="rename",
+        help="ids that come again with other contents: id#2, or stop",
+    )
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,27 +171,21 @@ def add_mode_token_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare what the arguments ask for; raise ConfigError or DataError with one sentence."""
     plan = preparation(args)
-    from megatron_mode.tokens.folder import disk_error
     from megatron_mode.tokens.prepare import prepare
 
-    started_seconds = time.monotonic()
-    try:
-        with terminated_by_exit():
-            summary = prepare(plan, show_progress=not args.json)
-    except OSError as error:
-        raise disk_error(error, plan.out) from None
-    summary["seconds"] = round(time.monotonic() - started_seconds, 2)
-    for warning in summary["warnings"] + summary["first_bad_lines"]:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(json.dumps(summary, ensure_ascii=False) if args.json else table(summary))
+    with stoppable(plan.out):
+        started_seconds = time.monotonic()
+        summary = prepare(plan, show_progress=not args.json)
+    print_summary(summary, time.monotonic() - started_seconds, as_json=args.json)
     return 0
 
 
 def preparation(args: argparse.Namespace) -> Preparation:
     """Check the arguments and turn them into a plan."""
     check_ranges(args)
+    shard = parsed_shard(args)
     from megatron_mode.tokens.mode_tokens import checked
-    from megatron_mode.tokens.prepare import Preparation
+    from megatron_mode.tokens.plan import Preparation, Shard
     from megatron_mode.tokens.split import Split
 
     mode_tokens = checked(
@@ -193,11 +206,32 @@ def preparation(args: argparse.Namespace) -> Preparation:
             valid_share=args.valid_share,
             valid_sources=frozenset(filter(None, re.split(r"[,\s]+", args.valid_sources or ""))),
             mode_tokens=mode_tokens,
+            keeps_copies=args.duplicates == "keep",
         ),
         workers=args.workers or useful_workers(inputs),
         max_bad_lines=args.max_bad_lines,
-        licence_of=lambda source: licences.get(source, args.licence),
+        refuses_repeated_ids=args.duplicate_ids == "error",
+        licence=args.licence,
+        licences=tuple(licences.items()),
+        shard=Shard(*shard) if shard else None,
     )
+
+
+def parsed_shard(args: argparse.Namespace) -> tuple[int, int] | None:
+    """Return index and count of --shard; raise ConfigError for anything else."""
+    if args.shard is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", args.shard)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ConfigError(
+            f"--shard is {args.shard}; accepted is I/N with I from 0 to N-1, such as 0/8."
+        )
+    if args.tokenizer is None:
+        raise ConfigError(
+            f"--shard {args.shard} has no --tokenizer; all shards need the same one, so give the "
+            "tokenizer.model of an earlier preparation."
+        )
+    return int(found[1]), int(found[2])
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -216,35 +250,3 @@ def check_ranges(args: argparse.Namespace) -> None:
     for path in paths:
         if paths.count(path) > 1:
             raise ConfigError(f"--input names {path} twice; each file is read once, so drop one.")
-
-
-@contextmanager
-def terminated_by_exit() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that what is half-written is removed on the way out."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def table(summary: dict[str, Any]) -> str:
-    """Lay the summary out for a terminal."""
-    lines = [
-        f"{summary['out']}: vocabulary {summary['vocab_size']} "
-        f"(padded {summary['padded_vocab_size']}), {summary['bad_lines']} bad lines, "
-        f"{summary['seconds']} s",
-        f"{'source':<28}{'mode':>5}{'rendering':>11}{'documents':>11}{'tokens':>14}",
-    ]
-    lines += [
-        f"{s['name']:<28}{s['mode']:>5}{s['rendering']:>11}{s['documents']:>11,}{s['tokens']:>14,}"
-        for s in summary["sources"]
-    ]
-    return "\n".join(lines)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +21,13 @@ from megatron_mode.errors import DataError
 from megatron_mode.tokens.document_table import DocumentRow, DocumentTable, DocumentTableWriter
 from megatron_mode.tokens.flags import MODE2, counts_by_flag
 from megatron_mode.tokens.hashed_file import HashedFile
-from megatron_mode.tokens.index import Index, index_chunks
+from megatron_mode.tokens.index import Index, SpooledLengths, index_chunks
 from megatron_mode.tokens.seal import FORMAT_VERSION, check_present, read_info
 from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, read_vocabulary
 
 CONTENT_SUFFIXES = (".bin", ".idx", ".flags.bin", ".docs.arrow")
 FLUSH_BYTES = 1 << 22
+FLUSH_DOCUMENTS = 1 << 14  # Each held takes 250 bytes beside its tokens.
 
 
 class SourceWriter:
@@ -44,13 +44,13 @@ class SourceWriter:
         self.info: dict[str, Any] = {"rendering": "plain" if mode == 1 else "chat", **info}
         self._vocabulary = vocabulary
         self._dtype = np.dtype(vocabulary.token_dtype)
-        self._lengths = array("i")
         self._tokens = 0
         self._histogram = np.zeros(256, np.int64)
         self._ids_buffer: list[NDArray[Any]] = []
         self._flags_buffer: list[bytes] = []
         self._buffered_tokens = 0
         self._files: dict[str, HashedFile] = {}
+        self._lengths = SpooledLengths(self._root / f".{name}.lengths.partial")
         try:
             for suffix in CONTENT_SUFFIXES:
                 self._files[suffix] = HashedFile(self._root / f"{name}{suffix}")
@@ -79,7 +79,7 @@ class SourceWriter:
         self._lengths.append(len(flags))
         self._tokens += len(flags)
         self._buffered_tokens += len(flags)
-        if self._buffered_tokens >= FLUSH_BYTES:
+        if self._buffered_tokens >= FLUSH_BYTES or len(self._flags_buffer) >= FLUSH_DOCUMENTS:
             self._flush()
 
     def _flush(self) -> None:
@@ -100,8 +100,7 @@ class SourceWriter:
         """Complete the files, give them their names (NAME.json last) and return NAME.json."""
         self._flush()
         self._table.close()
-        lengths = np.frombuffer(self._lengths, np.int32)
-        for chunk in index_chunks(lengths, self._dtype.name):
+        for chunk in index_chunks(self._lengths, self._dtype.name):
             self._files[".idx"].write(chunk)
         for file in self._files.values():
             file.close()
@@ -124,6 +123,7 @@ class SourceWriter:
         seal.close()
         for file in self._files.values():
             os.replace(file.temporary, file.path)
+        self._lengths.remove()
         return self.info
 
     def discard(self) -> None:
@@ -133,6 +133,7 @@ class SourceWriter:
             with contextlib.suppress(OSError):
                 file.close()
             file.temporary.unlink(missing_ok=True)
+        self._lengths.remove()
 
     def __enter__(self) -> SourceWriter:
         return self

@@ -1,4 +1,4 @@
-"""Decide by seeded draws which documents are held out, which are rendered plain, and the like.
+"""Decide by seeded draws which documents are held out, which are plain, and their order.
 
 A draw is a pure function of seed, purpose and names, so it does not depend on the order of the
 input, the number of workers, or how the work is split.
@@ -6,7 +6,9 @@ input, the number of workers, or how the work is split.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -44,6 +46,8 @@ class Split:
     valid_share: float
     valid_sources: frozenset[str]
     mode_tokens: ModeTokens = field(default_factory=ModeTokens)
+    keeps_copies: bool = False
+    """Keep documents whose contents came before in their source."""
 
     def is_held_out(self, document: Document) -> bool:
         """Tell whether a document is kept from training; equal ids of a source stay together."""
@@ -66,6 +70,21 @@ class Split:
         is_plain = draw(self.seed, "plain", *names) < self.plain_share * DRAW_RANGE
         return [Output(document.source, "plain" if is_plain else "chat")]
 
-    def order_key(self, source: str, identifier: str) -> int:
-        """Return the key by which the documents of a prepared source are sorted: the shuffle."""
-        return draw(self.seed, "order", source, identifier)
+    def order_digest(self, source: str, position: int, contents: Iterable[bytes]) -> bytes:
+        """Return the 16 bytes by which the documents of a source are sorted: the shuffle.
+
+        Copies share them, unless they are kept: then the position takes part.
+        """
+        digest = hashlib.blake2b(digest_size=16, key=order_key(self.seed, source))
+        if self.keeps_copies:
+            digest.update(position.to_bytes(8, "little"))
+        for content in contents:
+            digest.update(len(content).to_bytes(8, "little"))
+            digest.update(content)
+        return digest.digest()
+
+
+@functools.lru_cache(maxsize=1024)
+def order_key(seed: int, source: str) -> bytes:
+    """Return the key of a source's order."""
+    return hashlib.blake2b(f"{seed}\x1forder\x1f{source}".encode(), digest_size=32).digest()

@@ -10,6 +10,7 @@ does, because it is what ends the turn.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -65,9 +66,19 @@ def plain_text(document: Document) -> str:
     return "".join(part.text for part in parts(document, "plain") if not part.is_control)
 
 
+def content_bytes(document: Document) -> list[bytes]:
+    """Return what a document says, whatever its rendering: its text, or role and content by turn.
+
+    Documents with equal contents are copies.
+    """
+    if document.mode == 1:
+        return [document.text.encode()]
+    return [part.encode() for message in dialogue(document) for part in message]
+
+
 def render_batch(
     documents: Sequence[Document], renderings: Sequence[Rendering], tokenizer: Tokenizer
-) -> list[tuple[list[int], bytes]]:
+) -> list[tuple[array[int], bytes]]:
     """Return (ids, flags) of each document in its rendering, with one call of the tokenizer."""
     parts_by_document = [parts(d, r) for d, r in zip(documents, renderings, strict=True)]
     texts = [p.text for found in parts_by_document for p in found if not p.is_control]
@@ -75,7 +86,7 @@ def render_batch(
     rendered = []
     for document, found in zip(documents, parts_by_document, strict=True):
         mode_bit = MODE2 if document.mode == 2 else 0
-        ids: list[int] = []
+        ids = array("i")
         flags = bytearray()
         for part in found:
             bits = mode_bit | role_bits(part.role)
@@ -94,4 +105,5 @@ def render(
     document: Document, tokenizer: Tokenizer, rendering: Rendering
 ) -> tuple[list[int], bytes]:
     """Return the ids of one document and a flag byte for each."""
-    return render_batch([document], [rendering], tokenizer)[0]
+    ids, flags = render_batch([document], [rendering], tokenizer)[0]
+    return ids.tolist(), flags

@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import io
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,11 @@ from megatron_mode.tokens.vocabulary import (
     padded,
     read_vocabulary,
 )
+from megatron_mode.tokens.words import SPACE_MARK, WordEncoder, keeps_words_apart
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-SPACE_MARK = "\u2581"
 UNKNOWN_DISPLAY = "\u2047"
 PROBE_TEXT = "  a\n\n\tb  <|doc|>\u00e9\u2581 \u2160\r\n "
 # SentencePiece skips training sentences that hold these, and no piece spans a line break.
@@ -45,11 +46,14 @@ class Tokenizer:
         self._processor = processor
         self._byte_ids = tuple(processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self._space_mark_ids = [self._byte_ids[byte] for byte in SPACE_MARK.encode()]
+        self._words: WordEncoder | None = None
         self._bytes_by_id = {index: byte for byte, index in enumerate(self._byte_ids)}
         size = processor.get_piece_size()
         control = {piece: processor.piece_to_id(piece) for piece in CONTROL_PIECES}
         self.vocabulary = Vocabulary(digest, size, padded(size), control)
         self._check(origin)
+        if keeps_words_apart(processor):
+            self._words = WordEncoder(processor, self._byte_ids)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -122,15 +126,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; never a control piece. The text holds no lone surrogates."""
-        return self.encode_batch([text])[0]
+        return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[array[int]]:
         """Return the ids of each text, on one thread."""
-        ids_by_text: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
+        if self._words is not None:
+            return self._words.encode_batch(texts)
+        ids_by_text = self._processor.encode(list(texts), num_threads=1)
         for index, text in enumerate(texts):
             if SPACE_MARK in text:
                 ids_by_text[index] = self._encode_space_marks(text)
-        return ids_by_text
+        return [array("i", ids) for ids in ids_by_text]
 
     def _encode_space_marks(self, text: str) -> list[int]:
         first, *others = self._processor.encode(text.split(SPACE_MARK), num_threads=1)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.folder import PartialFolder
+from megatron_mode.tokens.folder import WorkFolder
 from megatron_mode.tokens.shards import Source
 
 RunPrepare = Callable[..., int]
@@ -54,7 +54,8 @@ def test_a_full_disk(
     place: str, megabytes: float,
 ) -> None:  # fmt: skip
     text = "It is a way I have of driving off the spleen. " * 100
-    lines = [{"text": text, "source": "books"}] * int(megabytes * 1e6 / len(text))
+    count = int(megabytes * 1e6 / len(text))
+    lines = [{"text": f"{i} {text}", "source": "books"} for i in range(count)]
     path = write_lines(tmp_path / "in.jsonl", lines)
     if megabytes < 1:
         run_prepare("--out", small_disk / place, "--input", path)
@@ -129,51 +130,66 @@ def test_parents_made_for_a_failure_go_again(tmp_path: Path, run_prepare: RunPre
 
 
 def test_a_run_killed_between_its_renames_is_mended(tmp_path: Path) -> None:
-    previous = tmp_path / ".d.partial-x.previous"
+    previous = tmp_path / ".d.preparing.previous"
     previous.mkdir()
     (previous / "tokenizer.json").write_text("{}")
-    with PartialFolder(tmp_path / "d"):
+    with WorkFolder(tmp_path / "d"):
         assert (tmp_path / "d" / "tokenizer.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_a_living_run_beside_is_left_alone(tmp_path: Path) -> None:
-    with PartialFolder(tmp_path / "d") as first, PartialFolder(tmp_path / "d") as second:
-        assert first.path.exists()
-        assert second.path.exists()
+    with WorkFolder(tmp_path / "d") as first:
+        first.begin({"seed": 1})
+        with pytest.raises(DataError, match="being prepared by another run"):
+            WorkFolder(tmp_path / "d").__enter__()
+        assert (first.path / "plan.json").exists()
+        with WorkFolder(tmp_path / "d", "-0-of-2") as shard:
+            assert shard.path.exists()
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_plan_starts_anew(tmp_path: Path) -> None:
+    for seed, continues in ((1, False), (1, True), (2, False)):
+        with WorkFolder(tmp_path / "d") as work:
+            assert work.begin({"seed": seed}) is continues
+            assert (work.path / "units").exists() is continues
+            (work.path / "units").mkdir(exist_ok=True)
+            work.keep()
+
+
 PROGRAM = """
-import argparse
-from megatron_mode.tokens.prepare_command import add_arguments, run
+import sys
+import megatron_mode.tokens.units as units
+from megatron_mode.__main__ import main
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    run(parser.parse_args())
+    units.UNIT_BYTES = 1 << 20
+    sys.exit(main())
 """
 
 
-def started_run(tmp_path: Path, model_path: Path, path: Path) -> subprocess.Popen[bytes]:
-    """Start a preparation that would take long, and wait until it has staged tokens."""
+def started_run(tmp_path: Path, model_path: Path, path: Path) -> subprocess.Popen[str]:
+    """Start a preparation that would take long, and wait until it has finished a unit."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     out = tmp_path / "data" / "d"
-    command = [sys.executable, program, "--out", out, "--input", path, "--workers", "2"]
+    command = [sys.executable, program, "prepare", "--out", out, "--input", path, "--workers", "2"]
     # A shell that starts a command in the background lets it ignore SIGINT; this one listens.
     process = subprocess.Popen(
         [*command, "--tokenizer", model_path],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
-    while not list(out.parent.glob(".d.partial-*/books.staged.bin")):
+    while not (out.parent / ".d.preparing/units/unit-000000.json").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return process
 
 
-def children(process: subprocess.Popen[bytes]) -> list[int]:
+def children(process: subprocess.Popen[str]) -> list[int]:
     listing = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(word) for word in listing.read_text().split()]
 
@@ -185,25 +201,37 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_run_leaves_nothing_half_written(
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_a_killed_run_leaves_nothing_half_written_and_is_continued(
     tmp_path: Path, model_path: Path, write_lines: WriteLines, run_prepare: RunPrepare,
-    corpus: list[Path], number: signal.Signals,
+    number: signal.Signals, status: int,
 ) -> None:  # fmt: skip
-    path = write_lines(tmp_path / "a.jsonl.gz", [{"text": "sea " * 5000, "source": "books"}] * 4000)
+    lines = [{"text": f"{i} " + "sea " * 2500, "source": "books"} for i in range(4000)]
+    path = write_lines(tmp_path / "a.jsonl.gz", lines)
     process = started_run(tmp_path, model_path, path)
     workers = children(process)
     os.kill(process.pid, number)
-    assert process.wait(timeout=30) != 0
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == status
     deadline = time.monotonic() + 10
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in workers if is_running(pid)]
     parent = tmp_path / "data"
-    assert not (parent / "d").exists()
-    if number is signal.SIGKILL:
-        assert list(parent.iterdir())  # nobody could clean up: the next run does
-        run_prepare("--out", parent / "d", "--input", corpus[0])
-        assert [child.name for child in parent.iterdir()] == ["d"]
-    else:
-        assert not parent.exists()
+    assert [child.name for child in parent.iterdir()] == [".d.preparing"]
+    if number is not signal.SIGKILL:
+        assert said.startswith(f"stopped: what is finished stays beside {parent / 'd'}; the same")
+        assert len(said.splitlines()) == 1
+    first_unit = parent / ".d.preparing/units/unit-000000.json"
+    before = first_unit.stat().st_mtime_ns
+    process = started_run(tmp_path, model_path, path)
+    assert first_unit.stat().st_mtime_ns == before
+    process.kill()
+    process.communicate()
+    # Another plan starts anew, and leaves nothing of the first.
+    other = write_lines(tmp_path / "b.jsonl", lines[:9])
+    run_prepare("--out", parent / "d", "--input", other)
+    assert [child.name for child in parent.iterdir()] == ["d"]
+    assert Source.open(parent / "d", "books").documents == 9

@@ -21,6 +21,7 @@ from megatron_mode.tokens.shards import Source
 from megatron_mode.tokens.split import Split
 from megatron_mode.tokens.template import render
 from megatron_mode.tokens.tokenizer import Tokenizer
+from megatron_mode.tokens.workers import Workers
 
 RunPrepare = Callable[..., int]
 WriteLines = Callable[[Path, list[Any]], Path]
@@ -129,9 +130,10 @@ def test_many_batches_come_back_in_order(
     split = Split(seed=1, plain_share=0, valid_share=0, valid_sources=frozenset())
     results = []
     for workers in (1, 2):
-        batches = line_batches([path], lambda read_bytes: None)
-        encoded = list(encoded_batches(batches, model_path, split, workers))
-        results.append([bytes(part.ids) for batch in encoded for part in batch.parts])
+        batches = line_batches([(0, path)], lambda read_bytes: None)
+        with Workers(workers) as pool:
+            encoded = list(encoded_batches(batches, model_path, split, pool))
+        results.append([batch.block.ids for batch in encoded])
     assert len(results[0]) > 6
     assert results[0] == results[1]
     assert b"".join(results[0]) == b"".join(f"a:{i + 1}".encode() for i in range(9000))

@@ -101,4 +101,5 @@ def test_any_dialogue(tokenizer: Tokenizer, turns: list[Message]) -> None:
 def test_a_batch_is_its_documents(tokenizer: Tokenizer, rendering: Rendering) -> None:
     documents = [Document("a", "b", 1, text="sea"), dialogue(USER, tools=TOOLS), dialogue(USER)]
     together = render_batch(documents, [rendering] * 3, tokenizer)
+    together = [(ids.tolist(), flags) for ids, flags in together]
     assert together == [render(d, tokenizer, rendering) for d in documents]

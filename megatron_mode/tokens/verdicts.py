@@ -1,0 +1,75 @@
+"""Say what is wrong with a corpus as a whole, or odd about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_mode.errors import DataError
+from megatron_mode.tokens.documents import bad_line_error
+
+SHOWN_BAD_LINES = 10
+
+
+class BadLines:
+    """Count bad lines and stop at the first one too many."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed, self.count = allowed, 0
+        self.first: list[str] = []
+
+    def add(self, path: Path | str, found: Iterable[tuple[int, str]]) -> None:
+        """Count the bad lines of a batch; raise DataError beyond the allowance."""
+        for number, reason in found:
+            self.count += 1
+            if self.count > self.allowed:
+                if self.allowed:
+                    reason += f" (bad line {self.count}, --max-bad-lines is {self.allowed})"
+                raise bad_line_error(path, number, reason)
+            if len(self.first) < SHOWN_BAD_LINES:
+                self.first.append(f"{path}:{number}: {reason}")
+
+
+def empty_corpus(inputs: Sequence[Path | str]) -> DataError:
+    """Say that the input holds nothing."""
+    names = ", ".join(map(str, inputs))
+    return DataError(
+        f"--input {names} holds no documents; give files with lines like "
+        '{"text": "..."} or {"messages": [...]}.'
+    )
+
+
+def check_sources(
+    inputs: Sequence[Path | str], valid_sources: Iterable[str], found: Iterable[str]
+) -> None:
+    """Raise DataError for an empty corpus or a held-out source that is not there."""
+    names = sorted(found)
+    if not names:
+        raise empty_corpus(inputs)
+    unknown = sorted(set(valid_sources) - set(names))
+    if unknown:
+        raise DataError(
+            f"--valid-sources names {unknown[0]}, which the input does not hold; accepted are "
+            f"{', '.join(names)}."
+        )
+
+
+def split_warnings(
+    plan: Mapping[str, Any], outputs_by_source: Mapping[str, Iterable[str]]
+) -> list[str]:
+    """Say which sources the seeded shares left without training or held-out documents."""
+    warnings = []
+    share = plan["valid_share"]
+    for source, outputs in outputs_by_source.items():
+        if share and not set(outputs) - {source}:
+            warnings.append(
+                f"No document of {source} was drawn for --valid-share {share:g}; "
+                "raise the share or change --seed."
+            )
+        if source not in outputs and source not in plan["valid_sources"]:
+            warnings.append(
+                f"All documents of {source} were drawn for --valid-share {share:g}; "
+                "lower the share or change --seed."
+            )
+    return warnings

@@ -1,0 +1,92 @@
+"""Encode texts word by word, each different word once.
+
+A merge never crosses a place that no piece crosses, so a text may be cut there and the ids of its
+parts put together. SentencePiece trains no piece across a line break, before a space, or between
+scripts; so we cut there, between scripts only where ASCII letters meet other ASCII characters.
+Text repeats its words, and most of them come out of a table instead of a search.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+SPACE_MARK = "\u2581"
+# ASCII from "!" to "~" without the letters.
+SIGNS = r"!-@\[-`{-~"
+BESIDE_ASCII = r"(?![^\x00-\x7f])"
+# Possessive, so that no shorter run of letters is tried before an accented one: that word, and
+# what follows it up to the next space, stays whole.
+WORD = re.compile(
+    rf" *(?:[A-Za-z]++{BESIDE_ASCII}|[{SIGNS}]++{BESIDE_ASCII}|[^ \n{SPACE_MARK}]+)"
+    rf"|\n|{SPACE_MARK}| +"
+)
+CROSSING = re.compile(
+    rf"[A-Za-z][\x00-@\[-`{{-\x7f]|[{SIGNS}][\x00- A-Za-z\x7f]|[^{SPACE_MARK}]{SPACE_MARK}|[ \n]"
+)
+# At most some 60 MB a process.
+KEPT_WORDS = 1 << 18
+# Longer words (base64, lines without spaces) hardly come twice.
+KEPT_WORD_CHARACTERS = 32
+ID_TYPE = np.dtype(np.int32)
+
+
+def keeps_words_apart(processor: SentencePieceProcessor) -> bool:
+    """Tell whether no piece of a model crosses a border between words."""
+    never_from_text = (processor.is_control, processor.is_byte, processor.is_unknown)
+    size = processor.get_piece_size()
+    texts = (
+        processor.id_to_piece(index)
+        for index in range(size)
+        if not any(kind(index) for kind in never_from_text)
+    )
+    return not any(map(CROSSING.search, texts))
+
+
+class WordEncoder:
+    """Turn texts into ids (int32) with a table of the words met so far."""
+
+    def __init__(self, processor: SentencePieceProcessor, byte_ids: Sequence[int]) -> None:
+        self._processor = processor
+        self._line_break_id = byte_ids[ord("\n")]
+        space_mark_ids = [byte_ids[byte] for byte in SPACE_MARK.encode()]
+        self._fixed = {
+            "\n": np.array([self._line_break_id], ID_TYPE).tobytes(),
+            SPACE_MARK: np.array(space_mark_ids, ID_TYPE).tobytes(),
+        }
+        self._ids_of = dict(self._fixed)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[array[int]]:
+        """Return the ids of each text."""
+        words_by_text = [WORD.findall(text) for text in texts]
+        used = set().union(*words_by_text)
+        new = [word for word in used if word not in self._ids_of]
+        if len(self._ids_of) + len(new) > KEPT_WORDS:
+            self._ids_of = dict(self._fixed)
+            new = [word for word in used if word not in self._ids_of]
+        if new:
+            self._ids_of.update(zip(new, self._search(new), strict=True))
+        ids_of = self._ids_of.__getitem__
+        found = [array("i", b"".join(map(ids_of, words))) for words in words_by_text]
+        for word in new:
+            if len(word) > KEPT_WORD_CHARACTERS:
+                del self._ids_of[word]
+        return found
+
+    def _search(self, words: list[str]) -> list[bytes]:
+        """Encode words with one call: a line break between two keeps them apart."""
+        ids = np.array(self._processor.encode("\n".join(words), num_threads=1), ID_TYPE)
+        ends = [*np.flatnonzero(ids == self._line_break_id).tolist(), len(ids)]
+        data, width = memoryview(ids.tobytes()), ID_TYPE.itemsize
+        starts = [0, *(end + 1 for end in ends)]
+        return [
+            bytes(data[start * width : end * width])
+            for start, end in zip(starts, ends, strict=False)
+        ]

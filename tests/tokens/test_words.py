@@ -1,0 +1,67 @@
+"""Check that the table of words gives SentencePiece's own ids."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mode.tokens import words
+from megatron_mode.tokens.tokenizer import Tokenizer
+from megatron_mode.tokens.words import WordEncoder, keeps_words_apart
+
+ALPHABET = "ab zA\u00e9\u4e2d\u0301 \n\n\t.,(_1 9\u201d\x00\u00a0'e"
+
+
+def whole(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode a text without SentencePiece's mark in it as a whole."""
+    return tokenizer._processor.encode(text)
+
+
+@given(st.lists(st.text(st.sampled_from(ALPHABET), max_size=60), max_size=8))
+def test_words_give_the_ids_of_the_text(tokenizer: Tokenizer, texts: list[str]) -> None:
+    batch = tokenizer.encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [whole(tokenizer, text) for text in texts]
+
+
+@given(st.text(max_size=200))
+def test_any_text(tokenizer: Tokenizer, text: str) -> None:
+    if words.SPACE_MARK not in text:
+        assert tokenizer.encode(text) == whole(tokenizer, text)
+
+
+@given(st.text(st.sampled_from(ALPHABET + words.SPACE_MARK), max_size=100))
+def test_words_hold_the_whole_text(text: str) -> None:
+    assert "".join(words.WORD.findall(text)) == text
+
+
+def test_a_full_table_starts_again(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "KEPT_WORDS", 20)
+    monkeypatch.setattr(words, "KEPT_WORD_CHARACTERS", 5)
+    encoder = WordEncoder(tokenizer._processor, tokenizer._byte_ids)
+    draw = random.Random(1)
+    for _ in range(100):
+        text = " ".join("sea" * draw.randrange(4) + str(draw.randrange(30)) for _ in range(30))
+        assert encoder.encode_batch([text])[0].tolist() == whole(tokenizer, text)
+
+
+def test_models_with_longer_pieces_encode_whole_texts() -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat, on the mat"] * 50),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=40,
+        split_by_whitespace=False,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert not keeps_words_apart(processor)
+
+
+def test_our_own_models_use_the_table(tokenizer: Tokenizer) -> None:
+    assert keeps_words_apart(tokenizer._processor)
