@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TypeVar
 
 from megatron_mode.errors import DataError
@@ -25,9 +25,47 @@ class UnfinishedError(DataError):
     """Report a stop that is no fault of the input: what is finished stays for the next run."""
 
 
+class Stop:
+    """End the task at hand on SIGTERM, and start no other; the process itself lives on.
+
+    A worker that dies may leave the pool's queues locked or half-read, and the parent waiting.
+    """
+
+    def __init__(self) -> None:
+        self._asked = self._in_task = False
+
+    def listen(self) -> None:
+        """Take SIGTERM."""
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._in_task:
+            raise SystemExit(128 + number)
+
+    def run(self, task: Callable[[Item], Result], item: Item) -> Result:
+        """Return task(item), unless a stop was asked for."""
+        self._in_task = True
+        try:
+            if self._asked:
+                raise SystemExit(128 + signal.SIGTERM)
+            return task(item)
+        finally:
+            self._in_task = False
+
+
+STOP = Stop()
+
+
+def run_task(task: Callable[[Item], Result], item: Item) -> Result:
+    """Do one task in a worker."""
+    return STOP.run(task, item)
+
+
 def follow_parent() -> None:
     """Leave Ctrl-C to the parent, and end when the parent is gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    STOP.listen()
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker"
 
@@ -60,7 +98,7 @@ class Workers:
         if self._pool is not None:
             if kind in (KeyboardInterrupt, SystemExit):
                 for process in multiprocessing.active_children():
-                    process.terminate()  # a task may take hours
+                    process.terminate()  # merging a source may take hours
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
@@ -72,7 +110,7 @@ class Workers:
         pending: deque[Future[Result]] = deque()
         try:
             for item in items:
-                pending.append(self._pool.submit(task, item))
+                pending.append(self._pool.submit(run_task, task, item))
                 if len(pending) >= PENDING_PER_WORKER * self.count:
                     yield pending.popleft().result()
             while pending:

@@ -1,6 +1,6 @@
 """Run a command and print the peak resident memory of it and its children together.
 
-Every 20 ms the resident pages of all processes of the command's session are added up, as
+Every 50 ms the resident pages of all processes of the command's session are added up, as
 /proc/PID/smaps_rollup tells them: `Pss` shares a page among the processes that map it, so that
 shared libraries count once. Prints {"peak_bytes", "processes"} for the sample with the most.
 
@@ -43,7 +43,7 @@ def main() -> int:
     peak = (0, 0)
     while process.poll() is None:
         peak = max(peak, resident_bytes(process.pid))
-        time.sleep(0.02)
+        time.sleep(0.05)
     print(json.dumps({"peak_bytes": peak[0], "processes": peak[1]}))
     return process.returncode
 

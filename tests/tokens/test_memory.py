@@ -51,7 +51,7 @@ def write_corpus(path: Path, count: int) -> Path:
     choose = random.Random(1)
     with gzip.open(path, "wt", compresslevel=1) as stream:
         for index in range(count):
-            words = " ".join(choose.choices(["sea", "whale", "mast"], k=20))
+            words = " ".join(choose.choices(["sea", "whale", "mast"], k=4))
             stream.write(
                 json.dumps({"id": str(index), "source": "s", "text": f"{index} {words}"}) + "\n"
             )
