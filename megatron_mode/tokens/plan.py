@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mode import __version__
+from megatron_mode.tokens.readers import input_files, size_bytes
 from megatron_mode.tokens.split import Split
 
 WORK_FORMAT = 1
@@ -68,28 +69,18 @@ class Preparation:
         }
 
 
-def files_of(path: Path) -> list[Path]:
-    """Return a file, or all files of a folder."""
-    if not path.is_dir():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def size_bytes(path: Path) -> int:
-    """Return the bytes of an input on disk, 0 for one that is missing."""
-    return sum(file.stat().st_size for file in files_of(path) if file.exists())
-
-
 def stamp(path: Path) -> dict[str, int]:
     """Return what tells an input from a changed one without reading it."""
-    times = [file.stat().st_mtime_ns for file in files_of(path) if file.exists()]
+    times = [file.stat().st_mtime_ns for file in input_files(path) if file.exists()]
     return {"bytes": size_bytes(path), "changed_ns": max(times, default=0)}
 
 
 def content_digest(path: Path) -> str:
     """Return the SHA-256 of an input; of a folder, that of its files' names and digests."""
     if path.is_dir():
-        lines = [f"{content_digest(f)}  {f.relative_to(path).as_posix()}" for f in files_of(path)]
+        lines = [
+            f"{content_digest(f)}  {f.relative_to(path).as_posix()}" for f in input_files(path)
+        ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

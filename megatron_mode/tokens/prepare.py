@@ -20,8 +20,9 @@ from megatron_mode.tokens.catalogue import Catalogue
 from megatron_mode.tokens.encode import LineBatch, check_readable, encoded_batches, line_batches
 from megatron_mode.tokens.folder import WorkFolder
 from megatron_mode.tokens.gathering import Tokenised, gather_sources
-from megatron_mode.tokens.plan import Preparation, content_digest, deal_files, size_bytes, stamp
+from megatron_mode.tokens.plan import Preparation, content_digest, deal_files, stamp
 from megatron_mode.tokens.progress import progress_bar
+from megatron_mode.tokens.readers import size_bytes
 from megatron_mode.tokens.runs import write_whole
 from megatron_mode.tokens.tokenizer import Tokenizer, train_tokenizer
 from megatron_mode.tokens.training_sample import sample_texts

@@ -39,7 +39,7 @@ INPUT_BYTES_PER_WORKER = 4 << 20
 
 def useful_workers(inputs: Sequence[Path]) -> int:
     """Return the cores available, but no more processes than the input repays the start of."""
-    from megatron_mode.tokens.plan import size_bytes
+    from megatron_mode.tokens.readers import size_bytes
 
     total_bytes = sum(map(size_bytes, inputs))
     return min(len(os.sched_getaffinity(0)), 1 + total_bytes // INPUT_BYTES_PER_WORKER)
