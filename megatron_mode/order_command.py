@@ -102,13 +102,14 @@ def newest_step(run: Path) -> int:
 
     The folder's name says it, so that nothing heavy is imported.
     """
-    steps = (path.parent.name for path in run.glob("checkpoints/step-*/manifest.json"))
-    return max((int(name.removeprefix("step-")) for name in steps), default=0)
+    names = (path.parent.name for path in run.glob("checkpoints/step-*/manifest.json"))
+    steps = (re.fullmatch(r"step-(\d{8,})", name) for name in names)
+    return max((int(step[1]) for step in steps if step), default=0)
 
 
 def parse_rows(text: str, total_rows: int) -> tuple[int, int]:
     """Read A:B; raise ConfigError outside of the run or for more rows than can be printed."""
-    match = re.fullmatch(r"(\d*):(\d*)", text.replace("_", ""))
+    match = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})", text.replace("_", ""))
     begin = int(match[1] or 0) if match else 1
     end = int(match[2] or total_rows) if match else 0
     if not 0 <= begin <= end <= total_rows:
@@ -210,7 +211,10 @@ def verify_answer(opened: Opened, run: Path, *, show_progress: bool) -> tuple[di
     if opened.corpus is not None:
         with tqdm(desc="hash", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
             size_bytes = verify.check_files(
-                opened.corpus.read_sources, document.order.seq_len, bar.update
+                opened.corpus.read_sources,
+                document.packed_whole,
+                document.order.seq_len,
+                bar.update,
             )
     answer = {
         "verified": str(run),
@@ -231,6 +235,8 @@ def export_answer(opened: Opened, path: Path) -> tuple[dict[str, Any], str]:
 
     if opened.config is None:
         raise ConfigError("--export of an exported order is a copy; copy the file")
+    if path.suffix != ".json":
+        raise ConfigError(f"--export is {path}: accepted is a name in .json, by which it is read")
     tree = export(opened.document, opened.config.mix)
     write(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
     return {"export": str(path), "order_digest": tree["order_digest"]}, str(path)

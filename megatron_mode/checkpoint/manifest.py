@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,11 @@ FREE_KEYS = (
     "mix.valid.",
     "checkpoint.",
     "batch.micro_rows",
+    "parallel.activation_checkpointing",
+    "loss.check_targets",
 )
+# The order's own record judges these, by what they do to the rows.
+ORDER_KEYS = ("mix.mode1.", "mix.mode2.", "mix.mode2_fraction.", "mix.edits.")
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} holds no {MANIFEST_NAME}: name a finished checkpoint folder such as "
             f"RUN/checkpoints/{tag_of(100)}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): name another checkpoint or delete this one"
         ) from None
@@ -92,17 +98,35 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         fields["recent_digests"] = [tuple(pair) for pair in fields["recent_digests"]]
         fields["blocked_shares"] = tuple(fields["blocked_shares"])
-        return Manifest(**fields)
-    except (KeyError, TypeError) as error:
+        return _checked(Manifest(**fields))
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}): name another checkpoint or delete this one"
         ) from None
 
 
+def _checked(manifest: Manifest) -> Manifest:
+    """Raise ValueError for fields of other kinds and for links that do not end in this step."""
+    kinds = {"step": int, "config": dict, "layout": dict, "order": dict, "order_digest": str}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(manifest, name), kind):
+            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
+    if not manifest.recent_digests or manifest.recent_digests[-1][0] != manifest.step:
+        raise ValueError(f"recent_digests do not end with step {manifest.step}")
+    return manifest
+
+
 def find_latest(checkpoints: Path) -> Path | None:
     """Return the newest finished checkpoint of a run, or None when it has none."""
-    finished = sorted(path.parent for path in checkpoints.glob(f"step-*/{MANIFEST_NAME}"))
+    finished = finished_checkpoints(checkpoints)
     return finished[-1] if finished else None
+
+
+def finished_checkpoints(checkpoints: Path) -> list[Path]:
+    """List the finished checkpoints of a run, oldest first; copies under other names are none."""
+    found = (path.parent for path in checkpoints.glob(f"step-*/{MANIFEST_NAME}"))
+    ours = [path for path in found if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(ours, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -117,19 +141,24 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_resumable(
-    manifest: Manifest, config: Config, layout: dict[str, int], precision: str
+    manifest: Manifest,
+    config: Config,
+    layout: dict[str, int],
+    precision: str,
+    order_differences: Mapping[str, str],
 ) -> None:
-    """Refuse to resume under another model, layout or training recipe, naming every differing key.
+    """Refuse to resume under another model, layout, recipe or order, naming every differing key.
 
-    The order of the data is judged elsewhere, by its digest.
+    `order_differences` are those of the order's settings, a sentence for each key.
     """
     saved, wanted = flatten(_completed(manifest.config)), flatten(config.model_dump(mode="json"))
-    keys = [key for key in sorted(saved | wanted) if not key.startswith(FREE_KEYS)]
-    differing = [
-        f"{key} is {wanted.get(key)!r} but the checkpoint has {saved.get(key)!r}"
+    keys = [k for k in sorted(saved | wanted) if not k.startswith((*FREE_KEYS, *ORDER_KEYS))]
+    by_key = {
+        key: f"{key} is {wanted.get(key)!r} but the checkpoint has {saved.get(key)!r}"
         for key in keys
-        if saved.get(key) != wanted.get(key)
-    ]
+        if _number(saved.get(key)) != _number(wanted.get(key))
+    }
+    differing = list({**order_differences, **by_key}.values())
     for axis, size in layout.items():
         if manifest.layout[axis] != size:
             saved_size = manifest.layout[axis]
@@ -151,6 +180,14 @@ def _completed(saved: dict[str, Any]) -> dict[str, Any]:
         return Config.model_validate(saved).model_dump(mode="json")
     except ValueError:
         return saved
+
+
+def _number(value: Any) -> Any:
+    """Read a decimal written as text: 0.5 and 0.50 are one setting."""
+    try:
+        return Decimal(value) if isinstance(value, str) else value
+    except InvalidOperation:
+        return value
 
 
 def _changed_past(manifest: Manifest, config: Config) -> list[str]:

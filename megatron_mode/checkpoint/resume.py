@@ -17,7 +17,7 @@ from megatron_mode.checkpoint.manifest import (
     find_latest,
     read_manifest,
 )
-from megatron_mode.checkpoint.verify import check_settings
+from megatron_mode.checkpoint.verify import setting_differences
 from megatron_mode.config import Config
 from megatron_mode.engine.build import choose_dtype
 from megatron_mode.engine.step import Engine
@@ -54,9 +54,8 @@ class OrderRecord:
     def restore(self, manifest: Manifest, order: Order, global_rows: int) -> None:
         """Take over a checkpoint's record after replaying its newest steps.
 
-        Raises CheckpointError naming the settings that differ, or the step whose rows do.
+        Raises CheckpointError naming the step whose rows differ.
         """
-        check_settings(manifest, self.settings)
         (step, digest), *rest = manifest.recent_digests
         replay = OrderDigest(digest)
         for done, expected in rest:
@@ -104,7 +103,9 @@ def resume(engine: Engine, folder: Path, record: OrderRecord, order: Order) -> i
         return 0
     manifest = read_manifest(newest)
     config = engine.config
-    check_resumable(manifest, config, engine.layout._asdict(), precision_name(config))
+    differences = setting_differences(manifest, record.settings)
+    layout = engine.layout._asdict()
+    check_resumable(manifest, config, layout, precision_name(config), differences)
     record.restore(manifest, order, config.batch.global_rows)
     restore(engine, newest)
     engine.blocked_shares = BlockedShares(*manifest.blocked_shares)

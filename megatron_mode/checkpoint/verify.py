@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 from megatron_mode.checkpoint.manifest import (
     CHECKPOINTS_NAME,
-    MANIFEST_NAME,
     Manifest,
+    finished_checkpoints,
     read_manifest,
 )
 from megatron_mode.errors import CheckpointError, DataError
 from megatron_mode.mix.digest import OrderDigest
 from megatron_mode.mix.order import Order
 from megatron_mode.tokens.row_table import table_path
-from megatron_mode.tokens.shards import Source
+from megatron_mode.tokens.shards import SAMPLED, Source
 
 MOST_NAMED = 6
 SINCE_LATER = frozenset({"data.tokenizer"})  # checkpoints of 0.1.0 do not have it
@@ -27,28 +28,37 @@ Report = Callable[[int], object]
 
 def find_manifests(run: Path) -> list[Manifest]:
     """Read the manifests of a run's finished checkpoints, oldest first."""
-    found = sorted((run / CHECKPOINTS_NAME).glob(f"step-*/{MANIFEST_NAME}"))
+    found = finished_checkpoints(run / CHECKPOINTS_NAME)
     if not found:
         raise CheckpointError(
             f"{run} has no finished checkpoint under {CHECKPOINTS_NAME}/: name the folder of a run "
             "that saved one"
         )
-    return [read_manifest(path.parent) for path in found]
+    return [read_manifest(path) for path in found]
 
 
 def check_settings(manifest: Manifest, settings: Mapping[str, Any]) -> None:
     """Raise CheckpointError naming the settings of the order that differ from a checkpoint's."""
-    saved = manifest.order
-    known = (saved.keys() | settings.keys()) - (SINCE_LATER - saved.keys())
-    keys = [key for key in sorted(known) if saved.get(key) != settings.get(key)]
-    differing = [_difference(key, settings.get(key), saved.get(key)) for key in keys[:MOST_NAMED]]
-    if len(keys) > MOST_NAMED:
-        differing.append(f"and {len(keys) - MOST_NAMED} more")
+    found = list(setting_differences(manifest, settings).values())
+    differing = found[:MOST_NAMED]
+    if len(found) > MOST_NAMED:
+        differing.append(f"and {len(found) - MOST_NAMED} more")
     if differing:
         raise CheckpointError(
             f"the order of the data differs from that of the checkpoint at step "
             f"{manifest.step}: {'; '.join(differing)} -- restore these or start a new run.dir"
         )
+
+
+def setting_differences(manifest: Manifest, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return a sentence for each setting of the order that differs from a checkpoint's."""
+    saved = manifest.order
+    known = (saved.keys() | settings.keys()) - (SINCE_LATER - saved.keys())
+    return {
+        key: _difference(key, settings.get(key), saved.get(key))
+        for key in sorted(known)
+        if saved.get(key) != settings.get(key)
+    }
 
 
 def _difference(key: str, given: Any, saved: Any) -> str:
@@ -82,8 +92,12 @@ def replay(order: Order, global_rows: int, manifests: Sequence[Manifest], report
     return digest.hex
 
 
-def check_files(sources: Sequence[Source], seq_len: int, report: Report) -> int:
+def check_files(
+    sources: Sequence[Source], packed_whole: AbstractSet[str], seq_len: int, report: Report
+) -> int:
     """Hash every file of the sources again; return the bytes read.
+
+    Row tables count where `packed_whole` names their source.
 
     Raises DataError naming the file that is not what NAME.json says; sources by Megatron's own
     tools record no digests and are passed over.
@@ -93,12 +107,19 @@ def check_files(sources: Sequence[Source], seq_len: int, report: Report) -> int:
         expected = {
             source.root / f"{source.name}{suffix}": digest
             for suffix, digest in source.content_digests.items()
+            if suffix != SAMPLED
         }
-        if table := source.row_table_digest(seq_len):
+        table = source.row_table_digest(seq_len)
+        if table and source.name in packed_whole:
             expected[table_path(source.root, source.name, seq_len)] = table
         for path, digest in expected.items():
-            with path.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            try:
+                with path.open("rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot be read ({error.strerror}); copy or prepare it again"
+                ) from None
             total += path.stat().st_size
             report(path.stat().st_size)
             if found != digest:

@@ -188,6 +188,19 @@ def _check_edits(edits: EditsConfig, steps: int) -> Iterator[str]:
             )
 
 
+def _check_edits_spare_valid(mix: MixConfig) -> Iterator[str]:
+    held_out = {source.name for source in mix.valid.sources}
+    asked = [cohort.source for cohort in mix.edits.cohorts]
+    asked += [injection.document.partition("/")[0] for injection in mix.edits.inject]
+    asked += [pair.by.partition("/")[0] for pair in mix.edits.replace]
+    for name in dict.fromkeys(asked):
+        if name in held_out:
+            yield (
+                f"mix.edits shows documents of {name}, which stands in mix.valid: accepted is a "
+                "source that is not held out; name another or take it out of mix.valid"
+            )
+
+
 def _check_document(key: str, document: str) -> Iterator[str]:
     source, slash, identifier = document.partition("/")
     if not (SOURCE_NAME.fullmatch(source) and slash and identifier):
@@ -236,4 +249,5 @@ MIX_RULES = (
     Rule(("mix",), _check_modes_have_sources),
     Rule(("mix.mode2_lm_loss", "mix.role_weights"), _check_role_weights),
     Rule(("mix.edits", "run.steps"), _check_edits),
+    Rule(("mix",), _check_edits_spare_valid),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.digest import order_config
 from megatron_mode.mix.edit_lookup import (
     PackedSource,
+    cut_notes,
     edited_sources,
     find_changed,
     find_document,
@@ -168,14 +170,22 @@ def _plan(config: Config, corpus: Corpus, packed: Sequence[PackedSource]) -> Pla
     streams = {}
     for name, packing in dict.fromkeys(asked):
         entry = pack(corpus.edits[name], packing, seq_len)
+        if not entry.rows:
+            raise DataError(
+                f"mix.edits reads {name} with packing {packing}, which gives no row of {seq_len} "
+                "tokens; add text, lower model.seq_len or choose packing document"
+            )
         streams[name, packing] = EditStream(name, entry.name, entry.rows, entry.source.mode)
-    return plan_edits(
+    planned = plan_edits(
         mix,
         Clock(integral, global_rows, steps, config.run.seed),
         streams,
         lambda text: find_document(text, corpus.edits, "mix.edits.inject"),
         find_changed(mix.edits, packed, corpus.edits),
     )
+    notes = cut_notes([corpus.edits[s.name] for s in planned.streams if s.packing == "document"],
+                      seq_len)  # fmt: skip
+    return dataclasses.replace(planned, notes=(*planned.notes, *notes))
 
 
 def _open(root: Path, configs: tuple[SourceConfig, ...], mode: int | None) -> tuple[Source, ...]:

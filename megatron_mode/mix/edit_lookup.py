@@ -44,9 +44,12 @@ class PackedSource:
 
     def rows_of(self, document: int) -> list[int]:
         """Return the rows that read a document, ascending."""
-        begin, end = span_of(self.source, document)
+        return self.rows_of_tokens(document, *span_of(self.source, document))
+
+    def rows_of_tokens(self, document: int, begin: int, end: int) -> list[int]:
+        """Return the rows that read any of a document's tokens begin .. end - 1, ascending."""
         if self.packing is not None:
-            return self.packing.rows_of(begin, end)
+            return self.packing.rows_of(document, begin, end)
         return stream_rows_of(begin, end, self.source.tokens, self.seq_len)
 
 
@@ -98,19 +101,22 @@ def find_changed(
     ]:
         number = find_document(text, trained, key)
         entry = packed[index[text.partition("/")[0]]]
+        begin, end = span_of(entry.source, number)
+        by_rows: tuple[int, ...] = ()
         if by is not None:
-            find_document(by, others, key)
             other = others[by.partition("/")[0]]
+            span = span_of(other, find_document(by, others, key))
+            shown = min(span[1] - span[0], end - begin)
+            by_rows = tuple(entry.rows_of_tokens(number, begin, begin + shown))
             if other.mode != entry.source.mode:
                 raise ConfigError(
                     f"mix.edits.replace puts {by} (mode {other.mode}) in the place of {text} (mode "
                     f"{entry.source.mode}); accepted is a document of the same mode"
                 )
-        begin, end = span_of(entry.source, number)
         place = index[entry.source.name]
         rows = tuple(entry.rows_of(number))
         action: Action = "drop" if by is None else "replace"
-        found.append(ChangedDocument(text, place, number, begin, end, rows, action, by))
+        found.append(ChangedDocument(text, place, number, begin, end, rows, action, by, by_rows))
     return tuple(found)
 
 
@@ -135,3 +141,16 @@ def edited_sources(
         EditedSource(entry.source, texts[number]) if number in texts else entry.source
         for number, entry in enumerate(packed)
     ]
+
+
+def cut_notes(sources: Sequence[Source], seq_len: int) -> list[str]:
+    """Say of which sources, one document a row, some documents are longer than a row."""
+    notes = []
+    for source in sources:
+        lengths = source.document_spans(0, source.documents)[1]
+        if cut := int((lengths > seq_len).sum()):
+            notes.append(
+                f"{cut:,} of {source.documents:,} documents of {source.name} are longer than a row "
+                f"of {seq_len} tokens: an edit that shows one cuts it off"
+            )
+    return notes

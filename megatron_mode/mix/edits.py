@@ -7,6 +7,7 @@ they are remembered by document and leave every row where it was.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -49,6 +50,8 @@ class ChangedDocument(NamedTuple):
     rows: tuple[int, ...]
     action: Action
     by: str | None = None
+    by_rows: tuple[int, ...] = ()
+    """Those of `rows` that read any of the document put in its place."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,21 @@ class PlannedEdits:
 
         Ascending by row, then in the order of `changed`.
         """
-        found = []
-        for document in self.changed:
-            hit = np.flatnonzero((source == document.source) & np.isin(source_row, document.rows))
-            code = -1 - ACTIONS.index(document.action)
-            found += [(int(row[at]), document.source, document.document, code) for at in hit]
-        found.sort(key=lambda change: change[0])
+        found = [
+            (at, *change)
+            for at, s, r in zip(row.tolist(), source.tolist(), source_row.tolist(), strict=True)
+            for change in self._changes_of_row.get((s, r), ())
+        ]
         return np.array(found, np.int64).reshape(-1, 4)
+
+    @functools.cached_property
+    def _changes_of_row(self) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+        table: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for document in self.changed:
+            change = (document.source, document.document, -1 - ACTIONS.index(document.action))
+            for row in document.rows:
+                table.setdefault((document.source, row), []).append(change)
+        return table
 
 
 NO_EDITS = PlannedEdits()

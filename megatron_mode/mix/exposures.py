@@ -10,6 +10,8 @@ from megatron_mode.mix.corpus import Corpus, packed_sources
 from megatron_mode.mix.edit_lookup import PackedSource, find_document, pack
 from megatron_mode.mix.order import Order
 
+DONE = {"drop": "dropped", "replace": "replaced"}
+
 
 class Exposure(NamedTuple):
     """Name one row of the run that holds tokens of a document.
@@ -40,19 +42,21 @@ def exposures(config: Config, corpus: Corpus, order: Order, document: str) -> li
     number = find_document(document, known, "--document")
     seq_len, global_rows = config.model.seq_len, config.batch.global_rows
     found: list[tuple[int, int, str]] = []
+    done = {change.name: DONE[change.action] for change in order.edits.changed}
     for source, entry in enumerate(packed_sources(config, corpus)):
         if entry.source.name == name:
-            via = {c.name: f"{c.action}ped" if c.action == "drop" else "replaced"
-                   for c in order.edits.changed}.get(document, "mix")  # fmt: skip
-            found += _rows(order, source, entry, number, via)
+            found += _rows(order, source, entry, number, done.get(document, "mix"))
     for place, stream in enumerate(order.edits.streams):
         if stream.name == name:
             entry = pack(corpus.edits[name], stream.packing, seq_len)
             source = len(order.configs) + place
-            found += _rows(order, source, entry, number, _edit_kind(order, place))
+            for source_row in entry.rows_of(number):
+                found += [
+                    (row, source_row, kind) for row, kind in order.edit_rows(source, source_row)
+                ]
     for change in order.edits.changed:
         if change.by == document:
-            for source_row in change.rows:
+            for source_row in change.by_rows:
                 rows = order.rows_seen(change.source, source_row).tolist()
                 found += [(row, source_row, f"in place of {change.name}") for row in rows]
     return [
@@ -72,9 +76,3 @@ def _rows(
             )
         found += [(row, source_row, via) for row in order.rows_seen(source, source_row).tolist()]
     return found
-
-
-def _edit_kind(order: Order, stream: int) -> str:
-    placements = order.edits.placements[order.edits.streams[stream].mode]
-    is_cohort = any(cohort.stream == stream for cohort in placements.cohorts)
-    return "cohort" if is_cohort else "inject"

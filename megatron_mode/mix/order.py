@@ -155,7 +155,7 @@ class Order:
         Raises ValueError for a row that the source does not have.
         """
         if source >= len(self.configs):
-            return self._edit_rows_seen(source, source_row)
+            return np.array([row for row, _ in self.edit_rows(source, source_row)], np.int64)
         size = int(self._sizes[source])
         planned = self.rows_of_source(source)
         epochs = np.arange(-(-planned // size), dtype=np.int64)
@@ -236,14 +236,15 @@ class Order:
             given = row >= 0
             out.source_row[at[given]] = row[given]
 
-    def _edit_rows_seen(self, source: int, source_row: int) -> IntArray:
-        """Return where a row of an edit's stream is shown, by its places and its cohorts."""
+    def edit_rows(self, source: int, source_row: int) -> list[tuple[int, str]]:
+        """Return (row index, inject or cohort) of all places of a row of an edit's stream."""
         stream, mode = source - len(self.configs), self.mode_of(source)
         if not 0 <= source_row < self._sizes[source]:
             raise ValueError(f"the stream has no row {source_row}")
         placements = self.edits.placements[mode]
         here = placements.explicit
-        mode_rows = here.row[(here.stream == stream) & (here.stream_row == source_row)].tolist()
+        mine = here.row[(here.stream == stream) & (here.stream_row == source_row)]
+        mode_rows = [(row, "inject") for row in mine.tolist()]
         size = int(self._sizes[source])
         for index, cohort in enumerate(placements.cohorts):
             if cohort.stream != stream:
@@ -252,9 +253,9 @@ class Order:
                 key = epoch_key(self._keys[source], epoch)
                 sequence = epoch * size + int(invert(source_row, size, key)[0])
                 if sequence < cohort.exposures:
-                    mode_rows.append(placements.rows_of_exposure(index, sequence))
-        rows = [self.integral.row_of(mode, row, self.total_rows) for row in mode_rows]
-        return np.array(sorted(rows), np.int64)
+                    mode_rows.append((placements.rows_of_exposure(index, sequence), "cohort"))
+        total = self.total_rows
+        return sorted((self.integral.row_of(mode, row, total), kind) for row, kind in mode_rows)
 
     def _check_supply(self, mode: int) -> None:
         """Refuse a run whose plan asks a mode for more rows than its sources give."""

@@ -47,6 +47,12 @@ class OrderDocument:
     settings: dict[str, Any]
     sources: list[dict[str, Any]]
 
+    @property
+    def packed_whole(self) -> set[str]:
+        """Name the sources that are read by their row tables."""
+        mixed = {str(s["name"]) for s in self.sources if s["packing"] == "whole"}
+        return mixed | {s.name for s in self.order.edits.streams if s.packing == "whole"}
+
 
 def describe(config: Config, corpus: Corpus, order: Order) -> OrderDocument:
     """Collect the document of an opened run."""
@@ -109,7 +115,12 @@ def read_document(path: Path) -> OrderDocument:
         if fields["format"] != FORMAT:
             raise KeyError(f"format {fields['format']}")
         return _rebuild(fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); name a run file, a run folder or an "
+            "exported order"
+        ) from None
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise DataError(
             f"{path} is not an order that `megatron-mode order --export` wrote with format "
             f"{FORMAT} ({error}); export it again"
@@ -120,6 +131,8 @@ def _rebuild(fields: Mapping[str, Any]) -> OrderDocument:
     mix = MixConfig.model_validate(fields["mix"])
     seed, seq_len = int(fields["seed"]), int(fields["seq_len"])
     global_rows, steps = int(fields["global_rows"]), int(fields["steps"])
+    if min(seq_len, global_rows, steps) < 1 or seed < 0:
+        raise ValueError("seed, seq_len, global_rows and steps are whole numbers, the last above 0")
     clock = Clock(
         Integral(mix.mode2_fraction, seq_len, steps * global_rows), global_rows, steps, seed
     )

@@ -71,8 +71,8 @@ class Packing(Protocol):
     def pieces(self, row: int) -> Sequence[Piece]:
         """Return what stands in a row, in order, at most T tokens in all."""
 
-    def rows_of(self, begin_token: int, end_token: int) -> list[int]:
-        """Return the rows that hold any token of the document [begin_token, end_token)."""
+    def rows_of(self, document: int, begin_token: int, end_token: int) -> list[int]:
+        """Return the rows of tokens [begin_token, end_token) of a document, from its start on."""
 
 
 def rows_in_stream(tokens: int, seq_len: int) -> int:
@@ -83,6 +83,8 @@ def rows_in_stream(tokens: int, seq_len: int) -> int:
 def stream_rows_of(begin_token: int, end_token: int, tokens: int, seq_len: int) -> list[int]:
     """Return the rows of a stream that have any of these tokens as input."""
     rows = rows_in_stream(tokens, seq_len)
+    if begin_token == end_token:
+        return []
     return list(range(begin_token // seq_len, min((end_token - 1) // seq_len + 1, rows)))
 
 
@@ -104,14 +106,9 @@ class DocumentRows:
         length = int(length_D[0])
         return [Piece(int(begin_D[0]), min(length, self.seq_len), length <= self.seq_len)]
 
-    def rows_of(self, begin_token: int, end_token: int) -> list[int]:
-        """Return the document's own row, found by bisection."""
-        low, high = 0, self.source.documents
-        while low < high:
-            middle = (low + high) // 2
-            begin = int(self.source.document_spans(middle, middle + 1)[0][0])
-            low, high = (middle + 1, high) if begin < begin_token else (low, middle)
-        return [low]
+    def rows_of(self, document: int, begin_token: int, end_token: int) -> list[int]:
+        """Return the document's own row."""
+        return [document]
 
 
 def read_pieces(

@@ -18,7 +18,7 @@ from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.apportion import Apportionment, Supply
 
 PIECES = 32
-WEIGHT_GRID = 10**15  # weights inside a stretch are rounded, so that sums keep short denominators
+WEIGHT_GRID = 10**15  # parts of the larger end's weight; so sums keep short denominators
 
 
 def source_rows(mix: MixConfig, seq_len: int, rows_by_source: Mapping[str, int]) -> list[int]:
@@ -62,9 +62,10 @@ def refined(points: Sequence[tuple[int, Fraction]]) -> list[tuple[int, Fraction]
     found = list(points[:1])
     for (begin, start), (end, stop) in itertools.pairwise(points):
         inside = sorted({begin + (end - begin) * k // PIECES for k in range(1, PIECES)} - {begin})
+        top = max(start, stop)
         for at in inside if start != stop else ():
             weight = start + (stop - start) * Fraction(at - begin, end - begin)
-            found.append((at, Fraction(round(weight * WEIGHT_GRID), WEIGHT_GRID)))
+            found.append((at, Fraction(round(weight / top * WEIGHT_GRID), WEIGHT_GRID) * top))
         found.append((end, stop))
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from megatron_mode.mix.forecast import forecast, milestones, warnings
@@ -69,9 +69,10 @@ def share_lines(order: Order, rows: Sequence[int]) -> list[Line]:
     return [*lines, Line("all of Mode 2", mode2, EVENT_COLOUR, "dashed")]
 
 
-def count_lines(order: Order, rows: Sequence[int], scale: object) -> list[Line]:
+def count_lines(
+    order: Order, rows: Sequence[int], scale: Callable[[int, int], float]
+) -> list[Line]:
     """Return what has been taken of each source; `scale` turns (source, rows) into the ordinate."""
-    assert callable(scale)
     by_row = [(row, forecast(order, row)) for row in rows]
     return [
         _line(

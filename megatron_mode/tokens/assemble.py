@@ -40,7 +40,7 @@ from megatron_mode.tokens.runs import (
     parts_of_source,
     write_whole,
 )
-from megatron_mode.tokens.shards import SourceWriter
+from megatron_mode.tokens.shards import CONTENT_SUFFIXES, SourceWriter
 from megatron_mode.tokens.sorting import Copies, merge_sorted
 from megatron_mode.tokens.tally import Tally
 from megatron_mode.tokens.vocabulary import Vocabulary
@@ -119,7 +119,11 @@ def finished(assembly: Assembly) -> list[dict[str, Any]] | None:
         summaries: list[dict[str, Any]] = json.loads(assembly.mark.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = all((assembly.result / f"{s['name']}.json").exists() for s in summaries)
+    whole = all(
+        (assembly.result / f"{s['name']}{suffix}").exists()
+        for s in summaries
+        for suffix in (*CONTENT_SUFFIXES, ".json")
+    )
     return summaries if whole else None
 
 

@@ -75,6 +75,8 @@ class DocumentTable:
 
     def find(self, id: str) -> int | None:
         """Return the first document with this id, None where there is none."""
+        if not id.isprintable() and any("\ud800" <= c <= "\udfff" for c in id):
+            return None  # no UTF-8 text holds half of a surrogate pair
         for number in range(self._reader.num_record_batches):
             within = pc.index(self._reader.get_batch(number).column(0), id).as_py()
             if within >= 0:

@@ -26,6 +26,8 @@ LOCK_FILE = ".lock"
 PLAN_FILE = "plan.json"
 RESULT_FOLDER = "result"
 PREVIOUS = ".previous"
+IN_MOTION_FILE = "publishing.json"
+LEFT_BY_PACK = r"\..*\.(rows\.\d+\.bin\.(first|begin|length|partial)|json\.partial)"
 SOURCE_SUFFIX = re.compile(r"(\.bin|\.idx|\.flags\.bin|\.docs\.arrow|\.json|\.rows\.\d+\.bin)$")
 # After these the same command continues: Ctrl-C, SIGTERM, a worker that died.
 KEPT_AFTER = (KeyboardInterrupt, SystemExit, UnfinishedError)
@@ -125,10 +127,11 @@ class WorkFolder:
         shutil.rmtree(previous, ignore_errors=True)
 
     def _publish_files(self) -> None:
-        (self.target / INFO_FILE).unlink(missing_ok=True)
-        for path in prepared_files(self.target):
-            path.unlink()
+        former = {path.name for path in prepared_files(self.target)} | names_in_motion(self.target)
         names = {path.name for path in self.result.iterdir()} - {INFO_FILE}
+        write_whole(self.path / IN_MOTION_FILE, json.dumps(sorted(former | names)))
+        for name in [INFO_FILE, *sorted(former)]:
+            (self.target / name).unlink(missing_ok=True)
         for name in [*sorted(names), INFO_FILE]:
             os.rename(self.result / name, self.target / name)
 
@@ -140,6 +143,9 @@ class WorkFolder:
     ) -> None:
         stays = self._keeps if error is None else self._lasts or isinstance(error, KEPT_AFTER)
         if not stays:
+            # Marks first: a run killed in here must not be taken for one that is finished.
+            for mark in self.path.glob("*.json"):
+                mark.unlink(missing_ok=True)
             shutil.rmtree(self.path, ignore_errors=True)
             self._remove_parents()
         os.close(self._lock)
@@ -193,6 +199,15 @@ def locked_folder(path: Path, target: Path) -> int:
         os.close(descriptor)
 
 
+def names_in_motion(target: Path) -> set[str]:
+    """Return the files that a run killed while it filled a mount point has or had there."""
+    path = work_parent(target) / work_name(target) / IN_MOTION_FILE
+    try:
+        return set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return set()
+
+
 def prepared_files(folder: Path) -> list[Path]:
     """List the files in a folder that an earlier preparation wrote."""
     names = {path.stem for path in folder.glob("*.idx") if path.with_suffix(".json").exists()}
@@ -210,8 +225,8 @@ def check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise DataError(f"--out {target} is a file; name a folder that is new, empty or prepared.")
-    known = {path.name for path in prepared_files(target)}
-    ignored = re.compile(r"\..*\.preparing.*|lost\+found")
+    known = {path.name for path in prepared_files(target)} | names_in_motion(target)
+    ignored = re.compile(r"\..*\.preparing.*|lost\+found|" + LEFT_BY_PACK)
     foreign = sorted(
         path.name
         for path in target.iterdir()

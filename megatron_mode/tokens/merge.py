@@ -14,7 +14,7 @@ from typing import Any
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.folder import PLAN_FILE, WorkFolder, work_name, work_parent
 from megatron_mode.tokens.gathering import Tokenised, gather_sources
-from megatron_mode.tokens.prepare import TOKENISED_FILE, UNITS_FOLDER
+from megatron_mode.tokens.prepare import TOKENISED_FILE, UNITS_FOLDER, input_digests
 from megatron_mode.tokens.runs import Run
 from megatron_mode.tokens.tokenizer import Tokenizer
 from megatron_mode.tokens.units import finished_units
@@ -72,7 +72,7 @@ def shard_folders(out: Path) -> list[Path]:
     missing = [
         index
         for index in range(counts[0])
-        if index not in by_index or not (by_index[index] / TOKENISED_FILE).exists()
+        if index not in by_index or shard_digests(by_index[index]) is None
     ]
     if missing:
         raise DataError(
@@ -81,6 +81,12 @@ def shard_folders(out: Path) -> list[Path]:
             "others to make or continue it."
         )
     return [by_index[index] for index in range(counts[0])]
+
+
+def shard_digests(folder: Path) -> dict[str, str] | None:
+    """Return the input digests of a finished shard, None for one that is not whole."""
+    units = len(list(finished_units(folder / UNITS_FOLDER)))
+    return input_digests(folder / TOKENISED_FILE, units)
 
 
 def listed(shards: Sequence[int]) -> str:
@@ -111,5 +117,5 @@ def tokenised(folders: Sequence[Path]) -> Tokenised:
     digests: dict[str, str] = {}
     for folder in folders:
         runs += finished_units(folder / UNITS_FOLDER)
-        digests.update(json.loads((folder / TOKENISED_FILE).read_text(encoding="utf-8")))
+        digests.update(shard_digests(folder) or {})
     return Tokenised(runs, digests)

@@ -14,12 +14,20 @@ from pathlib import Path
 from megatron_mode.arguments import whole
 from megatron_mode.errors import DataError
 
+MOST_TOKENS = 1 << 20
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add = parser.add_argument
     add("root", metavar="DATA_ROOT", type=Path, help="folder written by `megatron-mode prepare`")
-    add("--seq-len", type=whole(1), required=True, metavar="T", help="row length, tokens")
+    add(
+        "--seq-len",
+        type=whole(1, MOST_TOKENS),
+        required=True,
+        metavar="T",
+        help="row length, tokens",
+    )
     add("--sources", metavar="A,B", help="sources to pack (default: all that are Mode 2)")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -28,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Pack and print a table; raises DataError for sources that cannot be read or written."""
     from tqdm import tqdm
 
+    from megatron_mode.tokens.documents import is_safe_name
     from megatron_mode.tokens.row_table import write_table
     from megatron_mode.tokens.seal import read_info
     from megatron_mode.tokens.shards import Source
@@ -36,6 +45,11 @@ def run(args: argparse.Namespace) -> int:
     if not names:
         found = sorted(path.stem for path in args.root.glob("*.idx"))
         names = [name for name in found if read_info(args.root, name).get("mode") == 2]
+    for name in names:
+        if not is_safe_name(name):
+            raise DataError(
+                f"--sources names {name!r}; accepted are names of sources in the folder"
+            )
     if not names:
         raise DataError(
             f"{args.root} holds no Mode 2 source; name the sources to pack with --sources"

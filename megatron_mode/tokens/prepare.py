@@ -68,8 +68,8 @@ def tokenise(
     """Write the units that are not there yet; return what all of them hold."""
     units = UnitWriter(folder / UNITS_FOLDER, tokenizer.vocabulary.token_dtype)
     done = folder / TOKENISED_FILE
-    if done.exists():
-        return Tokenised(units.runs, json.loads(done.read_text(encoding="utf-8")))
+    if (known := input_digests(done, len(units.runs))) is not None:
+        return Tokenised(units.runs, known)
     catalogue, bad_lines = Catalogue(), BadLines(plan.max_bad_lines)
     for run in units.runs:
         bad_lines.count += sum(run.facts["bad_lines"].values())
@@ -87,8 +87,18 @@ def tokenise(
         mine = [index for index in mine if index % plan.shard.count == plan.shard.index]
     digests = workers.map(content_digest, [plan.inputs[index] for index in mine])
     inputs = dict(zip(map(str, mine), digests, strict=True))
-    write_whole(done, json.dumps(inputs))
+    write_whole(done, json.dumps({"units": len(units.runs), "inputs": inputs}))
     return Tokenised(units.runs, inputs)
+
+
+def input_digests(mark: Path, units: int) -> dict[str, str] | None:
+    """Read the mark of a finished tokenisation; None without it or where units are missing."""
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    digests: dict[str, str] = found["inputs"]
+    return digests if found["units"] == units else None
 
 
 def dealt_inputs(plan: Preparation) -> list[int]:

@@ -183,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
 def preparation(args: argparse.Namespace) -> Preparation:
     """Check the arguments and turn them into a plan."""
     check_ranges(args)
+    check_licence(args.licence)
     shard = parsed_shard(args)
     from megatron_mode.tokens.mode_tokens import checked
     from megatron_mode.tokens.plan import Preparation, Shard
@@ -232,6 +233,16 @@ def parsed_shard(args: argparse.Namespace) -> tuple[int, int] | None:
             "tokenizer.model of an earlier preparation."
         )
     return int(found[1]), int(found[2])
+
+
+def check_licence(text: str | None) -> None:
+    """Raise ConfigError for a licence that no UTF-8 file can hold."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"--licence is {text!r}; accepted is text in UTF-8, so write it anew"
+        ) from None
 
 
 def check_ranges(args: argparse.Namespace) -> None:

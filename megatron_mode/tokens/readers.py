@@ -93,7 +93,8 @@ def kind_of(path: Path, head: bytes) -> Kind | None:
 def dataset_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a folder that datasets.save_to_disk wrote, in order."""
     if (folder / "dataset_dict.json").is_file():
-        names = read_json(folder / "dataset_dict.json").get("splits", [])
+        names = read_json(folder / "dataset_dict.json").get("splits")
+        names = names if isinstance(names, list) else []
         raise DataError(
             f"Input {folder} holds several splits ({', '.join(map(str, names))}); name one, such "
             f"as {folder / str(next(iter(names), 'train'))}."

@@ -13,6 +13,7 @@ little-endian. The reader maps the file, so opening costs nothing however large 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.best_fit import WINDOW_PIECES, best_fit, split_documents
+from megatron_mode.tokens.seal import read_info
 from megatron_mode.tokens.shards import Source
 
 MAGIC = b"MMROWS\x00\x01"
@@ -48,7 +50,7 @@ class RowTable:
     """
 
     def __init__(self, path: Path, seq_len: int) -> None:
-        fix = f"run `megatron-mode pack {path.parent} --seq-len {seq_len}`"
+        fix = pack_hint(path.parent, path.name.partition(".rows.")[0], seq_len)
         try:
             size_bytes = path.stat().st_size
             with path.open("rb") as stream:
@@ -89,8 +91,11 @@ class RowTable:
             )
         ]
 
-    def rows_of(self, begin_token: int, end_token: int) -> list[int]:
-        """Return the rows that hold a piece starting in [begin_token, end_token), ascending."""
+    def rows_of(self, document: int, begin_token: int, end_token: int) -> list[int]:
+        """Return the rows that hold a piece starting in [begin_token, end_token), ascending.
+
+        Pieces never reach over a document's border, so for a document these are all its rows.
+        """
         rows: list[int] = []
         for at in range(0, self.pieces_count, WINDOW_PIECES):
             begin_P = self._begin[at : at + WINDOW_PIECES]
@@ -109,12 +114,23 @@ def open_table(source: Source, seq_len: int) -> RowTable:
     path = table_path(source.root, source.name, seq_len)
     table = RowTable(path, seq_len)
     sealed = source.info.get("row_tables", {}).get(str(seq_len))
+    fix = pack_hint(source.root, source.name, seq_len)
     if sealed and sealed["rows"] != table.rows:
         raise DataError(
-            f"{path} has {table.rows} rows but {source.name}.json names {sealed['rows']}; run "
-            f"`megatron-mode pack {source.root} --seq-len {seq_len}`."
+            f"{path} has {table.rows} rows but {source.name}.json names {sealed['rows']}; {fix}."
+        )
+    tokens = table.rows * seq_len - table.padding_tokens
+    if tokens != source.tokens:
+        raise DataError(
+            f"{path} packs {tokens} tokens but {source.name} has {source.tokens}: it was made for "
+            f"other documents; {fix}."
         )
     return table
+
+
+def pack_hint(root: Path, name: str, seq_len: int) -> str:
+    """Return the command that makes a row table."""
+    return f"run `megatron-mode pack {root} --seq-len {seq_len} --sources {name}`"
 
 
 def write_table(
@@ -134,8 +150,11 @@ def write_table(
         for part in parts:
             part.unlink(missing_ok=True)
     if source.info:
-        source.info.setdefault("row_tables", {})[str(seq_len)] = entry
-        _replace_json(source.root / f"{source.name}.json", source.info)
+        # Another pack, for another T, may have added its own entry meanwhile.
+        info = read_info(source.root, source.name)
+        info.setdefault("row_tables", {})[str(seq_len)] = entry
+        source.info.update(info)
+        _replace_json(source.root / f"{source.name}.json", info)
     return entry
 
 
@@ -166,11 +185,15 @@ def _pack(
 
 
 def _windows(source: Source, seq_len: int) -> Iterator[tuple[int, tuple[NDArray[np.int64], ...]]]:
-    """Yield (documents, their pieces), some WINDOW_PIECES documents at a time."""
+    """Yield (documents, their pieces), about WINDOW_PIECES pieces at a time."""
     for document in range(0, source.documents, WINDOW_PIECES):
         end = min(document + WINDOW_PIECES, source.documents)
         begin_D, length_D = source.document_spans(document, end)
-        yield end - document, split_documents(begin_D, length_D, seq_len)
+        # Long documents fill a window before their number does.
+        window_D = np.cumsum(-(-length_D // seq_len)) // WINDOW_PIECES
+        cuts = [0, *(np.flatnonzero(np.diff(window_D)) + 1).tolist(), end - document]
+        for low, high in itertools.pairwise(cuts):
+            yield high - low, split_documents(begin_D[low:high], length_D[low:high], seq_len)
 
 
 def _join(path: Path, parts: list[Path], seq_len: int, totals: dict[str, int]) -> dict[str, Any]:

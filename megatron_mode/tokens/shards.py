@@ -22,10 +22,11 @@ from megatron_mode.tokens.document_table import DocumentRow, DocumentTable, Docu
 from megatron_mode.tokens.flags import MODE2, counts_by_flag
 from megatron_mode.tokens.hashed_file import HashedFile
 from megatron_mode.tokens.index import Index, SpooledLengths, index_chunks
-from megatron_mode.tokens.seal import FORMAT_VERSION, check_present, read_info
+from megatron_mode.tokens.seal import FORMAT_VERSION, check_present, read_info, sampled_digest
 from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, read_vocabulary
 
 CONTENT_SUFFIXES = (".bin", ".idx", ".flags.bin", ".docs.arrow")
+SAMPLED = "sampled"
 FLUSH_BYTES = 1 << 22
 FLUSH_DOCUMENTS = 1 << 14  # Each held takes 250 bytes beside its tokens.
 
@@ -203,7 +204,12 @@ class Source:
 
     @property
     def content_digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each content file as recorded at preparation, by suffix."""
+        """Return the SHA-256 of each content file as recorded at preparation, by suffix.
+
+        Without a record, one digest of samples (`seal.sampled_digest`) under SAMPLED.
+        """
+        if not self.has_flags:
+            return {SAMPLED: sampled_digest([self._path(".bin"), self._path(".idx")])}
         return {suffix: file["sha256"] for suffix, file in self.info.get("files", {}).items()}
 
     @property

@@ -55,6 +55,7 @@ def test_a_run_with_edits_resumes_and_verifies(
         "mix.mode2_lm_loss=weighted",
         "mix.role_weights={system: 0, user: 0.5, assistant: 1, tool: 0}",
         f"mix.edits.inject=[{{document: chat/{ids[0]}, count: 2, every_steps: 2}}]",
+        "mix.valid.sources=[{name: books-valid}, {name: chat-valid-plain}]",
         "mix.edits.cohorts=[{source: chat-valid-chat, packing: whole, begin_step: 3, end_step: 8}]",
         f"mix.edits.drop=[chat/{ids[1]}, books/{book}]",
         f"mix.edits.replace=[{{document: chat/{ids[2]}, by: chat/{ids[0]}}}]",

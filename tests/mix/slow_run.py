@@ -60,7 +60,8 @@ def in_pieces(points: list[list[Any]]) -> list[list[Any]]:
         if u != v:
             grid = 10**15
             line = ((at, u + (v - u) * Fraction(at - a, b - a)) for at in sorted(places))
-            found += [[at, Fraction(round(w * grid), grid)] for at, w in line]
+            top = Fraction(max(u, v))
+            found += [[at, Fraction(round(w / top * grid), grid) * top] for at, w in line]
         found.append([b, v])
     return found
 
