@@ -73,6 +73,7 @@ def span_of(source: Source, document: int) -> tuple[int, int]:
 def find_document(text: str, sources: Mapping[str, Source], key: str) -> int:
     """Return the number of the document SOURCE/ID; `key` names the setting in the error."""
     name, _, identifier = text.partition("/")
+    text = text.encode("utf-8", "backslashreplace").decode()
     if name not in sources:
         raise ConfigError(
             f"{key} names {text}, but the sources of the mix are {', '.join(sorted(sources))}; "

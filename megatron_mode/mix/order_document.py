@@ -123,7 +123,7 @@ def read_document(path: Path) -> OrderDocument:
     except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise DataError(
             f"{path} is not an order that `megatron-mode order --export` wrote with format "
-            f"{FORMAT} ({error}); export it again"
+            f"{FORMAT} ({str(error).splitlines()[0]}); export it again"
         ) from None
 
 

@@ -120,7 +120,7 @@ def _add_final_evaluation(
     end = number(summary.get("tokens_seen")) or float(tokens_seen)
     if end < tokens_seen:
         notes.append(f"{SUMMARY_FILE} was written at {end:,.0f} tokens and the run has gone on")
-    for key, value in summary.items():
+    for key, value in _flat(summary):
         finite = number(value)
         if key.startswith("valid_") and finite is not None:
             points = columns.setdefault(key, [])

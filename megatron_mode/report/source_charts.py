@@ -25,9 +25,9 @@ def source_charts(run: RunFolder) -> list[str]:
         ("lm_loss_by_source", "Training LM loss by source"),
         ("valid_lm_loss_by_source", "Held-out LM loss by source"),
     ):
-        lines = [
-            _line(run, f"{key}/{name}", name, place) for place, name in enumerate(_names(run, key))
-        ]
+        # A training source keeps its colour from chart to chart.
+        own = names if key == "lm_loss_by_source" and names else _names(run, key)
+        lines = [_line(run, f"{key}/{name}", name, place) for place, name in enumerate(own)]
         if lines := [line for line in lines if line.points]:
             figures.append(_figure(title, lines, losses))
     return figures

@@ -87,3 +87,15 @@ def test_a_killed_run_goes_on(server: Server, trained: Trained, tmp_path: Path) 
     outcome = server.run(*places, f"run.steps={latest + 3}", "run.eval_every_steps=0")
     assert f"resumes at step {latest}" in outcome.out
     assert trained_steps(outcome, run) == list(range(1, latest + 4))
+
+
+def test_a_longer_run_whose_past_is_unchanged_goes_on(pretrain: Call, tmp_path: Path) -> None:
+    """The ramp ended with the run; saying so lets it be prolonged. 0.50 is 0.5."""
+    ramp = "mix.mode2_fraction={shape: linear, start: 0.25, end: 0.75}"
+    assert pretrain(ramp).status == 0
+    refused = pretrain(ramp, "run.steps=4")
+    assert "mix.mode2_fraction.end_tokens is 512" in refused.err
+    fixed = "mix.mode2_fraction={shape: linear, start: 0.250, end: 0.75, end_tokens: 384}"
+    longer = pretrain(fixed, "run.steps=4", "mix.mode2.sources.0.weight=1.0")
+    assert longer.status == 0, longer.err
+    assert "resumes at step 3" in longer.out

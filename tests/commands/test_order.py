@@ -64,6 +64,15 @@ def test_a_run_folder_knows_its_past(verb: Call, trained: Trained) -> None:
     assert all(exposure["past"] for exposure in found["exposures"])
 
 
+def test_copies_of_checkpoints_are_no_checkpoints(
+    verb: Call, trained: Trained, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    newest = run / "checkpoints" / "step-00000003"
+    shutil.copytree(newest, newest.with_name("step-00000003.bak"))
+    assert answer(verb("order", run, "--verify", run, "--json"))["checkpoints"] == [2, 3]
+
+
 def test_verify_accepts_the_run(ask: Call, trained: Trained) -> None:
     found = answer(ask("--verify", trained.run, "--json"))
     assert found["checkpoints"] == [2, 3]
@@ -172,6 +181,13 @@ def test_a_picture_of_the_plan(ask: Call, tmp_path: Path) -> None:
         (("--document", "nowhere/none"), "the sources of the mix are"),
         (("--verify", "nowhere"), "has no finished checkpoint"),
         (("--plot", "nowhere/x.html"), "cannot be written"),
+        (("--rows", "9" * 5000 + ":"), "accepted is A:B"),
+        (("--document", "books/\udcff"), "has no document of id"),
+        (("--export", "order.txt"), "accepted is a name in .json"),
+        (
+            ("mix.edits.cohorts=[{source: chat-valid-chat}]",),
+            "which stands in mix.valid",
+        ),
         (("mix.edits.drop=[chat/none]",), "mix.edits.drop names chat/none"),
         (("mix.edits.drop=[other/none]",), "mix.edits.drop names other/none"),
         (("mix.mode2.sources.0.packing=whole",), "megatron-mode pack"),
@@ -191,3 +207,28 @@ def test_a_picture_of_the_plan(ask: Call, tmp_path: Path) -> None:
 )
 def test_bad_questions(ask: Call, words: tuple[str, ...], fragment: str) -> None:
     assert fragment in refusal(ask(*words))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seq_len": 0}, {"steps": 1e400}, {"global_rows": 0}, {"mix": []}, {"sources": [{}]}],
+)
+def test_a_damaged_export_is_refused(
+    verb: Call, ask: Call, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    out = tmp_path / "order.json"
+    ask("--export", out)
+    out.write_text(json.dumps({**json.loads(out.read_text()), **change}))
+    assert "is not an order that" in refusal(verb("order", out))
+    assert "cannot be read" in refusal(verb("order", tmp_path / "nowhere.json"))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"format": 1}', "[" * 100_000])
+def test_a_damaged_description_of_a_source_is_refused(
+    verb: Call, trained: Trained, tmp_path: Path, text: str
+) -> None:
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    (data / "books.json").write_text(text)
+    sentence = refusal(verb("order", trained.config, f"data.root={data}"))
+    assert "books.json" in sentence
+    assert "prepare" in sentence

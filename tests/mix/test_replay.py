@@ -216,10 +216,12 @@ def rows_holding(
     source_name = order.source_names[place]
     opened = {s.name: s for s in corpus.read_sources}[source_name]
     begins, sizes = opened.document_spans(0, opened.documents)
-    wanted = {number} if source_name == name else set()
+    shown = {number: int(sizes[number])} if source_name == name else {}
     if place < len(order.configs):
-        wanted |= {
-            c.document
+        by = {s.name: s for s in corpus.read_sources}[name]
+        length = int(by.document_spans(number, number + 1)[1][0])
+        shown |= {
+            c.document: min(length, int(sizes[c.document]))
             for c in order.edits.changed
             if c.by == f"{name}/d{number}" and c.source == place
         }
@@ -228,13 +230,15 @@ def rows_holding(
         packing = order.edits.streams[place - len(order.configs)].packing
     seq_len = config.model.seq_len
     held: set[int] = set()
-    for d in wanted:
-        begin, end = int(begins[d]), int(begins[d] + sizes[d])
+    for d, length in shown.items():
+        begin, end = int(begins[d]), int(begins[d]) + length
         if packing == "document":
             held.add(d)
         elif packing == "stream":
             held |= {t // seq_len for t in range(begin, end)}
         else:
             documents = [[Token(0, False, "none", *[False] * 5)] * int(n) for n in sizes]
-            held |= set(slow_rows.whole_rows(documents, seq_len)[1][d])
+            rows = slow_rows.whole_rows(documents, seq_len)[1][d]
+            # Full pieces come first, in the document's order, so its rows ascend with its tokens.
+            held |= set(rows[: -(-length // seq_len)])
     return held

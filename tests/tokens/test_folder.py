@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_mode.errors import DataError
+from megatron_mode.tokens import folder
 from megatron_mode.tokens.folder import WorkFolder
 from megatron_mode.tokens.shards import Source
 
@@ -81,6 +83,66 @@ def test_a_mounted_target_is_replaced(
     run_prepare("--out", small_disk, "--input", corpus[0])
     assert {path.stem for path in small_disk.glob("*.idx")} == {"books"}
     assert not [path for path in small_disk.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("renames", [1, 3, 5])
+def test_a_mounted_target_survives_a_stop_among_its_renames(
+    small_disk: Path,
+    corpus: list[Path],
+    run_prepare: RunPrepare,
+    monkeypatch: pytest.MonkeyPatch,
+    renames: int,
+) -> None:
+    """Stopped while it fills the mount point, the same command ends with every file in place."""
+    rename, done = os.rename, []
+
+    def stopping(source: Path, target: Path) -> None:
+        if len(done) == renames:
+            raise SystemExit(143)
+        done.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(folder.os, "rename", stopping)
+    with pytest.raises(SystemExit):
+        run_prepare("--out", small_disk, "--input", corpus[0])
+    monkeypatch.undo()
+    run_prepare("--out", small_disk, "--input", corpus[0])
+    names = {path.stem for path in small_disk.glob("*.idx")}
+    assert names == {"books"}
+    for name in names:
+        assert Source.open(small_disk, name).document(0)[2]
+    assert not [path for path in small_disk.iterdir() if path.name.startswith(".")]
+
+
+def test_marks_go_before_what_they_mark(
+    tmp_path: Path,
+    corpus: list[Path],
+    run_prepare: RunPrepare,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run killed while it clears up must not leave a mark beside missing units."""
+    seen: list[list[str]] = []
+    remove = shutil.rmtree
+
+    def watching(path: Path, **more: bool) -> None:
+        if Path(path).name.endswith(".preparing"):
+            seen.append([file.name for file in Path(path).glob("*.json")])
+        remove(path, **more)
+
+    monkeypatch.setattr(folder.shutil, "rmtree", watching)
+    run_prepare("--out", tmp_path / "out", "--input", *corpus)
+    assert seen == [[]]
+
+
+def test_what_a_killed_pack_left_is_no_obstacle(
+    tmp_path: Path, corpus: list[Path], run_prepare: RunPrepare
+) -> None:
+    out = tmp_path / "out"
+    run_prepare("--out", out, "--input", *corpus)
+    for name in (".chat.rows.64.bin.first", ".chat.rows.64.bin.partial", ".chat.json.partial"):
+        (out / name).write_text("half")
+    run_prepare("--out", out, "--input", *corpus)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
 def test_failure_keeps_the_former_target(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_mode.__main__ import run_verb
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.tokens import assemble, gathering, merge_command, sorting, units
 from megatron_mode.tokens.shards import Source
@@ -180,3 +181,18 @@ def test_a_changed_input_starts_anew(
     run_prepare(*arguments)
     run_merge("--out", tmp_path / "d")
     assert Source.open(tmp_path / "d", "books").documents == 201
+
+
+def test_a_shard_with_a_unit_missing_is_not_merged(
+    tmp_path: Path, corpus: list[Path], run_prepare: Callable[..., int]
+) -> None:
+    """As after a kill while it was cleared up, or a disk that lost a file."""
+    words = ("--out", tmp_path / "out", "--input", *corpus)
+    for shard in ("0/2", "1/2"):
+        run_prepare(*words, "--shard", shard)
+    (unit, *_) = (tmp_path / ".out.preparing-0-of-2" / "units").glob("unit-000000.json")
+    unit.unlink()
+    with pytest.raises(DataError, match="lacks the finished shard 0 of 2"):
+        run_verb(["merge", "--out", str(tmp_path / "out")])
+    run_prepare(*words, "--shard", "0/2")
+    assert run_verb(["merge", "--out", str(tmp_path / "out")]) == 0

@@ -64,7 +64,7 @@ def test_every_token_stands_once(
                 for r in range(table.rows)
                 if any(begin <= piece.begin < end for piece in table.pieces(r))
             ]
-            assert table.rows_of(begin, end) == held
+            assert table.rows_of(0, begin, end) == held
 
 
 def test_packing_is_tight_and_the_same_each_time() -> None:
@@ -104,6 +104,26 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "chat.json").write_text(json.dumps(sealed))
     with pytest.raises(DataError, match=r"but chat\.json names"):
         open_table(Source.open(tmp_path, "chat"), 8)
+
+
+def test_a_table_of_other_documents_is_refused(tmp_path: Path) -> None:
+    """Also where nothing seals it: the tokens that it packs must be those of the source."""
+    source = write_source(tmp_path, [9, 4, 3])
+    write_table(source, 8)
+    path = table_path(tmp_path, "chat", 8)
+    table = path.read_bytes()
+    other = write_source(tmp_path, [9, 4])
+    path.write_bytes(table)
+    with pytest.raises(DataError, match="made for other documents"):
+        open_table(other, 8)
+
+
+def test_long_documents_fill_a_window_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_table, "WINDOW_PIECES", 10)
+    source = write_source(tmp_path, [40, 4, 90, 3])
+    sizes = [len(pieces[0]) for _, pieces in row_table._windows(source, 4)]
+    assert sum(sizes) == 10 + 1 + 23 + 1
+    assert len(sizes) > 1
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
