@@ -40,7 +40,8 @@ from megatron_mode.tokens.runs import (
     parts_of_source,
     write_whole,
 )
-from megatron_mode.tokens.shards import CONTENT_SUFFIXES, SourceWriter
+from megatron_mode.tokens.seal import SEALED_SUFFIXES
+from megatron_mode.tokens.shards import SourceWriter
 from megatron_mode.tokens.sorting import Copies, merge_sorted
 from megatron_mode.tokens.tally import Tally
 from megatron_mode.tokens.vocabulary import Vocabulary
@@ -122,7 +123,7 @@ def finished(assembly: Assembly) -> list[dict[str, Any]] | None:
     whole = all(
         (assembly.result / f"{s['name']}{suffix}").exists()
         for s in summaries
-        for suffix in (*CONTENT_SUFFIXES, ".json")
+        for suffix in (*SEALED_SUFFIXES, ".json")
     )
     return summaries if whole else None
 

@@ -12,6 +12,7 @@ from megatron_mode.errors import DataError
 
 FORMAT_VERSION = 1
 REQUIRED = {"mode": int, "tokenizer": str, "tokens": int, "documents": int, "files": dict}
+SEALED_SUFFIXES = (".bin", ".idx", ".flags.bin", ".docs.arrow")
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -41,12 +42,19 @@ def read_info(root: Path, name: str) -> dict[str, Any]:
         raise DataError(
             f"{path} has format {given}; accepted is {FORMAT_VERSION}, so prepare the source again."
         )
-    if wrong := [key for key, kind in REQUIRED.items() if not isinstance(info.get(key), kind)]:
+    wrong = [key for key, kind in REQUIRED.items() if not isinstance(info.get(key), kind)]
+    if not wrong and not all(map(_is_described, map(info["files"].get, SEALED_SUFFIXES))):
+        wrong = ["files"]
+    if wrong:
         raise DataError(
             f"{path} has {wrong[0]} = {info.get(wrong[0])!r}, which `megatron-mode prepare` never "
             "writes; prepare or copy the source again."
         )
     return info
+
+
+def _is_described(file: Any) -> bool:
+    return isinstance(file, dict) and {"bytes", "sha256"} <= file.keys()
 
 
 def sampled_digest(paths: Sequence[Path]) -> str:

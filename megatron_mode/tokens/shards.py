@@ -22,10 +22,15 @@ from megatron_mode.tokens.document_table import DocumentRow, DocumentTable, Docu
 from megatron_mode.tokens.flags import MODE2, counts_by_flag
 from megatron_mode.tokens.hashed_file import HashedFile
 from megatron_mode.tokens.index import Index, SpooledLengths, index_chunks
-from megatron_mode.tokens.seal import FORMAT_VERSION, check_present, read_info, sampled_digest
+from megatron_mode.tokens.seal import (
+    FORMAT_VERSION,
+    SEALED_SUFFIXES,
+    check_present,
+    read_info,
+    sampled_digest,
+)
 from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, read_vocabulary
 
-CONTENT_SUFFIXES = (".bin", ".idx", ".flags.bin", ".docs.arrow")
 SAMPLED = "sampled"
 FLUSH_BYTES = 1 << 22
 FLUSH_DOCUMENTS = 1 << 14  # Each held takes 250 bytes beside its tokens.
@@ -53,7 +58,7 @@ class SourceWriter:
         self._files: dict[str, HashedFile] = {}
         self._lengths = SpooledLengths(self._root / f".{name}.lengths.partial")
         try:
-            for suffix in CONTENT_SUFFIXES:
+            for suffix in SEALED_SUFFIXES:
                 self._files[suffix] = HashedFile(self._root / f"{name}{suffix}")
             self._table = DocumentTableWriter(self._files[".docs.arrow"])
         except OSError:
@@ -215,7 +220,8 @@ class Source:
     @property
     def mode_tokens(self) -> dict[str, Any] | None:
         """Return how mode tokens stand in the documents, None where there are none."""
-        return self.info.get("mode_tokens")
+        found = self.info.get("mode_tokens")
+        return found if isinstance(found, dict) else None
 
     def row_table_digest(self, seq_len: int) -> str | None:
         """Return the SHA-256 of NAME.rows.T.bin as recorded when it was packed."""

@@ -223,11 +223,13 @@ def test_a_damaged_export_is_refused(
     assert "cannot be read" in refusal(verb("order", tmp_path / "nowhere.json"))
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", '{"format": 1}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"format": 1}', "[" * 100_000, "files"])
 def test_a_damaged_description_of_a_source_is_refused(
     verb: Call, trained: Trained, tmp_path: Path, text: str
 ) -> None:
     data = shutil.copytree(trained.data, tmp_path / "data")
+    if text == "files":
+        text = json.dumps({**json.loads((data / "books.json").read_text()), "files": {".bin": 3}})
     (data / "books.json").write_text(text)
     sentence = refusal(verb("order", trained.config, f"data.root={data}"))
     assert "books.json" in sentence

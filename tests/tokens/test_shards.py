@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.document_table import BATCH_DOCUMENTS
 from megatron_mode.tokens.flags import CONTROL, MODE2
-from megatron_mode.tokens.shards import CONTENT_SUFFIXES, Source, SourceWriter
+from megatron_mode.tokens.seal import SEALED_SUFFIXES
+from megatron_mode.tokens.shards import Source, SourceWriter
 from megatron_mode.tokens.vocabulary import Vocabulary
 
 SMALL = Vocabulary("a" * 64, 1000, 1024, {"<|doc|>": 1})
@@ -78,11 +79,11 @@ def test_info_counts_and_digests(tmp_path: Path) -> None:
     assert info["flags"]["role_system"] == 2
     assert info["flags"]["role_user"] == 1
     assert info["flags"]["role_none"] == 3
-    for suffix in CONTENT_SUFFIXES:
+    for suffix in SEALED_SUFFIXES:
         content = (tmp_path / f"chat{suffix}").read_bytes()
         assert source.content_digests[suffix] == hashlib.sha256(content).hexdigest()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [*(f"chat{s}" for s in CONTENT_SUFFIXES), "chat.json", "tokenizer.json"]
+        [*(f"chat{s}" for s in SEALED_SUFFIXES), "chat.json", "tokenizer.json"]
     )
 
 
@@ -139,7 +140,7 @@ def test_a_corpus_by_megatron_loads_without_flags(tmp_path: Path, mode: int, fla
     assert (source.info, source.content_digests) == ({}, {})
 
 
-@pytest.mark.parametrize("suffix", CONTENT_SUFFIXES)
+@pytest.mark.parametrize("suffix", SEALED_SUFFIXES)
 def test_truncated_and_missing_files_are_named(tmp_path: Path, suffix: str) -> None:
     write(tmp_path, EXAMPLE)
     path = tmp_path / f"chat{suffix}"
