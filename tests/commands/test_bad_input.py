@@ -71,8 +71,9 @@ def test_prepare_refuses_a_read_only_target(
 
 
 def test_prepare_refuses_a_full_disk(verb: Call, tmp_path: Path, small_disk: Path) -> None:
-    text = json.dumps({"text": "It is a way I have of driving off the spleen. " * 200}) + "\n"
-    (tmp_path / "in.jsonl").write_text(text * 200)
+    spleen = "It is a way I have of driving off the spleen. " * 200
+    lines = [json.dumps({"text": f"{number} {spleen}"}) for number in range(200)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
     words = ("--out", small_disk / "d", "--input", tmp_path / "in.jsonl", "--vocab-size", "320")
     assert "the disk is full" in refusal(verb("prepare", *words))
     assert list(small_disk.iterdir()) == []

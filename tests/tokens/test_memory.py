@@ -60,7 +60,10 @@ def write_corpus(path: Path, count: int) -> Path:
 
 @pytest.mark.timeout(120)
 def test_more_documents_take_no_more_memory(tmp_path: Path, model_path: Path) -> None:
-    """120,000 documents more took 6 MB when 50 bytes of each stayed, and as much again to sort."""
+    """120,000 documents more took 12 MB when 50 bytes of each stayed and were sorted at the end.
+
+    Sampled peaks of one size differ by up to 5 MB from run to run.
+    """
     program = tmp_path / "program.py"
     program.write_text(SMALL_PROGRAM)
     peaks = []
@@ -68,7 +71,7 @@ def test_more_documents_take_no_more_memory(tmp_path: Path, model_path: Path) ->
         path = write_corpus(tmp_path / f"{count}.jsonl.gz", count)
         options = ["--tokenizer", model_path, "--workers", "1", "--out", tmp_path / f"d{count}"]
         peaks.append(peak_bytes(sys.executable, program, "prepare", "--input", path, *options))
-    assert peaks[1] - peaks[0] < 5_000_000, peaks
+    assert peaks[1] - peaks[0] < 9_000_000, peaks
 
 
 @pytest.mark.slow

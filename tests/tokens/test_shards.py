@@ -137,7 +137,12 @@ def test_a_corpus_by_megatron_loads_without_flags(tmp_path: Path, mode: int, fla
     assert [source.document_of(t) for t in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     ids, _, *rest = source.document(2)
     assert (ids.tolist(), rest) == ([9, 10, 11, 12], ["web:2", "web", "plain"])
-    assert (source.info, source.content_digests) == ({}, {})
+    digests = source.content_digests
+    assert (source.info, list(digests)) == ({}, ["sampled"])
+    changed = bytearray((tmp_path / "web.bin").read_bytes())
+    changed[5] ^= 1
+    (tmp_path / "web.bin").write_bytes(bytes(changed))
+    assert Source.open(tmp_path, "web", mode=mode).content_digests != digests
 
 
 @pytest.mark.parametrize("suffix", SEALED_SUFFIXES)
