@@ -31,6 +31,7 @@ from megatron_mode.mix.forecast import warnings
 from megatron_mode.mix.loader import Loader, StepBatch
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.packing import rows_in_stream
+from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.model.size import parameters
 from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import finish_run
@@ -143,8 +144,9 @@ def steps(run: Run, first_step: int) -> Iterator[StepBatch]:
     config, engine = run.config, run.engine
     global_rows = config.batch.global_rows
     if not engine.reads_data:
-        for step in range(first_step, config.run.steps):
-            yield StepBatch(step, [], run.order.rows(step * global_rows, (step + 1) * global_rows))
+        ahead = rows_of_steps(run.order, first_step, config.run.steps, global_rows)
+        for step, rows in enumerate(ahead, start=first_step):
+            yield StepBatch(step, [], rows)
         return
     loader = Loader(
         run.order,

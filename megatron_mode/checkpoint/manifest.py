@@ -156,7 +156,7 @@ def check_resumable(
     by_key = {
         key: f"{key} is {wanted.get(key)!r} but the checkpoint has {saved.get(key)!r}"
         for key in keys
-        if _number(saved.get(key)) != _number(wanted.get(key))
+        if saved.get(key) != wanted.get(key) and _number(saved.get(key)) != _number(wanted.get(key))
     }
     differing = list({**order_differences, **by_key}.values())
     for axis, size in layout.items():

@@ -17,6 +17,7 @@ from megatron_mode.checkpoint.manifest import (
 from megatron_mode.errors import CheckpointError, DataError
 from megatron_mode.mix.digest import OrderDigest
 from megatron_mode.mix.order import Order
+from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.tokens.row_table import table_path
 from megatron_mode.tokens.shards import SAMPLED, Source
 
@@ -78,11 +79,10 @@ def replay(order: Order, global_rows: int, manifests: Sequence[Manifest], report
                 f"the checkpoint of step {manifest.step} lies beyond the order's "
                 f"{order.total_rows // global_rows} steps; name the config of the run"
             )
-        while step < manifest.step:
-            rows = order.rows(step * global_rows, (step + 1) * global_rows)
+        for rows in rows_of_steps(order, step, manifest.step, global_rows):
             digest.update(rows, order.edits)
-            step += 1
             report(1)
+        step = manifest.step
         if digest.hex != manifest.order_digest:
             raise CheckpointError(
                 f"the rows replayed up to step {step} have digest {digest.hex[:12]}, but the "

@@ -7,6 +7,7 @@
     permutation  keyed, invertible shuffling of a source's rows
     placement    injections and cohorts in the place of rows of their mode (`edits` plans them)
     order        row index -> (mode, source, source row, epoch), and back
+    steps        the rows of consecutive steps, many at once
     digest       the chain of hashes that pins the order of a run
     packing      source row -> pieces of documents: stream, whole, one document
     rows         source row -> ids, targets, weights, positions (`edited_source`: as if changed)

@@ -31,8 +31,8 @@ from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, padded, read_
 class Corpus:
     """Hold opened sources.
 
-    `train` is Mode 1 then Mode 2, in config order, as in Order; `edits` are the sources that only
-    injections, cohorts and replacements read, by name.
+    `train` is Mode 1 then Mode 2, in config order, as in Order; `edits` are the sources that
+    injections, cohorts and replacements read, by name, those of the mix among them.
     """
 
     root: Path

@@ -106,6 +106,11 @@ def order_config(
                 record[f"{here}.row_table"] = source.row_table_digest(config.model.seq_len)
     for name, source in by_name.items():
         record |= _content_record(f"mix.edits.sources.{name}", source)
+    opened = {source.name: source for source in sources}
+    for stream in edits.streams:
+        if stream.packing == "whole":
+            digest = opened[stream.name].row_table_digest(config.model.seq_len)
+            record[f"mix.edits.streams.{stream.name}.row_table"] = digest
     return {**record, **edits.record}
 
 

@@ -25,9 +25,8 @@ from megatron_mode.errors import ConfigError
 from megatron_mode.mix.floors import IntArray
 from megatron_mode.mix.order import Order, Rows
 from megatron_mode.mix.rows import RowReader
+from megatron_mode.mix.steps import steps_in_block
 
-# A call of the order costs 1.5 ms however few rows it is asked for: steps of 8 rows share one.
-BLOCK_ROWS = 2048
 KEPT_BLOCKS = 3
 
 
@@ -114,7 +113,7 @@ class Loader:
         self._global_rows, self._micro_rows = global_rows, micro_rows
         self._reader_index, self._readers = reader_index, readers
         self._next_step, self._end_step = first_step, end_step
-        self._block_steps = max(1, BLOCK_ROWS // global_rows)
+        self._block_steps = steps_in_block(global_rows)
         self._blocks: dict[int, tuple[Rows, IntArray]] = {}
         self._lock = threading.Lock()
         self._pending: deque[Future[StepBatch]] = deque()

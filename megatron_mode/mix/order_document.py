@@ -21,6 +21,7 @@ from megatron_mode.mix.digest import OrderDigest
 from megatron_mode.mix.edits import ChangedDocument, Clock, EditStream, plan_edits
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.schedule import Integral
+from megatron_mode.mix.steps import rows_of_steps
 
 FORMAT = 1
 FORMULA = (
@@ -28,7 +29,8 @@ FORMULA = (
     "mix.mode2_fraction over rows; inside a mode each source takes floor(planned) of the rows that "
     "those before it leave; row j of a source is P(j mod R) of epoch j div R, P a Feistel "
     "permutation keyed by (seed, source, epoch); edits take places of their mode; digest d_s = "
-    "SHA-256(d_(s-1) || int64 LE (row, source, source row, mode) of step s), d_(-1) 32 zero bytes"
+    "SHA-256(d_(s-1) || int64 LE (row, source, source row, mode) of step s, then (row, source, "
+    "document, -1 dropped or -2 replaced) of changed documents read in it), d_(-1) 32 zero bytes"
 )
 # Hashing more than this takes longer than a minute.
 DIGESTED_ROWS = 20_000_000
@@ -77,8 +79,7 @@ def describe(config: Config, corpus: Corpus, order: Order) -> OrderDocument:
 def digest_of(order: Order, global_rows: int, steps: int) -> str:
     """Return the digest after `steps` steps."""
     digest = OrderDigest()
-    for step in range(steps):
-        rows = order.rows(step * global_rows, (step + 1) * global_rows)
+    for rows in rows_of_steps(order, 0, steps, global_rows):
         digest.update(rows, order.edits)
     return digest.hex
 

@@ -3,7 +3,8 @@
 A source's points are stated in tokens seen, because that is what a user plans in, and its weight is
 a line between them. Apportioning is exact where shares are lines over the mode's own rows, which
 they are not while a weight changes. So a changing stretch is cut into PIECES; inside a piece the
-share is a line, at most some thousandths of itself away from weight over weights.
+share is a line. On a ramp from nothing to the weight of all others together it is at most 0.0003
+away from weight over weights, on one to ten times that weight 0.017 (in its first piece).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ PLAN_FILE = "plan.json"
 RESULT_FOLDER = "result"
 PREVIOUS = ".previous"
 IN_MOTION_FILE = "publishing.json"
-LEFT_BY_PACK = r"\..*\.(rows\.\d+\.bin\.(first|begin|length|partial)|json\.partial)"
+LEFT_BY_PACK = r"\..*\.rows\.\d+\.bin\.(first|begin|length|partial)|.*\.json\.partial"
 SOURCE_SUFFIX = re.compile(r"(\.bin|\.idx|\.flags\.bin|\.docs\.arrow|\.json|\.rows\.\d+\.bin)$")
 # After these the same command continues: Ctrl-C, SIGTERM, a worker that died.
 KEPT_AFTER = (KeyboardInterrupt, SystemExit, UnfinishedError)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.best_fit import WINDOW_PIECES, best_fit, split_documents
+from megatron_mode.tokens.runs import write_whole
 from megatron_mode.tokens.seal import read_info
 from megatron_mode.tokens.shards import Source
 
@@ -154,7 +155,8 @@ def write_table(
         info = read_info(source.root, source.name)
         info.setdefault("row_tables", {})[str(seq_len)] = entry
         source.info.update(info)
-        _replace_json(source.root / f"{source.name}.json", info)
+        text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
+        write_whole(source.root / f"{source.name}.json", text)
     return entry
 
 
@@ -216,9 +218,3 @@ def _join(path: Path, parts: list[Path], seq_len: int, totals: dict[str, int]) -
         "padding_share": round(totals["padding_tokens"] / tokens, 6) if tokens else 0.0,
         "sha256": digest.hexdigest(),
     }
-
-
-def _replace_json(path: Path, info: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -13,6 +13,7 @@ import pytest
 from megatron_mode.config import Config
 from megatron_mode.errors import CheckpointError
 from megatron_mode.mix.digest import OrderDigest, order_config
+from megatron_mode.mix.edits import EditStream, PlannedEdits
 from megatron_mode.mix.order import Order, Rows
 
 
@@ -24,6 +25,9 @@ class FakeSource:
         self.tokens = 1000
         self.content_digests: Mapping[str, str] = {".bin": digest}
         self.mode_tokens: Mapping[str, object] | None = None
+
+    def row_table_digest(self, seq_len: int) -> str:
+        return f"table of {seq_len}"
 
 
 def config_with(**fraction: object) -> Config:
@@ -113,3 +117,11 @@ def test_mode_tokens_are_part_of_the_order_where_there_are_any() -> None:
     marked.mode_tokens = {"placement": "start", "seed": 1}
     key = "mix.mode2.sources.chat.mode_tokens"
     assert order_config(config, [bare, marked]) == {**without, key: marked.mode_tokens}
+
+
+def test_the_row_table_of_a_cohort_is_on_record() -> None:
+    """Packed anew, the same rows hold other documents: a resumed run must notice."""
+    stream = EditStream("facts", "whole", 9, 2)
+    sources = [FakeSource("web"), FakeSource("chat"), FakeSource("facts")]
+    record = order_config(config_with(start="0.4"), sources, PlannedEdits(streams=(stream,)))
+    assert record["mix.edits.streams.facts.row_table"] == "table of 16"

@@ -88,3 +88,15 @@ def test_points_of_a_ramp() -> None:
     assert all(weight * 640 == at - 64 for at, weight in points)
     jump = SourceConfig.model_validate({"name": "a", "onset_tokens": 64})
     assert weight_points(jump) == [(64, 0), (64, 1)]
+
+
+@pytest.mark.parametrize(("weight", "most"), [(1, 0.0003), (10, 0.017)])
+def test_how_far_a_ramp_is_from_weight_over_weights(weight: int, most: float) -> None:
+    plan = {"name": "a", "ramp_tokens": 1_000_000, "weight": weight}
+    points = weight_points(SourceConfig.model_validate(plan))
+    at = np.linspace(0, 1_000_000, 100_001)
+    knots = np.array([tokens for tokens, _ in points])
+    weights = np.array([float(value) for _, value in points])
+    share = np.interp(at, knots, weights / (weights + 1))
+    exact = weight * at / 1e6 / (weight * at / 1e6 + 1)
+    assert 0.5 * most < np.abs(share - exact).max() <= most
