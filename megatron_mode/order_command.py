@@ -252,7 +252,7 @@ def plot_answer(opened: Opened, path: Path) -> tuple[dict[str, Any], str]:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole; ConfigError where the folder is missing or not writable."""
-    from megatron_mode.report.writers import write_whole
+    from megatron_mode.atomic import write_whole
 
     try:
         write_whole(path, text)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_mode.checkpoint.load import load_decoder, resolve_folder
 from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
+from megatron_mode.checkpoint.sound import check_files
 from megatron_mode.config.fields import LossConfig
 from megatron_mode.errors import CheckpointError
 from megatron_mode.kernels.mode_loss import Targets
@@ -64,6 +65,8 @@ class Scorer:
         folder = resolve_folder(path)
         self.decoder, self.config, self.manifest = load_decoder(folder)
         tokenizer = folder / TOKENIZER_NAME
+        if TOKENIZER_NAME in self.manifest.files:
+            check_files(folder, self.manifest, [TOKENIZER_NAME])
         if not tokenizer.is_file():
             raise CheckpointError(
                 f"{folder} lacks {TOKENIZER_NAME}: copy it there from the data folder of the run"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -11,9 +11,12 @@ from typing import NoReturn
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
-from megatron_mode.checkpoint.resume import OrderRecord, make_manifest, resume
-from megatron_mode.checkpoint.save import save_checkpoint
+from megatron_mode.checkpoint.probe import Probe
+from megatron_mode.checkpoint.record import OrderRecord
+from megatron_mode.checkpoint.resume import resume
+from megatron_mode.checkpoint.save import Checkpoints
 from megatron_mode.config import Config, dump_config
 from megatron_mode.engine.accelerators import accelerator_table
 from megatron_mode.engine.build import build_engine, build_mesh, join_group
@@ -37,7 +40,7 @@ from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import finish_run
 from megatron_mode.report.line import StepTimer, metrics_line
 from megatron_mode.report.valid import valid_metrics
-from megatron_mode.report.writers import MetricsWriter, write_environment, write_whole
+from megatron_mode.report.writers import MetricsWriter, write_environment
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ def train(config: Config, process: Process) -> None:
     run = prepare_run(config, process)
     config, engine = run.config, run.engine
     record = OrderRecord.start(config, run.corpus, run.order)
-    first_step = resume(engine, run.folder, record, run.order)
+    probe = Probe(run.order, build_train_reader(config, run.corpus, run.order))
+    checkpoints = Checkpoints(engine, run.folder, run.corpus.root / TOKENIZER_NAME, probe)
+    first_step, notes = resume(engine, run.folder, record, run.order, probe)
     if run.reports:
-        announce(run, first_step)
+        announce(run, first_step, notes)
     writer = MetricsWriter(run.folder, first_step or None) if run.reports else None
     timer = StepTimer()
     with progress_bar(run, first_step) as progress:
@@ -73,6 +78,7 @@ def train(config: Config, process: Process) -> None:
             record.update(batch.step, batch.rows)
             done = batch.step + 1
             line = metrics_line(engine, run.order, batch, result, timer)
+            line["checkpoint_stall_seconds"] = checkpoints.take_stall_seconds()
             if due(done, config.run.eval_every_steps) and done < config.run.steps:
                 line.update(evaluate(run))
             if writer is not None:
@@ -80,10 +86,11 @@ def train(config: Config, process: Process) -> None:
                 shown = {"loss": f"{result.loss:.3f}", "auroc": line["mode_auroc"]}
                 progress.set_postfix(shown, refresh=False)
                 progress.update()
+            checkpoints.check()
             if due(done, config.checkpoint.every_steps) or done == config.run.steps:
-                manifest = make_manifest(engine, record, done)
-                save_checkpoint(engine, run.folder, manifest, run.corpus.root / TOKENIZER_NAME)
+                checkpoints.save(done, record)
             timer.stop()
+    checkpoints.wait()
     if writer is not None:
         writer.close()
     summary = finish_run(engine, run.folder, run.corpus)
@@ -105,7 +112,7 @@ def prepare_run(config: Config, process: Process) -> Run:
     return Run(config, folder, corpus, order, engine)
 
 
-def announce(run: Run, first_step: int) -> None:
+def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
     """Print what will run, once, and write it into the run folder."""
     config = run.config
     write_whole(run.folder / "config.yaml", dump_config(config))
@@ -119,6 +126,8 @@ def announce(run: Run, first_step: int) -> None:
         f"loss: {run.engine.step_loss.mode_loss.implementation}; {run.folder} {begin}"
     )
     print(accelerator_table(run.engine.step_loss.mode_loss.implementation))
+    for note in notes:
+        print(note)
     for warning in warnings(run.order):
         print(f"note: {warning}")
     for source in run.corpus.valid:

@@ -1,57 +1,156 @@
-"""Save a checkpoint with all ranks, then let old ones go."""
+"""Save checkpoints: copy the state aside, write it in the background, publish it when it is whole.
+
+Every rank writes its own files on a thread and tells rank 0 their digests through the store that
+the group met at. Rank 0's thread then writes the manifest, renames the folder and lets old ones go.
+Training goes on meanwhile; the next save first waits for this one to end.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_mode.checkpoint.manifest import (
+from megatron_mode.checkpoint.files import FileRecord, copy_durably
+from megatron_mode.checkpoint.folders import (
     CHECKPOINTS_NAME,
-    MANIFEST_NAME,
-    TOKENIZER_NAME,
-    Manifest,
+    PARTIAL,
+    prune,
+    publish,
     tag_of,
-    write_latest,
-    write_manifest,
 )
+from megatron_mode.checkpoint.manifest import TOKENIZER_NAME, Manifest, write_manifest
+from megatron_mode.checkpoint.probe import Probe
+from megatron_mode.checkpoint.record import OrderRecord, make_manifest
+from megatron_mode.checkpoint.writer import use_writer
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 
 # torch's writers say a failed write so; the last where it fails while the file is closed.
 TORN_FILE_SIGNS = ("PytorchStreamWriter", "inline_container", "iostream error")
+LONGEST_PAUSE_SECONDS = 0.25
 
 
-def save_checkpoint(engine: Engine, run_dir: Path, manifest: Manifest, tokenizer: Path) -> Path:
-    """Write `step-NNNNNNNN` with every rank's share; rank 0 finishes it and keeps the newest.
+class Checkpoints:
+    """Save the checkpoints of a run, one at a time.
 
-    The tokenizer goes along, so that a checkpoint can be used on its own. The manifest comes last:
-    a folder without it is unfinished and never resumed from.
+    `save_seconds` is how long the last one took until this rank learned that it was whole, 0.0
+    before the first.
     """
-    checkpoints = run_dir / CHECKPOINTS_NAME
-    folder = checkpoints / tag_of(manifest.step)
-    if engine.rank == 0:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    dist.barrier()
-    with told_in_a_sentence(folder):
-        engine.deepspeed.save_checkpoint(
-            str(checkpoints), tag=folder.name, client_state=random_state(), save_latest=False
+
+    def __init__(self, engine: Engine, run_dir: Path, tokenizer: Path, probe: Probe) -> None:
+        self.save_seconds = 0.0
+        self._stall_seconds = 0.0
+        self._engine, self._tokenizer, self._probe = engine, tokenizer, probe
+        self._checkpoints = run_dir / CHECKPOINTS_NAME
+        self._writer = use_writer(engine)
+        self._store = dist.distributed_c10d._get_default_store()
+        self._saves = 0
+        self._failure: str | None = None
+        self._began = 0.0
+
+    def save(self, step: int, record: OrderRecord) -> None:
+        """Save the state after `step` steps; returns when the state is copied.
+
+        Without `checkpoint.asynchronous` it returns when the checkpoint is whole. Raises
+        CheckpointError where this or the last checkpoint cannot be written. All ranks call it.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        self._began = time.perf_counter()
+        manifest = make_manifest(self._engine, record, step, self._probe.measure(self._engine))
+        self._saves += 1
+        partial = self._checkpoints / (tag_of(step) + PARTIAL)
+        with told_in_a_sentence(partial):
+            if self._engine.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            dist.barrier()
+            self._engine.deepspeed.save_checkpoint(
+                str(self._checkpoints),
+                tag=partial.name,
+                client_state=random_state(),
+                save_latest=False,
+            )
+        self._writer.write(
+            lambda files, error: self._end_of_writing(partial, manifest, files, error)
         )
-    dist.barrier()
-    if engine.rank == 0:
-        with told_in_a_sentence(folder):
-            if tokenizer.exists():  # a corpus by Megatron's own tools has none
-                shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
-            write_manifest(folder, manifest)
-            write_latest(checkpoints, manifest.step)
-        prune(checkpoints, engine.config.checkpoint.keep)
-    dist.barrier()
-    return folder
+        if not self._engine.config.checkpoint.asynchronous:
+            self.wait()
+        self._stall_seconds += time.perf_counter() - begin
+
+    def take_stall_seconds(self) -> float:
+        """Return how long training stood still for checkpoints since this was last asked."""
+        taken, self._stall_seconds = self._stall_seconds, 0.0
+        return taken
+
+    def check(self) -> None:
+        """Raise CheckpointError where this rank knows that the last checkpoint failed."""
+        if self._failure:
+            raise CheckpointError(self._failure)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is whole; CheckpointError on all ranks if it failed."""
+        if self._saves:
+            self._failure = self._await(self._key("end")).decode() or None
+            if self._began:
+                self.save_seconds, self._began = time.perf_counter() - self._began, 0.0
+        self.check()
+
+    def _key(self, name: object) -> str:
+        return f"checkpoint/{self._saves}/{name}"
+
+    def _end_of_writing(
+        self,
+        partial: Path,
+        manifest: Manifest,
+        files: dict[str, FileRecord],
+        error: Exception | None,
+    ) -> None:
+        """Tell rank 0 what was written; rank 0 makes a checkpoint of it. Runs on the thread."""
+        failure = write_failure(partial, error) if error else None
+        self._failure = failure
+        records = {name: asdict(record) for name, record in files.items()}
+        self._store.set(
+            self._key(self._engine.rank), json.dumps({"files": records, "failure": failure})
+        )
+        if self._engine.rank == 0:
+            try:
+                self._finish(partial, manifest)
+            except Exception as error:  # told by the training loop, as above
+                self._failure = write_failure(partial, error)
+                shutil.rmtree(partial, ignore_errors=True)
+            self._store.set(self._key("end"), self._failure or "")
+
+    def _finish(self, partial: Path, manifest: Manifest) -> None:
+        files: dict[str, FileRecord] = {}
+        failures = []
+        for rank in range(self._engine.layout.world_size):
+            told = json.loads(self._await(self._key(rank)))
+            files |= {name: FileRecord(**record) for name, record in told["files"].items()}
+            failures += [told["failure"]] if told["failure"] else []
+        if failures:
+            raise CheckpointError(failures[0])
+        if self._tokenizer.exists():  # a corpus by Megatron's own tools has none
+            files[TOKENIZER_NAME] = copy_durably(self._tokenizer, partial / TOKENIZER_NAME)
+        write_manifest(partial, manifest.with_files(files))
+        publish(partial)
+        settings = self._engine.config.checkpoint
+        prune(self._checkpoints, settings.keep, settings.permanent_every_steps)
+
+    def _await(self, key: str) -> bytes:
+        pause_seconds = 0.001
+        while not self._store.check([key]):
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+        return bytes(self._store.get(key))
 
 
 @contextmanager
@@ -63,12 +162,25 @@ def told_in_a_sentence(folder: Path) -> Iterator[None]:
         is_torn_file = any(sign in str(error) for sign in TORN_FILE_SIGNS)
         if isinstance(error, RuntimeError) and not is_torn_file:
             raise  # a peer is gone, or a bug of ours
-        free_bytes = shutil.disk_usage(folder.parent).free
+        failure = write_failure(folder, error)
         shutil.rmtree(folder, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder} cannot be written: the disk has {free_bytes} bytes left; free space and "
-            "start the run again, it goes on from the checkpoint before this one"
-        ) from error
+        raise CheckpointError(failure) from error
+
+
+def write_failure(folder: Path, error: Exception) -> str:
+    """Say that a checkpoint cannot be written, why, and what to do."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    is_torn_file = any(sign in str(error) for sign in TORN_FILE_SIGNS)
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    else:
+        reason = "a write failed" if is_torn_file else f"{type(error).__name__}: {error}"
+    free_bytes = shutil.disk_usage(folder.parent).free
+    return (
+        f"{folder.with_suffix('')} cannot be written ({reason}): the disk has {free_bytes} bytes "
+        "left; free space and start the run again, it goes on from the checkpoint before this one"
+    )
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -77,20 +189,3 @@ def random_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda_generator"] = torch.cuda.get_rng_state()
     return state
-
-
-def prune(checkpoints: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` finished checkpoints, and unfinished ones before them."""
-    finished = sorted(path.parent for path in checkpoints.glob(f"step-*/{MANIFEST_NAME}"))
-    kept = set(finished[-keep:])
-    newest = finished[-1] if finished else None
-    dropped = [
-        folder
-        for folder in sorted(checkpoints.glob("step-*"))
-        if newest is not None and folder not in kept and folder < newest
-    ]
-    for folder in dropped:
-        # The manifest goes first, so that a folder half deleted counts as unfinished.
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    return dropped

@@ -8,12 +8,8 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-from megatron_mode.checkpoint.manifest import (
-    CHECKPOINTS_NAME,
-    Manifest,
-    finished_checkpoints,
-    read_manifest,
-)
+from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, finished_checkpoints
+from megatron_mode.checkpoint.manifest import Manifest, read_manifest
 from megatron_mode.errors import CheckpointError, DataError
 from megatron_mode.mix.digest import OrderDigest
 from megatron_mode.mix.order import Order

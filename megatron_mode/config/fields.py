@@ -141,6 +141,12 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 saves only at the end."""
     keep: Count = 2
     """Newest checkpoints kept."""
+    permanent_every_steps: CountOrZero = 0
+    """Checkpoints of steps that are a multiple of it are kept for good; 0 keeps none of them."""
+    asynchronous: bool = True
+    """Write in the background, from a copy in host memory of what a rank saves."""
+    fallback: bool = False
+    """Go on from the checkpoint before when the newest is damaged, which is set aside."""
 
 
 class RunConfig(Section):

@@ -9,6 +9,7 @@ T row length, B rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +148,15 @@ class Engine:
             _pairs(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=count
         )
         return self.step_loss.outputs
+
+    @contextmanager
+    def other_row_length(self) -> Iterator[None]:
+        """Let micro-batches of another shape be evaluated inside: stages agree on it anew."""
+        self.deepspeed.reset_activation_shape()
+        try:
+            yield
+        finally:
+            self.deepspeed.reset_activation_shape()
 
     def sum_over_ranks(self, vector: Tensor) -> Tensor:
         """Add a float64 vector over data ranks and give it to every rank.

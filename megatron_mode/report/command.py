@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and say where; raises ConfigError for what cannot be read or written."""
+    from megatron_mode.atomic import write_whole
     from megatron_mode.report.folder import read_run
     from megatron_mode.report.page import head_figures, render_page
-    from megatron_mode.report.writers import write_whole
 
     if args.out is None and len(args.runs) > 1:
         raise ConfigError(

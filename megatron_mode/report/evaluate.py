@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mode.engine.forward import forward_rows
 from megatron_mode.engine.step import Engine, TokenOutputs
 from megatron_mode.mix.loader import MicroBatch, micro_batch
 from megatron_mode.mix.packing import rows_in_stream
@@ -140,29 +141,15 @@ def evaluate_window(engine: Engine, reader: RowReader, index: int, begin_token: 
 
 
 def _forward(engine: Engine, reader: RowReader, index: int, rows: int) -> list[TokenOutputs]:
-    """Run the rows forward, in micro-batches shared by the data ranks; the rest is weightless."""
+    """Run rows spread evenly over the source forward."""
     available = rows_in_stream(reader.sources[index].tokens, reader.seq_len)
     rows = min(rows, available)
     chosen = [row * available // rows for row in range(rows)]
-    micro_rows, readers = engine.config.batch.micro_rows, engine.layout.data
-    stride = micro_rows * readers
-    count = -(-len(chosen) // stride)
-    padded = chosen + [-1] * (count * stride - len(chosen))
-    mine = []
-    for batch in range(count):
-        begin = batch * stride + engine.at.data * micro_rows
-        if engine.reads_data:
-            mine.append(_batch(reader, index, padded[begin : begin + micro_rows]))
-    return engine.evaluate(mine, count)
 
+    def read(some: Sequence[int]) -> MicroBatch:
+        return micro_batch(reader, [index] * len(some), some)
 
-def _batch(reader: RowReader, index: int, rows: list[int]) -> MicroBatch:
-    batch = micro_batch(reader, [index] * len(rows), [max(0, row) for row in rows])
-    for slot, row in enumerate(rows):
-        if row < 0:
-            batch.lm_weight_BT[slot] = 0
-            batch.mode_weight_BT[slot] = 0
-    return batch
+    return forward_rows(engine, chosen, engine.config.batch.micro_rows, read)
 
 
 def _middle_windows(output: TokenOutputs) -> Tensor:

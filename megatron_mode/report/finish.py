@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from megatron_mode.atomic import write_whole
 from megatron_mode.engine.step import Engine
 from megatron_mode.mix.corpus import Corpus, build_reader
 from megatron_mode.report.evaluate import evaluate_source, evaluate_window
 from megatron_mode.report.page import build_page
 from megatron_mode.report.passages import Passage, choose_passages
 from megatron_mode.report.valid import valid_summary
-from megatron_mode.report.writers import METRICS_FILE, write_summary, write_whole
+from megatron_mode.report.writers import METRICS_FILE, write_summary
 from megatron_mode.tokens.flags import CONTROL
 from megatron_mode.tokens.tokenizer import Tokenizer
 from megatron_mode.tokens.vocabulary import MODEL_FILE

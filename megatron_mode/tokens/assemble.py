@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mode.atomic import write_whole
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.identifiers import Identifiers, Numbers, Repeat
 from megatron_mode.tokens.records import (
@@ -38,7 +39,6 @@ from megatron_mode.tokens.runs import (
     exclusive_sum,
     gather,
     parts_of_source,
-    write_whole,
 )
 from megatron_mode.tokens.seal import SEALED_SUFFIXES
 from megatron_mode.tokens.shards import SourceWriter

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_mode.atomic import write_whole
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.runs import write_whole
 from megatron_mode.tokens.vocabulary import INFO_FILE, MODEL_FILE
 from megatron_mode.tokens.workers import UnfinishedError
 
@@ -27,7 +27,7 @@ PLAN_FILE = "plan.json"
 RESULT_FOLDER = "result"
 PREVIOUS = ".previous"
 IN_MOTION_FILE = "publishing.json"
-LEFT_BY_PACK = r"\..*\.rows\.\d+\.bin\.(first|begin|length|partial)|.*\.json\.partial"
+LEFT_BY_PACK = r"\..*\.rows\.\d+\.bin\.(first|begin|length|partial)|\..*\.json\.partial"
 SOURCE_SUFFIX = re.compile(r"(\.bin|\.idx|\.flags\.bin|\.docs\.arrow|\.json|\.rows\.\d+\.bin)$")
 # After these the same command continues: Ctrl-C, SIGTERM, a worker that died.
 KEPT_AFTER = (KeyboardInterrupt, SystemExit, UnfinishedError)

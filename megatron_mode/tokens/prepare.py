@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_mode.atomic import write_whole
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.catalogue import Catalogue
 from megatron_mode.tokens.encode import LineBatch, check_readable, encoded_batches, line_batches
@@ -23,7 +24,6 @@ from megatron_mode.tokens.gathering import Tokenised, gather_sources
 from megatron_mode.tokens.plan import Preparation, content_digest, deal_files, stamp
 from megatron_mode.tokens.progress import progress_bar
 from megatron_mode.tokens.readers import size_bytes
-from megatron_mode.tokens.runs import write_whole
 from megatron_mode.tokens.tokenizer import Tokenizer, train_tokenizer
 from megatron_mode.tokens.training_sample import sample_texts
 from megatron_mode.tokens.units import UnitWriter

@@ -25,9 +25,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mode.atomic import write_whole
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.best_fit import WINDOW_PIECES, best_fit, split_documents
-from megatron_mode.tokens.runs import write_whole
 from megatron_mode.tokens.seal import read_info
 from megatron_mode.tokens.shards import Source
 

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mode.atomic import write_whole
 from megatron_mode.tokens.records import RECORD, Block, Records, codes
 
 PAYLOADS = (".tokens", ".flags", ".ids")
@@ -120,16 +121,6 @@ class RunWriter:
     ) -> None:
         for stream in self._streams.values():
             stream.close()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file that is either there as a whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
 
 
 def exclusive_sum(lengths: NDArray[Any]) -> NDArray[np.uint64]:

@@ -20,7 +20,7 @@ from megatron_mode.errors import CheckpointError
 def test_a_torn_file_is_told_and_removed(error, tmp_path):
     folder = tmp_path / "step-00000001"
     folder.mkdir()
-    told = pytest.raises(CheckpointError, match="cannot be written: the disk has")
+    told = pytest.raises(CheckpointError, match=r"cannot be written \(.*\): the disk has")
     with told, told_in_a_sentence(folder):
         raise error
     assert not folder.exists()

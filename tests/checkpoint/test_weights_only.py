@@ -8,7 +8,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from megatron_mode.checkpoint.load import weights_only
+from megatron_mode.checkpoint.safe import weights_only
 
 
 class Asks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,27 +77,61 @@ def larger_tokenizer(checkpoint: Path) -> None:
     train_tokenizer([" ".join(words)], checkpoint / "tokenizer.model", 450)
 
 
+def sealed(spoil: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Return the damage with digests written anew, as someone would who means it."""
+
+    def apply(checkpoint: Path) -> None:
+        spoil(checkpoint)
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name in list(manifest["files"]):
+            data = (checkpoint / name).read_bytes() if (checkpoint / name).exists() else None
+            if data is None:
+                del manifest["files"][name]
+            else:
+                digest = hashlib.sha256(data).hexdigest()
+                manifest["files"][name] = {"bytes": len(data), "sha256": digest}
+        text = json.dumps(manifest)
+        (checkpoint / "manifest.json").write_text(text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        (checkpoint / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
+
+    return apply
+
+
+def rename_layers(checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["config"]["model"]["layes"] = manifest["config"]["model"].pop("layers")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
 LAYER = "layer_01-model_00-model_states.pt"
 
 
 @pytest.mark.parametrize(
     ("spoil", "fragment"),
     [
-        (damage(LAYER, lambda old: old[:2000]), "cannot be read"),
-        (damage(LAYER, lambda old: b""), "cannot be read"),
+        (damage(LAYER, lambda old: old[:2000]), f"{LAYER} has 2000 bytes instead of"),
+        (damage(LAYER, lambda old: old[:-1] + b"x"), f"{LAYER} has SHA-256 "),
         (lambda folder: (folder / LAYER).unlink(), f"{LAYER} is missing"),
-        (swap_layers, "its files are of two runs"),
+        (sealed(damage(LAYER, lambda old: old[:2000])), f"{LAYER} cannot be read"),
+        (sealed(damage(LAYER, lambda old: b"")), f"{LAYER} cannot be read"),
+        (sealed(lambda folder: (folder / LAYER).unlink()), f"{LAYER} is not among those of"),
+        (sealed(swap_layers), "its files are of two runs"),
         (damage("manifest.json", lambda old: old[:50]), "manifest.json cannot be read"),
-        (damage("manifest.json", lambda old: b"{}"), "is not a manifest of format 1"),
-        (damage("manifest.json", lambda old: b'{"format": 1}'), "is damaged"),
         (damage("manifest.json", lambda old: b"\xff\xfe"), "manifest.json cannot be read"),
-        (damage("manifest.json", lambda old: old.replace(b'"layers"', b'"layes"')),
-         "holds no config of this version"),
-        (larger_tokenizer, "512 pieces with padding, the model 384"),
-        (damage("tokenizer.model", lambda old: old[:90]), "is not a SentencePiece model"),
-        (lambda folder: (folder / "tokenizer.model").unlink(), "lacks tokenizer.model"),
-        (lambda folder: (folder.parent / "latest").write_bytes(b"\xff\n"), "is not a folder"),
-        (lambda folder: (folder.parent / "latest").write_text("step-9\n"), "step-9 is not a "),
+        (damage("manifest.json", lambda old: old.replace(b"1", b"2", 1)), "is damaged: its SHA"),
+        (damage("manifest.json.sha256", lambda old: old.upper()), "is damaged: its SHA"),
+        (lambda folder: (folder / "manifest.json.sha256").unlink(), "holds no manifest.json.sha"),
+        (lambda folder: (folder / "manifest.json").unlink(), "holds no manifest.json"),
+        (sealed(damage("manifest.json", lambda old: b'{"files": {}}')), "is not a manifest of"),
+        (sealed(damage("manifest.json", lambda old: b'{"files": {}, "format": 2}')), "is damaged"),
+        (sealed(rename_layers), "holds no config of this version"),
+        (damage("tokenizer.model", lambda old: old[:90]), "tokenizer.model has 90 bytes"),
+        (sealed(larger_tokenizer), "512 pieces with padding, the model 384"),
+        (sealed(damage("tokenizer.model", lambda old: old[:90])), "is not a SentencePiece model"),
+        (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer.model is missing"),
+        (lambda folder: (folder.parent / "latest").write_bytes(b"\xff\n"), "which is no finished"),
+        (lambda folder: (folder.parent / "latest").write_text("step-9\n"), "names 'step-9', which"),
     ],
 )  # fmt: skip
 def test_score_refuses_a_damaged_checkpoint(

@@ -83,6 +83,7 @@ def test_a_run_with_edits_resumes_and_verifies(
     # Resumed in the middle it takes the same rows, and without an edit it is refused.
     whole = (run / "metrics.jsonl").read_text()
     shutil.rmtree(run / "checkpoints" / "step-00000012")
+    (run / "checkpoints" / "latest").unlink()
     again = pretrain(*edits)
     assert again.status == 0, again.err
     losses = [json.loads(line)["loss"] for line in whole.splitlines()]

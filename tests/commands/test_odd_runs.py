@@ -74,7 +74,8 @@ def test_a_killed_run_goes_on(server: Server, trained: Trained, tmp_path: Path) 
     places = ("--config", trained.config, f"data.root={trained.data}", f"run.dir={run}")
     started = server.start(*places, "run.steps=100000", "run.eval_every_steps=0")
     deadline = time.monotonic() + 60
-    while not (run / "checkpoints" / "step-00000004" / "manifest.json").exists():
+    latest = run / "checkpoints" / "latest"
+    while not latest.exists() or latest.read_text() < "step-00000004":
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(started.process_id, signal.SIGKILL)
@@ -82,11 +83,12 @@ def test_a_killed_run_goes_on(server: Server, trained: Trained, tmp_path: Path) 
     # A crash may tear the last line.
     with (run / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 99')
-    latest = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
-    assert latest >= 4
-    outcome = server.run(*places, f"run.steps={latest + 3}", "run.eval_every_steps=0")
-    assert f"resumes at step {latest}" in outcome.out
-    assert trained_steps(outcome, run) == list(range(1, latest + 4))
+    finished = [p.name for p in run.glob("checkpoints/step-*") if p.name[5:].isdecimal()]
+    newest = int(max(finished).removeprefix("step-"))
+    assert latest.read_text().strip() in finished
+    outcome = server.run(*places, f"run.steps={newest + 3}", "run.eval_every_steps=0")
+    assert f"resumes at step {newest}" in outcome.out
+    assert trained_steps(outcome, run) == list(range(1, newest + 4))
 
 
 def test_a_longer_run_whose_past_is_unchanged_goes_on(pretrain: Call, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -136,7 +137,10 @@ def test_verify_replays_even_where_settings_agree(
     path = run / "checkpoints" / "step-00000002" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["order_digest"] = manifest["order_digest"][::-1]
-    path.write_text(json.dumps(manifest))
+    text = json.dumps(manifest)
+    path.write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path.with_name("manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
     assert "the rows replayed up to step 2 have digest" in refusal(ask("--verify", run))
 
 

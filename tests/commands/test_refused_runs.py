@@ -63,10 +63,13 @@ def test_resuming_a_damaged_checkpoint_is_refused(
         path.write_bytes(path.read_bytes()[:1000])
     before = tree(run)
     sentence = refusal(pretrain())
-    assert f"{run / 'checkpoints' / 'step-00000003'} cannot be loaded" in sentence
+    assert f"{run / 'checkpoints' / 'step-00000003'} is damaged: zero_pp_rank_0" in sentence
     assert tree(run) == before
-    shutil.rmtree(run / "checkpoints" / "step-00000003")
-    assert pretrain().status == 0  # as the sentence advises
+    outcome = pretrain("checkpoint.fallback=true")  # as the sentence advises
+    assert outcome.status == 0
+    assert "WARNING: step-00000003 was set aside as step-00000003.damaged" in outcome.out
+    assert "resumes at step 2" in outcome.out
+    assert (run / "checkpoints" / "step-00000003.damaged").is_dir()
 
 
 def fill(path: Path) -> None:
@@ -82,7 +85,7 @@ def test_a_disk_that_fills_while_training(pretrain: Call, small_disk: Path) -> N
     assert f"{run / 'checkpoints' / 'step-00000002'} cannot be written" in sentence
     assert list((run / "checkpoints").glob("step-*")) == []
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2]
+    assert steps[:2] == [1, 2]  # the failed write is seen after this step or the next
     # No room for a line of metrics either.
     fill(small_disk / "rest")
     assert str(run) in last_line(pretrain(f"run.dir={run}"))

@@ -13,6 +13,7 @@ import torch
 
 SHARED_MEMORY_BEFORE = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
 CLOCK_AND_MEMORY = {
+    "checkpoint_stall_seconds",
     "step_seconds",
     "tokens_per_second",
     "data_wait_seconds",

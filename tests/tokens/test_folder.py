@@ -139,7 +139,7 @@ def test_what_a_killed_pack_left_is_no_obstacle(
 ) -> None:
     out = tmp_path / "out"
     run_prepare("--out", out, "--input", *corpus)
-    for name in (".chat.rows.64.bin.first", ".chat.rows.64.bin.partial", "chat.json.partial"):
+    for name in (".chat.rows.64.bin.first", ".chat.rows.64.bin.partial", ".chat.json.partial"):
         (out / name).write_text("half")
     run_prepare("--out", out, "--input", *corpus)
     assert not [path for path in out.iterdir() if path.name.endswith(("first", "partial"))]

@@ -1,0 +1,38 @@
+"""Replace files and folders at once: what a crash leaves is the old or the new, never a part."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Replace a small file at once and durably: it holds the old text or the new."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename a file or folder beside its place, so that the new name outlives a power cut."""
+    source.rename(target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names; file systems that cannot do it are passed over."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse folders, and keep names by themselves
+        pass
+    finally:
+        os.close(descriptor)

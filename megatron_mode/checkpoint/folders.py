@@ -1,0 +1,110 @@
+"""Name, find, publish, keep and remove the checkpoint folders of a run.
+
+A checkpoint is written as `RUN/checkpoints/step-NNNNNNNN.partial` and renamed when it is whole, so
+a folder without the suffix is finished. `latest` names the newest. Removing renames to `.deleting`
+first. What a kill leaves under such a suffix is never read, and cleared away at the next start.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from megatron_mode.atomic import rename_durably, write_whole
+from megatron_mode.errors import CheckpointError
+
+CHECKPOINTS_NAME = "checkpoints"
+LATEST_NAME = "latest"
+PARTIAL = ".partial"
+DELETING = ".deleting"
+DAMAGED = ".damaged"
+
+
+def tag_of(step: int) -> str:
+    """Return the folder name of the checkpoint taken after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the steps taken before a finished checkpoint, from its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def finished_checkpoints(checkpoints: Path) -> list[Path]:
+    """List the finished checkpoints of a run, oldest first; copies under other names are none."""
+    ours = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted((path for path in ours if path.is_dir()), key=step_of)
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the newest finished checkpoint of a run, or None when it never had one.
+
+    A run killed between renaming a checkpoint and rewriting `latest` leaves `latest` on an older
+    one. Raises CheckpointError where it names none of those that are there.
+    """
+    finished = finished_checkpoints(checkpoints)
+    latest = checkpoints / LATEST_NAME
+    if latest.is_file():
+        named = latest.read_bytes()
+        if named not in [f"{path.name}\n".encode() for path in finished]:
+            newest = f"the newest here is {finished[-1].name}" if finished else "there is none here"
+            raise CheckpointError(
+                f"{latest} names {named.decode(errors='replace').strip()!r}, which is no finished "
+                f"checkpoint beside it ({newest}): bring that folder back, or delete {latest} to "
+                "do without it"
+            )
+    return finished[-1] if finished else None
+
+
+def publish(partial: Path) -> Path:
+    """Rename a whole checkpoint to its name and let `latest` name it."""
+    checkpoints = partial.parent
+    folder = partial.with_name(partial.name.removesuffix(PARTIAL))
+    if folder.exists():
+        # Written once more, after a roll-back: `latest` must never name what is being replaced.
+        (checkpoints / LATEST_NAME).unlink(missing_ok=True)
+        remove(folder)
+    rename_durably(partial, folder)
+    write_whole(checkpoints / LATEST_NAME, folder.name + "\n")
+    return folder
+
+
+def remove(folder: Path) -> None:
+    """Take a checkpoint out of sight at once, then delete it."""
+    doomed = folder.with_name(folder.name + DELETING)
+    shutil.rmtree(doomed, ignore_errors=True)
+    rename_durably(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, which keeps it but counts it no more; return its new name."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    (folder.parent / LATEST_NAME).unlink(missing_ok=True)
+    rename_durably(folder, aside)
+    return aside
+
+
+def prune(checkpoints: Path, keep: int, permanent_every_steps: int) -> list[Path]:
+    """Delete all but the newest `keep` finished checkpoints and the permanent ones.
+
+    The newest, which was read back from the disk when it was written, always stays.
+    """
+    dropped = [
+        folder
+        for folder in finished_checkpoints(checkpoints)[:-keep]
+        if not permanent_every_steps or step_of(folder) % permanent_every_steps
+    ]
+    for folder in dropped:
+        remove(folder)
+    return dropped
+
+
+def clear_unfinished(checkpoints: Path) -> list[Path]:
+    """Delete what a killed run left half written or half deleted."""
+    left = [p for suffix in (PARTIAL, DELETING) for p in checkpoints.glob(f"step-*{suffix}")]
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
+    return sorted(left)

@@ -1,0 +1,109 @@
+"""Evaluate one fixed batch when a checkpoint is saved, and again when it is resumed from.
+
+The batch is the beginning of the run's first rows, every token weighed alike. Digests show that the
+files are those that were written; the probe shows that the model built from them is the same one.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_mode.engine.forward import forward_rows
+from megatron_mode.engine.step import Engine
+from megatron_mode.errors import CheckpointError
+from megatron_mode.mix.loader import MicroBatch, micro_batch
+from megatron_mode.mix.order import Order
+from megatron_mode.mix.rows import RowReader
+
+PROBE_ROWS = 4
+PROBE_TOKENS = 128
+# Another layout sums in another order. bf16 keeps 8 bits, of which a loss loses one or two.
+RELATIVE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+
+
+class Probe:
+    """Hold the fixed batch of a run."""
+
+    def __init__(self, order: Order, reader: RowReader) -> None:
+        rows = order.rows(0, min(PROBE_ROWS, order.total_rows))
+        self._sources, self._rows = rows.source.tolist(), rows.source_row.tolist()
+        self._reader = reader
+
+    def measure(self, engine: Engine) -> dict[str, Any]:
+        """Return the mean LM and mode loss of the batch, in nats; all ranks call it.
+
+        `conditions` name what the last bits of both depend on beside the weights.
+        """
+        with engine.other_row_length():
+            outputs = forward_rows(engine, range(len(self._rows)), 1, self._read)
+        sums = torch.zeros(4, dtype=torch.float64)
+        for output in outputs:
+            for offset, loss_BT, weight_BT in (
+                (0, output.nll_BT, output.lm_weight_BT),
+                (2, output.bce_BT, output.mode_weight_BT),
+            ):
+                wide_BT = weight_BT.to(torch.float64)
+                sums[offset] += (loss_BT.to(torch.float64) * wide_BT).sum().cpu()
+                sums[offset + 1] += wide_BT.sum().cpu()
+        lm_sum, lm_weight, mode_sum, mode_weight = engine.sum_over_ranks(sums).tolist()
+        return {
+            "lm_loss": lm_sum / lm_weight,
+            "mode_loss": mode_sum / mode_weight,
+            "conditions": conditions(engine),
+        }
+
+    def _read(self, some: Sequence[int]) -> MicroBatch:
+        whole = micro_batch(
+            self._reader, [self._sources[i] for i in some], [self._rows[i] for i in some]
+        )
+        short = {
+            name: tensor[:, :PROBE_TOKENS].contiguous() if tensor.dim() == 2 else tensor
+            for name, tensor in vars(whole).items()
+        }
+        batch = MicroBatch(**short)
+        ones_BT = torch.ones_like(batch.lm_weight_BT)
+        return replace(batch, lm_weight_BT=ones_BT, mode_weight_BT=ones_BT.clone())
+
+
+def conditions(engine: Engine) -> dict[str, Any]:
+    """Name what decides the rounding of a forward pass: layout, program, device, threads."""
+    cuda = engine.device.type == "cuda"
+    return {
+        "layout": engine.layout._asdict(),
+        "loss": engine.step_loss.mode_loss.implementation,
+        "device": torch.cuda.get_device_name(engine.device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def check_probe(saved: dict[str, Any], found: dict[str, Any], precision: str, where: str) -> bool:
+    """Hold a probe against the saved one; return whether they had to agree to the last bit.
+
+    Raises CheckpointError naming both losses where they do not agree.
+    """
+    exact = bool(saved["conditions"] == found["conditions"])
+    tolerance = 0.0 if exact else RELATIVE_TOLERANCE[precision]
+    for key in ("lm_loss", "mode_loss"):
+        expected, value = float(saved[key]), float(found[key])
+        # `not <=` also refuses NaN, unless the model was already broken when it was saved.
+        agrees = abs(value - expected) <= tolerance * abs(expected)
+        if not agrees and not (exact and value != value and expected != expected):
+            bound = "to the last bit" if exact else f"to {tolerance:g} of it"
+            raise CheckpointError(
+                f"{where} is loaded, but its probe has {key} {value!r} where {expected!r} was "
+                f"saved, and they must agree {bound}: memory, device or program are not sound; "
+                "start on another machine, or set checkpoint.fallback=true to go on from the "
+                "checkpoint before it"
+            )
+    return exact
+
+
+def _processor() -> str:
+    """Name the CPU's instruction set, which chooses the library's kernels."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,62 @@
+"""Hold a checkpoint's files against its manifest before anything is read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_mode.checkpoint.files import differences, unlisted
+from megatron_mode.checkpoint.manifest import (
+    MANIFEST_NAME,
+    SEAL_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+)
+from megatron_mode.errors import CheckpointError
+
+MOST_NAMED = 4
+# A corpus by Megatron's own tools has no tokenizer; its user may put one there.
+NOT_LISTED = (MANIFEST_NAME, SEAL_NAME, TOKENIZER_NAME)
+
+
+def check_files(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
+    """Raise CheckpointError naming those of the files that are not what the manifest says."""
+    missing = [name for name in names if name not in manifest.files]
+    found = dict.fromkeys(missing, f"is not among those of {MANIFEST_NAME}")
+    known = [name for name in names if name in manifest.files]
+    found |= differences(folder, manifest.files, known)
+    _refuse(folder, found, "bring the files back or name another checkpoint")
+
+
+def check_shared(folder: Path, manifest: Manifest) -> None:
+    """Check all files of a checkpoint, each rank its share; every rank raises or none."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    mine = _fair_share(manifest, rank, ranks)
+    found = differences(folder, manifest.files, mine)
+    if rank == 0:
+        extra = unlisted(folder, manifest.files, NOT_LISTED)
+        found |= dict.fromkeys(extra, f"is not among those of {MANIFEST_NAME}")
+    gathered: list[dict[str, str]] = [{} for _ in range(ranks)]
+    dist.all_gather_object(gathered, found)
+    _refuse(
+        folder,
+        {name: what for part in gathered for name, what in part.items()},
+        "bring the files back, or set checkpoint.fallback=true to go on from the checkpoint before",
+    )
+
+
+def _fair_share(manifest: Manifest, rank: int, ranks: int) -> list[str]:
+    """Deal the files out, largest first, in turns."""
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
+    return by_size[rank::ranks]
+
+
+def _refuse(folder: Path, found: dict[str, str], remedy: str) -> None:
+    if not found:
+        return
+    told = [f"{name} {what}" for name, what in sorted(found.items())[:MOST_NAMED]]
+    if len(found) > MOST_NAMED:
+        told.append(f"and {len(found) - MOST_NAMED} more files")
+    raise CheckpointError(f"{folder} is damaged: {', '.join(told)}; {remedy}")
