@@ -16,7 +16,7 @@ PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python
 	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
 
-.PHONY: install dev pretrain pretrain-3d test test-slow lint format gpu-check aot bench docs clean
+.PHONY: install dev pretrain pretrain-3d test test-slow test-faults lint format gpu-check aot bench docs clean
 
 install: $(VENV)/.installed $(TORCH_EXTENSIONS_DIR)/.built
 dev: install $(VENV)/.installed-dev
@@ -62,6 +62,10 @@ test: lint
 
 test-slow: dev
 	pytest -m "slow and not gpu"
+
+# Sixty kills at random moments and 500 flipped bytes, within 30 minutes; KILLS=200 does more.
+test-faults: dev
+	pytest -m faults -s --timeout 3600
 
 # On a machine with a GPU, at most ten minutes: parity of the fused loss on its whole matrix, the
 # benchmark against peers, a tiny bf16 pre-training with triton; a table of figures at the end.

@@ -65,9 +65,9 @@ def run_world(world_size, function, *args, timeout=300):
     deadline = time.monotonic() + timeout
     try:
         while any(worker.is_alive() for worker in workers):
-            failed = [path for path in folder.glob("*.pickle") if _load(path)[0] == "error"]
+            failed = [path for path in folder.glob("*.pickle") if load_result(path)[0] == "error"]
             if failed:
-                raise RuntimeError(f"rank {failed[0].stem} failed:\n{_load(failed[0])[1]}")
+                raise RuntimeError(f"rank {failed[0].stem} failed:\n{load_result(failed[0])[1]}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"a world of {world_size} did not end in {timeout} s")
             time.sleep(0.02)
@@ -76,7 +76,7 @@ def run_world(world_size, function, *args, timeout=300):
             path = folder / f"{rank}.pickle"
             if not path.exists():
                 raise RuntimeError(f"rank {rank} died with {workers[rank].exitcode}")
-            state, value = _load(path)
+            state, value = load_result(path)
             if state == "error":
                 raise RuntimeError(f"rank {rank} failed:\n{value}")
             results.append(value)
@@ -88,5 +88,5 @@ def run_world(world_size, function, *args, timeout=300):
             worker.join()
 
 
-def _load(path):
+def load_result(path):
     return pickle.loads(path.read_bytes())

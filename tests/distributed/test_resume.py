@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import gloo_world
@@ -21,36 +20,6 @@ CLOCK_AND_MEMORY = {
     "mfu",
     "peak_memory_bytes",
 }
-WORDS = ("the", "a", "sea", "ship", "whale", "sails", "under", "grey", "wind", "and", "far")
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    """Prepare a small corpus of both modes."""
-    from megatron_mode.__main__ import run_verb
-
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(5)
-
-    def sentence():
-        return " ".join(draw.choices(WORDS, k=12)) + ". "
-
-    with open(folder / "prose.jsonl", "w") as lines:
-        for number in range(60):
-            text = "".join(sentence() for _ in range(6))
-            print(json.dumps({"id": str(number), "text": text}), file=lines)
-    with open(folder / "chat.jsonl", "w") as lines:
-        for number in range(60):
-            messages = [
-                {"role": "user", "content": f"say {sentence()}?"},
-                {"role": "assistant", "content": sentence()},
-            ]
-            print(json.dumps({"id": str(number), "messages": messages}), file=lines)
-    root = folder / "prepared"
-    inputs = [str(folder / "prose.jsonl"), str(folder / "chat.jsonl")]
-    arguments = ["--out", str(root), "--vocab-size", "330", "--valid-share", "0.2"]
-    assert run_verb(["prepare", "--input", *inputs, *arguments]) == 0
-    return root
 
 
 def metrics(run_dir):
@@ -59,12 +28,12 @@ def metrics(run_dir):
 
 
 @pytest.fixture(scope="module")
-def runs(data_root, tmp_path_factory):
+def runs(small_corpus, tmp_path_factory):
     """Run once without a break and once cut off in the middle of step 5 and started again."""
     folder = tmp_path_factory.mktemp("runs")
-    whole = resume_rank.make_config(data_root, folder / "whole")
+    whole = resume_rank.make_config(small_corpus, folder / "whole")
     gloo_world.run_world(4, resume_rank.run_training, whole)
-    broken = resume_rank.make_config(data_root, folder / "broken")
+    broken = resume_rank.make_config(small_corpus, folder / "broken")
     with pytest.raises(RuntimeError, match="died with 9"):
         gloo_world.run_world(4, resume_rank.run_training, broken, 4)
     cut_off = metrics(folder / "broken")
@@ -106,9 +75,9 @@ def test_a_resumed_run_ends_with_the_same_weights_and_summary(runs):
 
 
 @pytest.mark.distributed
-def test_only_the_newest_checkpoints_are_kept(data_root, runs, tmp_path):
+def test_only_the_newest_checkpoints_are_kept(small_corpus, runs, tmp_path):
     config = resume_rank.make_config(
-        data_root,
+        small_corpus,
         tmp_path / "run",
         parallel={"tensor": 1, "pipeline": 1},
         checkpoint={"every_steps": 1, "keep": 2},
@@ -120,12 +89,12 @@ def test_only_the_newest_checkpoints_are_kept(data_root, runs, tmp_path):
 
 
 @pytest.mark.distributed
-def test_another_config_is_refused_with_its_differing_keys(data_root, runs):
+def test_another_config_is_refused_with_its_differing_keys(small_corpus, runs):
     folder, _ = runs
-    config = resume_rank.make_config(data_root, folder / "whole")
+    config = resume_rank.make_config(small_corpus, folder / "whole")
 
     def changed(**sections):
-        return resume_rank.make_config(data_root, folder / "whole", **sections)
+        return resume_rank.make_config(small_corpus, folder / "whole", **sections)
 
     whole_run = {"dir": str(folder / "whole"), "steps": 6, "threads": 1}
     cases = [

@@ -1,0 +1,63 @@
+"""What each rank does in the tests of damaged checkpoints: try to go on, say what it was told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def apply(damage, checkpoints):
+    """Damage a file as `damage` says; return what brings the old state back."""
+    kind, name, *where = damage
+    path = Path(checkpoints) / name
+    old = path.read_bytes()
+    if kind == "flip":
+        at, change = where
+        path.write_bytes(old[:at] + bytes([old[at] ^ change]) + old[at + 1 :])
+    elif kind == "cut":
+        path.write_bytes(old[: where[0]])
+    elif kind == "add":
+        extra = path.with_name(where[0])
+        extra.write_bytes(b"x")
+        return extra.unlink
+    else:
+        path.unlink()
+    return lambda: path.write_bytes(old)
+
+
+def attempts(process, config, damages):
+    """Try to resume under each damage; return what each said, and last where the sound one went."""
+    from megatron_mode.checkpoint.probe import Probe
+    from megatron_mode.checkpoint.record import OrderRecord
+    from megatron_mode.checkpoint.resume import resume
+    from megatron_mode.errors import CheckpointError
+    from megatron_mode.mix.corpus import build_train_reader
+    from megatron_mode.train import prepare_run
+
+    run = prepare_run(config, process)
+    probe = Probe(run.order, build_train_reader(run.config, run.corpus, run.order))
+    said = []
+    for damage in [*damages, None]:
+        undo = None
+        if run.engine.rank == 0 and damage is not None:
+            undo = apply(damage, run.folder / "checkpoints")
+        dist.barrier()
+        record = OrderRecord.start(run.config, run.corpus, run.order)
+        try:
+            step, _ = resume(run.engine, run.folder, record, run.order, probe)
+            said.append(f"went on at step {step}")
+        except CheckpointError as error:
+            said.append(str(error))
+        dist.barrier()
+        if undo is not None:
+            undo()
+        dist.barrier()
+    return said
+
+
+def go_on(process, config):
+    """Train on, as a user who starts the run again does."""
+    from megatron_mode.train import train
+
+    train(config, process)

@@ -1,0 +1,184 @@
+"""A checkpoint with a changed byte, a missing file or smuggled code is never gone on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+
+import damage_rank
+import gloo_world
+import pytest
+import resume_rank
+import torch
+
+CHECKPOINT = "step-00000006"
+
+
+@pytest.fixture(scope="module")
+def trained(small_corpus, tmp_path_factory):
+    """Train six steps at TP 2 PP 2, saving after the third and the sixth."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = resume_rank.make_config(small_corpus, folder / "run")
+    gloo_world.run_world(4, resume_rank.run_training, config)
+    return config, folder / "run"
+
+
+def files_of(run):
+    return sorted((run / "checkpoints" / CHECKPOINT).iterdir())
+
+
+def random_flips(run, count, seed):
+    """Draw single-byte flips of random files, `latest` among them."""
+    draw = random.Random(seed)
+    paths = [*files_of(run), run / "checkpoints" / "latest"]
+    flips = []
+    for _ in range(count):
+        path = draw.choice(paths)
+        at, change = draw.randrange(path.stat().st_size), draw.randrange(1, 256)
+        flips.append(("flip", str(path.relative_to(run / "checkpoints")), at, change))
+    return flips
+
+
+def check_refused(config, run, damages):
+    """Every rank has to name file and tag for each damage, and go on without."""
+    results = gloo_world.run_world(4, damage_rank.attempts, config, damages)
+    for said in results:
+        assert said[-1] == "went on at step 6"
+        for (kind, name, *where), sentence in zip(damages, said[:-1], strict=True):
+            path = run / "checkpoints" / name
+            missing = where[0] if kind == "add" else path.name
+            assert missing in sentence, (kind, name, where, sentence)
+            assert CHECKPOINT in sentence, (kind, name, where, sentence)
+            assert "went on" not in sentence
+
+
+@pytest.mark.distributed
+def test_every_changed_cut_or_missing_file_is_told(trained):
+    config, run = trained
+    names = [str(path.relative_to(run / "checkpoints")) for path in files_of(run)]
+    sizes = [path.stat().st_size for path in files_of(run)]
+    assert len(names) == 4 * 2 + 4 + 4 + 3  # layers, module states, optimizer states, the rest
+    damages = [("remove", name) for name in names]
+    damages += [("cut", name, size // 2) for name, size in zip(names, sizes, strict=True)]
+    damages += [("cut", name, size - 1) for name, size in zip(names, sizes, strict=True)]
+    damages += [("add", names[0], "layer_00-model_02-model_states.pt")]
+    check_refused(config, run, damages + random_flips(run, 60, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.distributed
+def test_500_random_flips_are_told(trained):
+    config, run = trained
+    check_refused(config, run, random_flips(run, 500, seed=2))
+
+
+class Bomb:
+    """Run a command when it is unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def seal(folder):
+    """Write digests anew, as an attacker would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    text = json.dumps(manifest)
+    (folder / "manifest.json").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer_01-model_00-model_states.pt",
+        "mp_rank_03_model_states.pt",
+        "zero_pp_rank_0_mp_rank_01_optim_states.pt",
+    ],
+)
+def test_a_file_that_smuggles_code_is_refused_by_name(trained, tmp_path, name):
+    """The digests are those of the bomb: only the reading itself can refuse."""
+    config, run = trained
+    run = shutil.copytree(run, tmp_path / "run")
+    path, mark = run / "checkpoints" / CHECKPOINT / name, tmp_path / "went off"
+    state = torch.load(path, weights_only=False)
+    torch.save({**state, "bomb": Bomb(f"touch '{mark}'")}, path)
+    seal(path.parent)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run)})})
+    with pytest.raises(RuntimeError, match=rf"{name} is refused: .*posix\.system"):
+        gloo_world.run_world(4, damage_rank.go_on, config)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists(), "the bomb is one"
+
+
+@pytest.mark.distributed
+def test_fallback_goes_on_from_the_checkpoint_before_and_ends_alike(trained, tmp_path):
+    config, run = trained
+    whole = (run / "metrics.jsonl").read_text()
+    run = shutil.copytree(run, tmp_path / "run")
+    path = run / "checkpoints" / CHECKPOINT / "mp_rank_00_model_states.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    config = resume_rank.make_config(
+        config.data.root, run, checkpoint={"every_steps": 3, "keep": 2, "fallback": True}
+    )
+    gloo_world.run_world(4, damage_rank.go_on, config)
+    losses = [json.loads(line)["loss"] for line in whole.splitlines()]
+    again = (run / "metrics.jsonl").read_text()
+    assert [json.loads(line)["loss"] for line in again.splitlines()] == losses
+    assert (run / "checkpoints" / f"{CHECKPOINT}.damaged").is_dir()
+    assert (run / "checkpoints" / CHECKPOINT).is_dir()
+
+
+@pytest.mark.distributed
+def test_waiting_for_the_writer_changes_no_byte_of_the_state(trained, tmp_path):
+    """What is written in the background equals what is written while training waits."""
+    config, run = trained
+    waits = resume_rank.make_config(
+        config.data.root,
+        tmp_path / "run",
+        checkpoint={
+            "every_steps": 1,
+            "keep": 1,
+            "asynchronous": False,
+            "permanent_every_steps": 4,
+        },
+    )
+    gloo_world.run_world(4, resume_rank.run_training, waits)
+    folders = [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")]
+    assert sorted(folders) == ["step-00000004", "step-00000006"]
+    compared = 0
+    for path in files_of(run):
+        if path.suffix == ".pt":
+            other = tmp_path / "run" / "checkpoints" / CHECKPOINT / path.name
+            same(torch.load(path, weights_only=False), torch.load(other, weights_only=False), path)
+            compared += 1
+    assert compared == 16
+
+
+def same(one, other, path):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            if key != "ds_config":
+                same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for a, b in zip(one, other, strict=True):
+            same(a, b, path)
