@@ -105,10 +105,8 @@ def kill_once(config, draw, longest_seconds):
     for worker in workers:
         worker.join(30)
         assert not worker.is_alive()
-    errors = [p for p in folder.glob("*.pickle") if gloo_world._load(p)[0] == "error"]
-    refused = [
-        gloo_world._load(p)[1] for p in errors if "CheckpointError" in gloo_world._load(p)[1]
-    ]
+    told = [gloo_world.load_result(path) for path in folder.glob("*.pickle")]
+    refused = [text for state, text in told if state == "error" and "CheckpointError" in text]
     assert not refused, refused[0]
     return was_alive
 
