@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -200,6 +201,8 @@ def wait_to_speak(environment: Mapping[str, str]) -> bool:
         return _is_rank_0(environment) if failures is None else failures == 1
     if _is_rank_0(environment):
         return True
+    # There is nothing to save: a launcher that sees rank 0 leave may end this process at once.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(OUTLAST_SECONDS)
     return environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID")) == "0"
 
