@@ -23,7 +23,7 @@ from megatron_mode.engine.launch import (
     quiet_libraries,
     wait_to_speak,
 )
-from megatron_mode.engine.stopping import STOPPED, StopRequest
+from megatron_mode.engine.stopping import STOPPED, Reason, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,9 +40,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse(arguments)
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], request: StopRequest) -> int:
     """Train; what is wrong with the command line, config or data is told before torch loads."""
-    request = StopRequest().listen()
     options = parse_arguments(arguments)
     process = identify(os.environ)
     if process.rank == 0:
@@ -76,7 +75,11 @@ def run(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run; return 0 done, 75 stopped and saved, 2 for a mistake that one process names."""
-    status = exit_status(lambda: run(arguments), lambda error: wait_to_speak(os.environ))
+    request = StopRequest().listen()
+    status = exit_status(
+        lambda: run(arguments, request),
+        lambda error: wait_to_speak(os.environ, lambda: request.reason is Reason.SIGTERM),
+    )
     if status not in (0, STOPPED):
         outlast_peers(os.environ)
     return status

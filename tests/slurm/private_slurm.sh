@@ -75,8 +75,8 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=node[1-2] NodeHostname=controller NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=16 RealMemory=16000 Gres=gpu:8 State=UNKNOWN
-PartitionName=main Nodes=node[1-2] Default=YES MaxTime=60 PriorityTier=1 GraceTime=60 PreemptMode=REQUEUE
-PartitionName=urgent Nodes=node[1-2] MaxTime=60 PriorityTier=10 PreemptMode=OFF
+PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60 PreemptMode=REQUEUE
+PartitionName=urgent Nodes=node[1-2] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 CONF
 
 # --- start, run, stop --------------------------------------------------------------------------
