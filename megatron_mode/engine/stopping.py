@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # the program listens for signals before it imports what take
 
 # Exit status of a run that was stopped early and has saved: EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
-# A save near the end of a job may meet those of other jobs that end then.
-SAVE_FACTOR = 1.5
+# A save that is under way in the background must end before the last one begins.
+SAVE_FACTOR = 2.0
 REMEMBERED = 8
 
-Work = Literal["step", "step with evaluation", "save"]
+Work = Literal["step", "step with evaluation"]
 
 
 class Reason(IntEnum):
@@ -117,21 +117,22 @@ class Stopping:
         self._finish_factor = finish_factor
         self._since_seconds = time.monotonic()
 
-    def after_step(self, done: int) -> Reason:
-        """Return why the run stops after step `done`, evaluation included, or NONE."""
+    def after_step(self, done: int, save_seconds: float) -> Reason:
+        """Return why the run stops after step `done`, evaluation included, or NONE.
+
+        `save_seconds` is how long the last checkpoint took until it was whole, 0 before the first.
+        """
         now = time.monotonic()
         self.durations.note(self._kind(done), now - self._since_seconds)
         self._since_seconds = now
-        return self._agreed(self.limit.is_near(now, self._ahead_seconds(done), self._save_seconds))
+        return self._agreed(self.limit.is_near(now, self._ahead_seconds(done), save_seconds))
 
     def after_save(self, stop: Reason) -> Reason:
-        """Return why the run stops at the checkpoint just written, `stop` where that is known.
+        """Return why the run stops at the checkpoint just begun, `stop` where that is known.
 
-        A signal that came during the save is met by it: it needs no further step and save.
+        A signal that came meanwhile is met by it: it needs no further step and save.
         """
-        now = time.monotonic()
-        self.durations.note("save", now - self._since_seconds)
-        self._since_seconds = now
+        self._since_seconds = time.monotonic()
         return stop or self._agreed(is_time_up=False)
 
     def sentence(self, reason: Reason, done: int) -> str:
@@ -144,10 +145,6 @@ class Stopping:
     def _agreed(self, is_time_up: bool) -> Reason:
         mine = max(self._request.reason, Reason.TIME_LIMIT if is_time_up else Reason.NONE)
         return Reason(self._largest_over_ranks(mine))
-
-    @property
-    def _save_seconds(self) -> float:
-        return self.durations.longest("save")
 
     def _ahead_seconds(self, done: int) -> float:
         """Expect how long it takes until the run can next stop after step `done`."""
