@@ -131,7 +131,7 @@ def test_the_newest_few_durations_of_a_kind_count():
 
 
 @given(
-    limit=st.integers(200, 2000),
+    limit=st.integers(200, 600),
     step=st.integers(1, 30),
     evaluation=st.integers(0, 60),
     save=st.integers(1, 40),
