@@ -41,7 +41,7 @@ def whole(cluster, run_file, tmp_path_factory):
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "0"), (
         cluster.log(job)
     )
-    assert "Layout(tensor=1, pipeline=1, data=2)" in cluster.log(job)
+    assert "tensor 1 x pipeline 1 x data 2" in cluster.log(job)
     assert (run_dir / "report.html").exists()
     found = metrics(run_dir)
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
@@ -126,7 +126,6 @@ WRONG = {
     "python in the batch script": "python launch/pretrain.py",
     "deepspeed without a hostfile": "deepspeed --launcher slurm launch/pretrain.py",
     "deepspeed on one node": "deepspeed --num_gpus 1 launch/pretrain.py",
-    "srun of fewer tasks": "srun --nodes=1 --ntasks=1 python launch/pretrain.py",
     "torchrun on one node": "torchrun --nproc-per-node 2 launch/pretrain.py",
 }
 
@@ -153,3 +152,38 @@ def test_a_mistake_is_told_once_and_not_requeued(cluster, run_file, tmp_path):
     facts = cluster.wait(job)
     assert (facts["ExitCode"], facts["Restarts"]) == ("2:0", "0"), cluster.log(job)
     assert cluster.log(job).count("model.kv_heads is 3") == 1, cluster.log(job)
+
+
+@pytest.mark.slow
+def test_a_profile_leaves_its_figures_and_no_checkpoint(cluster, run_file, tmp_path):
+    arguments = ("--config", run_file, "run.eval_every_steps=0", "run.steps=100000")
+    job = cluster.submit(
+        *ONE_TASK,
+        "launch/slurm/profile.sbatch",
+        *arguments,
+        MODE_BENCH="--dtype fp32 --shape 64 32 256 --rounds 1 --head-rounds 0 --only torch",
+        MODE_PROFILE=str(tmp_path / "profile"),
+        MODE_SECONDS="20",
+    )
+    assert cluster.wait(job)["ExitCode"] == "0:0", cluster.log(job)
+    assert "N=64 D=32 V=256" in cluster.log(job)
+    assert '"step_seconds"' in (tmp_path / "profile/metrics.jsonl").read_text()
+    assert not (tmp_path / "profile/checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_an_array_prepares_the_shards_of_a_corpus(cluster, run_file, tmp_path):
+    given = run_file.parent
+    words = f"--tokenizer {given}/data/tokenizer.model --valid-share 0.3 --input {given}/in.jsonl"
+    variables = {"MODE_OUT": str(tmp_path / "out"), "MODE_ARGS": words}
+    job = cluster.submit(
+        "--array=0-1",
+        *("--cpus-per-task=1", "--mem=1G", "--time=5"),
+        "launch/slurm/prepare-array.sbatch",
+        **variables,
+    )
+    for task in range(2):
+        assert cluster.wait(f"{job}_{task}")["ExitCode"] == "0:0", cluster.log(f"{job}_{task}")
+    merge = cluster.submit("--wrap", f"megatron-mode merge --out {tmp_path}/out")
+    assert cluster.wait(merge)["ExitCode"] == "0:0", cluster.log(merge)
+    assert (tmp_path / "out/books.bin").exists()
