@@ -1,6 +1,6 @@
 """Start a process of a run: read who we are from the launcher, join the group, choose the device.
 
-This is the only place that reads launcher variables. `deepspeed` and `torchrun` set RANK,
+Only this file and `job_end` read launcher variables. `deepspeed` and `torchrun` set RANK,
 WORLD_SIZE and LOCAL_RANK; `srun` sets SLURM_* instead; plain `python` sets nothing and is alone.
 """
 

@@ -12,11 +12,13 @@ def run_training(process, config, moment=None, ranks=(), signals=("SIGUSR1",)):
     """Train; the ranks named get the signals in the middle of `moment`.
 
     A moment is ("step", n) for the n-th step, ("evaluation", n) or ("save", n), counted from 1 in
-    this process. Returns (name of the reason, saves begun).
+    this process. Files of checkpoints are written slowly, so that a save is still under way in the
+    steps after it. Returns (name of the reason, saves begun).
     """
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     from megatron_mode import train as training
+    from megatron_mode.checkpoint import writer
     from megatron_mode.engine.step import Engine
     from megatron_mode.engine.stopping import StopRequest
 
@@ -41,6 +43,12 @@ def run_training(process, config, moment=None, ranks=(), signals=("SIGUSR1",)):
                 os.kill(os.getpid(), number)
                 time.sleep(0.002)
 
+    def written_slowly(*args):
+        time.sleep(0.3)
+        return save_tensors(*args)
+
+    save_tensors = writer.save_tensors
+    writer.save_tensors = written_slowly
     Engine.train_step = signalled("step", Engine.train_step)
     training.evaluate = signalled("evaluation", training.evaluate)
     PipelineEngine.save_checkpoint = signalled("save", PipelineEngine.save_checkpoint)
