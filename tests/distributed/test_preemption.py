@@ -15,7 +15,7 @@ import gloo_world
 import preemption_rank
 import pytest
 import resume_rank
-from test_resume import data_root, metrics  # noqa: F401  # a fixture
+from test_resume import metrics
 
 from megatron_mode.config import dump_config
 
@@ -23,9 +23,9 @@ SCRIPT = gloo_world.ROOT / "launch" / "pretrain.py"
 DEADLINE_SECONDS = 120
 
 
-def make_config(data_root, folder, **run):  # noqa: F811
+def make_config(small_corpus, folder, **run):
     run = {"steps": 6, "eval_every_steps": 2, "eval_rows": 4, "threads": 1, **run}
-    return resume_rank.make_config(data_root, folder, run={"dir": str(folder), **run})
+    return resume_rank.make_config(small_corpus, folder, run={"dir": str(folder), **run})
 
 
 def is_unfinished(folder):
@@ -46,20 +46,20 @@ STARTS = [
 
 
 @pytest.mark.distributed
-def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(data_root, tmp_path):  # noqa: F811
+def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(small_corpus, tmp_path):
     whole, often = tmp_path / "whole", tmp_path / "often"
-    gloo_world.run_world(4, preemption_rank.run_training, make_config(data_root, whole))
+    gloo_world.run_world(4, preemption_rank.run_training, make_config(small_corpus, whole))
     expected = metrics(whole)
     assert [line["step"] for line in expected] == [1, 2, 3, 4, 5, 6]
     for moment, ranks, signals, run, reason, step, saves in STARTS:
-        config = make_config(data_root, often, **run)
+        config = make_config(small_corpus, often, **run)
         arguments = (config, moment, ranks, signals)
         ended = gloo_world.run_world(4, preemption_rank.run_training, *arguments)
         assert ended == [(reason, saves)] * 4
         assert metrics(often) == expected[:step]
         assert (often / "checkpoints/latest").read_text().strip() == f"step-{step:08d}"
         assert is_unfinished(often)
-    config = make_config(data_root, often)
+    config = make_config(small_corpus, often)
     assert gloo_world.run_world(4, preemption_rank.run_training, config) == [("NONE", 0)] * 4
     assert metrics(often) == expected
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (whole, often))
@@ -126,10 +126,10 @@ def saved_step(run_dir):
     return json.loads((run_dir / "checkpoints" / manifest).read_text())["step"]
 
 
-def endless(data_root, run_dir):  # noqa: F811
+def endless(small_corpus, run_dir):
     """Return the config of a run that only a signal ends, two ranks in a pipeline."""
     return resume_rank.make_config(
-        data_root,
+        small_corpus,
         run_dir,
         run={"dir": str(run_dir), "steps": 100_000, "eval_every_steps": 0, "threads": 1},
         parallel={"tensor": 1, "pipeline": 2},
@@ -138,9 +138,9 @@ def endless(data_root, run_dir):  # noqa: F811
 
 
 @pytest.mark.distributed
-def test_under_deepspeed_a_signalled_rank_or_launcher_loses_no_step(data_root, tmp_path):  # noqa: F811
+def test_under_deepspeed_a_signalled_rank_or_launcher_loses_no_step(small_corpus, tmp_path):
     run_dir = tmp_path / "run"
-    config = endless(data_root, run_dir)
+    config = endless(small_corpus, run_dir)
     starter = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"]
 
     first = Launched([*starter, str(free_port())], config, run_dir, tmp_path / "first.log")
@@ -165,9 +165,9 @@ def test_under_deepspeed_a_signalled_rank_or_launcher_loses_no_step(data_root, t
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_under_torchrun_a_signalled_rank_or_agent_loses_no_step(data_root, tmp_path):  # noqa: F811
+def test_under_torchrun_a_signalled_rank_or_agent_loses_no_step(small_corpus, tmp_path):
     run_dir = tmp_path / "run"
-    config = endless(data_root, run_dir)
+    config = endless(small_corpus, run_dir)
     starter = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     first = Launched([*starter, str(free_port())], config, run_dir, tmp_path / "first.log")
     first.after(2)

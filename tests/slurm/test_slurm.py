@@ -100,26 +100,31 @@ def test_a_time_limit_is_learned_from_slurm_and_one_process_trains_the_same(
         assert one["rows_by_source"] == two["rows_by_source"]
 
 
-def test_an_array_trains_each_variant_in_a_folder_of_its_own(cluster, run_file, tmp_path):
-    variants = tmp_path / "variants.txt"
-    variants.write_text("run.seed=7 run.steps=4\nloss.mode_weight=0.5 run.steps=3\n")
+def test_an_array_trains_each_variant_and_requeues_only_the_task_that_stopped(
+    cluster, run_file, tmp_path
+):
+    """The number of the last task is that of the array, which stands for all tasks."""
+    variants, runs = tmp_path / "variants.txt", tmp_path / "runs"
+    variants.write_text("run.seed=7 run.steps=4\nloss.mode_weight=0.5\n")
     job = cluster.submit(
         *ONE_TASK,
         "--array=0-1",
         "launch/slurm/experiment-array.sbatch",
-        tmp_path / "runs",
+        runs,
         *("--config", run_file, "run.eval_every_steps=0"),
         MODE_VARIANTS=str(variants),
     )
-    tasks = [f"{job}_{task}" for task in range(2)]
-    for task in tasks:
-        assert cluster.wait(task)["ExitCode"] == "0:0", cluster.log(task)
-    summaries = [
-        json.loads((tmp_path / f"runs/{task}/summary.json").read_text()) for task in range(2)
-    ]
-    assert [summary["steps"] for summary in summaries] == [4, 3]
-    assert "seed: 7" in (tmp_path / "runs/0/config.yaml").read_text()
-    assert "mode_weight: 0.5" in (tmp_path / "runs/1/config.yaml").read_text()
+    short, stopped = f"{job}_0", f"{job}_1"
+    after_steps(cluster, stopped, runs / "1", 5)
+    assert cluster.facts(stopped)["JobId"] == job
+    cluster.call("scancel", "--signal=USR1", stopped)
+    for task, restarts in ((short, "0"), (stopped, "1")):
+        facts = cluster.wait(task)
+        assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", restarts), cluster.log(task)
+    steps = [json.loads((runs / f"{n}/summary.json").read_text())["steps"] for n in range(2)]
+    assert steps == [4, STEPS]
+    assert "seed: 7" in (runs / "0/config.yaml").read_text()
+    assert "mode_weight: 0.5" in (runs / "1/config.yaml").read_text()
 
 
 WRONG = {
