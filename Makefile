@@ -16,7 +16,7 @@ PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python
 	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
 
-.PHONY: install dev pretrain pretrain-3d test test-slow test-faults lint format gpu-check aot bench docs clean
+.PHONY: install dev pretrain pretrain-3d test test-slow test-faults test-slurm slurm lint format gpu-check aot bench docs clean
 
 install: $(VENV)/.installed $(TORCH_EXTENSIONS_DIR)/.built
 dev: install $(VENV)/.installed-dev
@@ -57,7 +57,7 @@ lint: dev
 	mypy
 	lint-imports
 
-test: lint
+test: lint slurm
 	pytest -m "not slow and not gpu"
 
 test-slow: dev
@@ -66,6 +66,16 @@ test-slow: dev
 # Sixty kills at random moments and 500 flipped bytes, within 30 minutes; KILLS=200 does more.
 test-faults: dev
 	pytest -m faults -s --timeout 3600
+
+# The shipped batch files under a real Slurm on this machine, in private namespaces; needs root.
+test-slurm: dev slurm
+	MEGATRON_MODE_REQUIRE_SLURM=1 pytest -m slurm tests/slurm --durations 0
+
+# Debian's Slurm, where root may install it: 12 s. Without it the tests that need it say so.
+slurm:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v slurmctld && command -v munged; } >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		slurm-wlm munge iproute2 util-linux >/dev/null || echo "note: Slurm could not be installed" >&2; fi
 
 # On a machine with a GPU, at most ten minutes: parity of the fused loss on its whole matrix, the
 # benchmark against peers, a tiny bf16 pre-training with triton; a table of figures at the end.

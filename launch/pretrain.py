@@ -1,7 +1,8 @@
 """Train: `deepspeed launch/pretrain.py --config configs/run/X.yaml [key.path=value ...]`.
 
 `torchrun`, `srun python` and plain `python` start it too. It resumes by itself from the newest
-checkpoint of the run folder.
+checkpoint of the run folder. SIGTERM, SIGUSR1 or a near time limit stop it after a step, saved, and
+it leaves with exit status 75: start it again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from megatron_mode.__main__ import BAD_INPUT, CommandParser, exit_status
+from megatron_mode.engine.job_end import job_end_seconds
 from megatron_mode.engine.launch import (
     has_peer_failed,
     identify,
@@ -21,6 +23,7 @@ from megatron_mode.engine.launch import (
     quiet_libraries,
     wait_to_speak,
 )
+from megatron_mode.engine.stopping import STOPPED, Reason, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,10 +40,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse(arguments)
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], request: StopRequest) -> int:
     """Train; what is wrong with the command line, config or data is told before torch loads."""
     options = parse_arguments(arguments)
     process = identify(os.environ)
+    if process.rank == 0:
+        request.job_end_seconds = job_end_seconds(os.environ)
     from megatron_mode.config import check_world_size, load_config
     from megatron_mode.mix.corpus import check_corpus
     from megatron_mode.report.writers import check_writable
@@ -56,7 +61,7 @@ def run(arguments: list[str]) -> int:
     from megatron_mode.train import train
 
     try:
-        train(config, process)
+        stop = train(config, process, request)
     except OSError as error:
         # A write to a full disk names no file; whatever a run writes lies in its folder.
         error.filename = error.filename or config.run.dir
@@ -65,13 +70,17 @@ def run(arguments: list[str]) -> int:
         if has_peer_failed(os.environ):
             return BAD_INPUT
         raise
-    return 0
+    return STOPPED if stop else 0
 
 
 def main(arguments: list[str]) -> int:
-    """Run; return the exit status: 0 done, 2 for a mistake that one process names in a sentence."""
-    status = exit_status(lambda: run(arguments), lambda error: wait_to_speak(os.environ))
-    if status:
+    """Run; return 0 done, 75 stopped and saved, 2 for a mistake that one process names."""
+    request = StopRequest().listen()
+    status = exit_status(
+        lambda: run(arguments, request),
+        lambda error: wait_to_speak(os.environ, lambda: request.reason is Reason.SIGTERM),
+    )
+    if status not in (0, STOPPED):
         outlast_peers(os.environ)
     return status
 

@@ -22,6 +22,7 @@ from megatron_mode.engine.accelerators import accelerator_table
 from megatron_mode.engine.build import build_engine, build_mesh, join_group
 from megatron_mode.engine.launch import Process
 from megatron_mode.engine.step import Engine
+from megatron_mode.engine.stopping import Reason, Stopping, StopRequest
 from megatron_mode.mix.corpus import (
     Corpus,
     build_order,
@@ -37,7 +38,7 @@ from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.model.size import parameters
 from megatron_mode.report.evaluate import evaluate_source
-from megatron_mode.report.finish import finish_run
+from megatron_mode.report.finish import FINAL_ROWS_FACTOR, finish_run
 from megatron_mode.report.line import StepTimer, metrics_line
 from megatron_mode.report.valid import valid_metrics
 from megatron_mode.report.writers import MetricsWriter, write_environment
@@ -59,8 +60,11 @@ class Run:
         return self.engine.rank == 0
 
 
-def train(config: Config, process: Process) -> None:
-    """Run a training run to its end, from its newest checkpoint when it has one."""
+def train(config: Config, process: Process, request: StopRequest | None = None) -> Reason:
+    """Run a training run from its newest checkpoint to its end, or until it is asked to stop.
+
+    Returns why it stopped early, with the last step saved; Reason.NONE where it came to its end.
+    """
     run = prepare_run(config, process)
     config, engine = run.config, run.engine
     record = OrderRecord.start(config, run.corpus, run.order)
@@ -71,6 +75,10 @@ def train(config: Config, process: Process) -> None:
         announce(run, first_step, notes)
     writer = MetricsWriter(run.folder, first_step or None) if run.reports else None
     timer = StepTimer()
+    stopping = Stopping(
+        request, config.run, engine.largest_over_ranks, finish_factor=FINAL_ROWS_FACTOR
+    )
+    stop, done = Reason.NONE, first_step
     with progress_bar(run, first_step) as progress:
         for batch in steps(run, first_step):
             timer.start()
@@ -87,16 +95,21 @@ def train(config: Config, process: Process) -> None:
                 progress.set_postfix(shown, refresh=False)
                 progress.update()
             checkpoints.check()
-            if due(done, config.checkpoint.every_steps) or done == config.run.steps:
+            stop = stopping.after_step(done, checkpoints.save_seconds)
+            if stop or due(done, config.checkpoint.every_steps) or done == config.run.steps:
                 checkpoints.save(done, record)
+                stop = stopping.after_save(stop)
+            if stop:
+                break
             timer.stop()
     checkpoints.wait()
     if writer is not None:
         writer.close()
-    summary = finish_run(engine, run.folder, run.corpus)
+    summary = {} if stop else finish_run(engine, run.folder, run.corpus)
     if run.reports:
-        print(closing_lines(summary))
+        print(stopping.sentence(stop, done) if stop else closing_lines(summary))
     dist.barrier()
+    return stop
 
 
 def prepare_run(config: Config, process: Process) -> Run:

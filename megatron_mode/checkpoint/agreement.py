@@ -18,6 +18,7 @@ FREE_KEYS = (
     "run.steps",
     "run.eval_every_steps",
     "run.eval_rows",
+    "run.time_",
     "run.threads",
     "data.",
     "mix.valid.",

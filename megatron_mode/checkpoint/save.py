@@ -41,8 +41,7 @@ LONGEST_PAUSE_SECONDS = 0.25
 class Checkpoints:
     """Save the checkpoints of a run, one at a time.
 
-    `save_seconds` is how long the last one took until this rank learned that it was whole, 0.0
-    before the first.
+    `save_seconds` is, on rank 0, how long the last one took until it was whole, 0.0 before that.
     """
 
     def __init__(self, engine: Engine, run_dir: Path, tokenizer: Path, probe: Probe) -> None:
@@ -100,8 +99,6 @@ class Checkpoints:
         """Wait until the last checkpoint is whole; CheckpointError on all ranks if it failed."""
         if self._saves:
             self._failure = self._await(self._key("end")).decode() or None
-            if self._began:
-                self.save_seconds, self._began = time.perf_counter() - self._began, 0.0
         self.check()
 
     def _key(self, name: object) -> str:
@@ -127,6 +124,7 @@ class Checkpoints:
             except Exception as error:  # told by the training loop, as above
                 self._failure = write_failure(partial, error)
                 shutil.rmtree(partial, ignore_errors=True)
+            self.save_seconds = time.perf_counter() - self._began
             self._store.set(self._key("end"), self._failure or "")
 
     def _finish(self, partial: Path, manifest: Manifest) -> None:

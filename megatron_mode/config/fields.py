@@ -166,6 +166,12 @@ class RunConfig(Section):
     """Rows read from each held-out source in one evaluation."""
     threads: CountOrZero = 0
     """CPU threads a process uses; 0 shares the machine's cores among its ranks."""
+    time_limit_seconds: Positive | None = None
+    """Seconds after its start by which a process has saved and left; unset: the end of its Slurm
+    job, where there is one. The earlier of the two counts."""
+    time_margin_seconds: NonNegative = 60.0
+    """Seconds that stay free before the time limit, beyond the learned time of a step and a save;
+    a first save must fit in them."""
 
 
 class Config(Section):

@@ -114,6 +114,15 @@ def _check_seed(seed: int) -> Iterator[str]:
         yield f"run.seed is {seed}: accepted is at most 2**63 - 1; use a smaller one"
 
 
+def _check_time_limit(limit_seconds: float | None, margin_seconds: float) -> Iterator[str]:
+    if limit_seconds is not None and limit_seconds <= margin_seconds:
+        yield (
+            f"run.time_limit_seconds is {limit_seconds:g}: accepted is more than "
+            f"run.time_margin_seconds = {margin_seconds:g}, or every start would stop after one "
+            "step; raise it or lower the margin"
+        )
+
+
 def _check_learning_rate(optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
     wsd = optimizer.schedule == "wsd"
     if optimizer.min_learning_rate > optimizer.learning_rate:
@@ -143,6 +152,7 @@ RULES = (
     Rule(("model.layers", "parallel.pipeline"), _check_pipeline),
     Rule(("batch",), _check_batch),
     Rule(("run.seed",), _check_seed),
+    Rule(("run.time_limit_seconds", "run.time_margin_seconds"), _check_time_limit),
     *MIX_RULES,
     Rule(("optimizer", "run.steps"), _check_learning_rate),
 )

@@ -1,6 +1,6 @@
 """Start a process of a run: read who we are from the launcher, join the group, choose the device.
 
-This is the only place that reads launcher variables. `deepspeed` and `torchrun` set RANK,
+Only this file and `job_end` read launcher variables. `deepspeed` and `torchrun` set RANK,
 WORLD_SIZE and LOCAL_RANK; `srun` sets SLURM_* instead; plain `python` sets nothing and is alone.
 """
 
@@ -12,7 +12,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,20 +187,25 @@ def cpu_threads(requested: int, local_world_size: int) -> int:
     return requested or max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
-def wait_to_speak(environment: Mapping[str, str]) -> bool:
+def wait_to_speak(environment: Mapping[str, str], is_sent_away: Callable[[], bool]) -> bool:
     """Wait for this process's turn to say what went wrong; False where a peer says it.
 
     Before the group is joined all processes meet the same mistake, and launchers end a run as soon
     as one leaves it: rank 0 speaks at once, the others stay, and after a while the first of each
-    machine speaks, which may lack what rank 0 has. Afterwards the first that fails speaks: the
-    mistake may be that of one process, such as a full disk.
+    machine speaks, which may lack what rank 0 has; unless the launcher, which saw rank 0 leave, has
+    sent this process away by SIGTERM. Afterwards the first that fails speaks: the mistake may be
+    that of one process, such as a full disk.
     """
     if _is_joined():
         failures = _add_failures(1)
         return _is_rank_0(environment) if failures is None else failures == 1
     if _is_rank_0(environment):
         return True
-    time.sleep(OUTLAST_SECONDS)
+    deadline = time.monotonic() + OUTLAST_SECONDS
+    while time.monotonic() < deadline:
+        if is_sent_away():
+            return False
+        time.sleep(0.02)
     return environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID")) == "0"
 
 

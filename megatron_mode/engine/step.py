@@ -168,6 +168,12 @@ class Engine:
         dist.all_reduce(total)
         return total.cpu()
 
+    def largest_over_ranks(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks hold, on every rank."""
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
     def _scales(self, micro_batches: list[MicroBatch]) -> LossScales:
         weights = torch.zeros(2, dtype=torch.float64)
         for batch in micro_batches:
