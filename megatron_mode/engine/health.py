@@ -32,6 +32,11 @@ class Verdict(NamedTuple):
     first_left_out: int = 0
     """For a rollback: the first step that it leaves out; the step itself is the last."""
 
+    @property
+    def is_left_out(self) -> bool:
+        """Tell whether the step's update is not applied."""
+        return self.action != "apply"
+
 
 APPLY = Verdict("apply")
 

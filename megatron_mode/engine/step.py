@@ -127,6 +127,8 @@ class Engine:
         self.accumulation_steps = accumulation_steps(config, layout.data)
         self.blocked_shares = BlockedShares()
         self.judge = HealthJudge(config.health)
+        self.gradient_square: Tensor | None = None
+        """Sum of squares of this rank's part of the newest gradient, fp64 with one element."""
         self._step, self._verdict = 0, APPLY
         install_gate(pipeline_engine, self._lets_through)
 
@@ -157,7 +159,7 @@ class Engine:
             group["lr"] = rate
         loss = self.deepspeed.train_batch(data_iter=_pairs(micro_batches))
         norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
-        if self._verdict.action != "apply":
+        if self._verdict.is_left_out:
             norm = math.nan
         return StepResult(float(loss), norm, rate, self.step_loss.outputs, self._verdict)
 
@@ -193,12 +195,12 @@ class Engine:
         numbers = torch.zeros(2, dtype=torch.float64, device=self.device)
         if self.computes_loss and self.at.tensor == 0:
             numbers[0] = self.step_loss.loss_sum
-        numbers[1:] = gradient_square
+        numbers[1:] = self.gradient_square = gradient_square
         dist.all_reduce(numbers)
         loss_sum, square = numbers.tolist()
         loss = loss_sum / (self.accumulation_steps * self.layout.data)
         self._verdict = self.judge.decide(self._step, loss, square)
-        return self._verdict.action == "apply"
+        return not self._verdict.is_left_out
 
     def _scales(self, micro_batches: list[MicroBatch]) -> LossScales:
         weights = torch.zeros(2, dtype=torch.float64)
