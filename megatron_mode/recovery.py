@@ -133,12 +133,15 @@ class Recovery:
 
     def _stop_sentence(self, verdict: Verdict) -> str:
         key = "spike" if verdict.kind == "loss_spike" else "non_finite"
-        policy = getattr(self.engine.config.health, key)
+        health = self.engine.config.health
+        rule = f"health.{key} is {getattr(health, key)}"
+        if getattr(health, key) != "stop":
+            rule = f"health.max_skips is {health.max_skips}"
         return (
-            f"step {self.step}: {verdict.reason}; health.{key} is {policy}, so the run stops and "
-            f"saves nothing of this step. {self.folder / HEALTH_FILE} names its rows and "
-            f"documents; to go on without it set health.leave_out_steps=[{self.step}], or "
-            f"health.{key} to skip or rollback, and start the run again"
+            f"step {self.step}: {verdict.reason}; {rule}, so the run stops and saves nothing of "
+            f"this step. {self.folder / HEALTH_FILE} names its rows and documents; to go on "
+            f"without it set health.leave_out_steps=[{self.step}], or health.{key} to skip or "
+            "rollback, and start the run again"
         )
 
     def _tell_stall(self, sentence: str) -> None:

@@ -39,8 +39,9 @@ def gradient_square(deepspeed: Any) -> Tensor:
     gradients = local_gradients(deepspeed)
     if not gradients:
         return torch.zeros(1, dtype=torch.float64, device=deepspeed.device)
-    norms = torch.stack(torch._foreach_norm(gradients))
-    return norms.float().square().sum(dtype=torch.float32).double().reshape(1)
+    # The square leaves fp32 where the norm that clipping needs would: both are infinite then.
+    square = torch.nn.utils.get_total_norm(gradients).float().square()
+    return square.double().reshape(1)
 
 
 def local_gradients(deepspeed: Any) -> list[Tensor]:

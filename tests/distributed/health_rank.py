@@ -48,12 +48,18 @@ def run_several(process, runs):
     """Train each (config, poison) in turn; return how each ended, None or the sentence."""
     from megatron.core import parallel_state
 
+    from megatron_mode.checkpoint.save import Checkpoints
     from megatron_mode.errors import HealthError
     from megatron_mode.train import train
 
     ends = []
-    for config, poison in runs:
-        with poisoned(process, poison):
+    key = Checkpoints._key
+    for number, (config, poison) in enumerate(runs):
+        # The store of the group has one namespace, and a process takes part in one run.
+        numbered = mock.patch.object(
+            Checkpoints, "_key", lambda self, name, n=number: f"{n}/{key(self, name)}"
+        )
+        with poisoned(process, poison), numbered:
             try:
                 train(config, process)
                 ends.append(None)
