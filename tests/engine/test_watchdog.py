@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ STALL_SECONDS = 0.5
 
 
 @pytest.fixture
-def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Stand for a group of one rank; note the end of a run instead of exiting."""
     monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 20)
@@ -28,7 +28,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         self._ended.wait()
 
     monkeypatch.setattr(Watchdog, "_end_run", note)
-    yield event
+    return event
 
 
 def test_beats_keep_a_run_alive_and_silence_ends_it(ended: threading.Event, tmp_path: Path) -> None:
