@@ -145,7 +145,7 @@ class Recovery:
         )
 
     def _tell_stall(self, sentence: str) -> None:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        print(f"\nerror: {sentence}", file=sys.stderr, flush=True)  # below the progress bar
         self._append("stall", sentence, "stop")
 
     def _append(self, kind: str, reason: str, action: str, **more: object) -> None:

@@ -65,7 +65,11 @@ def updates_left_out(optimizer: Any) -> Iterator[None]:
     """
     changes: dict[str, Any] = {"step": lambda: None}
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        changes = {"check_grad_overflow": True, "has_overflow": lambda partition_gradients: True}
+        changes = {
+            "check_grad_overflow": True,
+            "has_overflow": lambda partition_gradients: True,
+            "_update_scale": lambda overflow: None,  # says that gradients are not finite
+        }
     before = {name: vars(optimizer)[name] for name in changes if name in vars(optimizer)}
     vars(optimizer).update(changes)
     try:

@@ -1,4 +1,4 @@
-"""What each rank does in the health tests: train several runs in turn, some of them poisoned."""
+"""What each rank does in the health tests: train, with a poisoned step or a broken reader."""
 
 from __future__ import annotations
 
@@ -44,29 +44,17 @@ def poisoned(process, poison):
         yield
 
 
-def run_several(process, runs):
-    """Train each (config, poison) in turn; return how each ended, None or the sentence."""
-    from megatron.core import parallel_state
-
-    from megatron_mode.checkpoint.save import Checkpoints
+def run_poisoned(process, config, poison=None):
+    """Train; return None, or the sentence that ended the run."""
     from megatron_mode.errors import HealthError
     from megatron_mode.train import train
 
-    ends = []
-    key = Checkpoints._key
-    for number, (config, poison) in enumerate(runs):
-        # The store of the group has one namespace, and a process takes part in one run.
-        numbered = mock.patch.object(
-            Checkpoints, "_key", lambda self, name, n=number: f"{n}/{key(self, name)}"
-        )
-        with poisoned(process, poison), numbered:
-            try:
-                train(config, process)
-                ends.append(None)
-            except HealthError as error:
-                ends.append(str(error))
-        parallel_state.destroy_model_parallel()
-    return ends
+    with poisoned(process, poison):
+        try:
+            train(config, process)
+        except HealthError as error:
+            return str(error)
+    return None
 
 
 def run_with_a_broken_reader(process, config, error, after):
