@@ -9,7 +9,7 @@ import health_rank
 import pytest
 import resume_rank
 import torch
-from test_resume import data_root, metrics  # noqa: F401  # a fixture
+from test_resume import metrics
 
 from megatron_mode.__main__ import run_verb
 
@@ -32,14 +32,14 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def runs(data_root, tmp_path_factory):  # noqa: F811
+def runs(small_corpus, tmp_path_factory):
     """Run all of them; return folder and ends by run."""
     folder = tmp_path_factory.mktemp("health")
     ends = {name: [] for name in RUNS}
     for name, starts in RUNS.items():
         for layout, steps, what, health, every_steps in starts:
             config = resume_rank.make_config(
-                data_root,
+                small_corpus,
                 folder / name,
                 run={"dir": str(folder / name), "steps": steps, "eval_every_steps": 0},
                 health=health,
@@ -198,11 +198,11 @@ def test_the_order_is_verified_with_what_was_left_out(runs, capsys):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("error", [SystemExit(), OSError(5, "Input/output error")])
-def test_a_reader_that_dies_ends_the_run_in_a_sentence(error, data_root, tmp_path):  # noqa: F811
+def test_a_reader_that_dies_ends_the_run_in_a_sentence(error, small_corpus, tmp_path):
     """Started again without the cause, the run goes on to the metrics of an undisturbed one."""
     run = tmp_path / "run"
     config = resume_rank.make_config(
-        data_root,
+        small_corpus,
         run,
         parallel={"tensor": 1, "pipeline": 1},
         run={"dir": str(run), "steps": 5, "eval_every_steps": 0},
