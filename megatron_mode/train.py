@@ -97,7 +97,7 @@ def train(config: Config, process: Process) -> None:
             if due(done, config.checkpoint.every_steps) or done == config.run.steps:
                 checkpoints.save(done, record)
             timer.stop()
-    checkpoints.wait()
+        checkpoints.wait()
     if writer is not None:
         writer.close()
     summary = finish_run(engine, run.folder, run.corpus)
