@@ -126,8 +126,9 @@ def exit_status(
 ) -> int:
     """Run a program and return its exit status; a user's mistake is one sentence, no traceback.
 
-    Bad input, a full disk or a read-only target give 2, Ctrl-C 130, a closed pipe 141. Our own bugs
-    keep their traceback. `speaks(error)` is false in a process whose peers print the sentence.
+    Bad input, a full disk or a read-only target give 2, a stop by a policy of `health` 3, Ctrl-C
+    130, a closed pipe 141. Our own bugs keep their traceback. `speaks(error)` is false in a process
+    whose peers print the sentence.
     """
 
     def say(sentence: str, error: BaseException) -> None:
@@ -139,7 +140,7 @@ def exit_status(
         sys.stdout.flush()
     except MegatronModeError as error:
         say(f"error: {error}", error)
-        return BAD_INPUT
+        return error.exit_status
     except KeyboardInterrupt as error:
         say("interrupted", error)
         return INTERRUPTED

@@ -4,6 +4,8 @@
 class MegatronModeError(Exception):
     """Report a mistake that the user can mend; programs print one sentence and exit with 2."""
 
+    exit_status = 2
+
 
 class ConfigError(MegatronModeError):
     """Report a configuration or a command line that cannot run."""
@@ -15,3 +17,9 @@ class DataError(MegatronModeError):
 
 class CheckpointError(MegatronModeError):
     """Report a checkpoint that is missing, damaged or belongs to another run."""
+
+
+class HealthError(MegatronModeError):
+    """Report that training ended because a step cannot be right (a policy of `health`)."""
+
+    exit_status = 3

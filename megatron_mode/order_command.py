@@ -220,12 +220,15 @@ def verify_answer(opened: Opened, run: Path, *, show_progress: bool) -> tuple[di
         "verified": str(run),
         "checkpoints": [manifest.step for manifest in manifests],
         "order_digest": digest,
+        "skips": manifests[-1].skips,
         "hashed_bytes": size_bytes,
     }
     text = (
         f"{run}: {len(manifests)} checkpoints up to step {steps} agree with the order "
         f"(digest {digest[:12]}); {size_bytes:,} bytes of sources are as they were prepared"
     )
+    if manifests[-1].skips:
+        text += f"\nupdates left out: steps {', '.join(map(str, manifests[-1].skips))}"
     return answer, text
 
 

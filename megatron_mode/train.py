@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -37,6 +37,7 @@ from megatron_mode.mix.order import Order
 from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.model.size import parameters
+from megatron_mode.recovery import Recovery
 from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import FINAL_ROWS_FACTOR, finish_run
 from megatron_mode.report.line import StepTimer, metrics_line
@@ -79,11 +80,17 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
         request, config.run, engine.largest_over_ranks, finish_factor=FINAL_ROWS_FACTOR
     )
     stop, done = Reason.NONE, first_step
-    with progress_bar(run, first_step) as progress:
-        for batch in steps(run, first_step):
+    recovery = Recovery(engine, run.corpus, run.order, record, probe, checkpoints)
+    with progress_bar(run, first_step) as progress, recovery.watch():
+        for batch in recovery.steps(lambda step: steps(run, step), first_step):
             timer.start()
             result = engine.train_step(batch.step, batch.micro_batches)
-            record.update(batch.step, batch.rows)
+            back_to = recovery.goes_back_to(batch, result)
+            if back_to is not None:
+                writer = writer and writer.rewound(back_to)
+                progress.update(back_to - batch.step)
+                continue
+            record.update(batch.step, batch.rows, left_out=result.verdict.is_left_out)
             done = batch.step + 1
             line = metrics_line(engine, run.order, batch, result, timer)
             line["checkpoint_stall_seconds"] = checkpoints.take_stall_seconds()
@@ -102,7 +109,7 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
             if stop:
                 break
             timer.stop()
-    checkpoints.wait()
+        checkpoints.wait()
     if writer is not None:
         writer.close()
     summary = {} if stop else finish_run(engine, run.folder, run.corpus)
@@ -119,7 +126,7 @@ def prepare_run(config: Config, process: Process) -> Run:
     order = build_order(config, corpus)
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    join_group(process, config.run.threads)
+    join_group(process, config.run.threads, config.health.stall_seconds)
     layout = build_mesh(config, process.world_size)
     engine = build_engine(config, layout, corpus.vocabulary.vocab_size)
     return Run(config, folder, corpus, order, engine)
@@ -161,7 +168,7 @@ def progress_bar(run: Run, first_step: int) -> tqdm[NoReturn]:
     )
 
 
-def steps(run: Run, first_step: int) -> Iterator[StepBatch]:
+def steps(run: Run, first_step: int) -> Generator[StepBatch, None, None]:
     """Give the remaining steps; ranks in the middle of the pipeline get them without tokens."""
     config, engine = run.config, run.engine
     global_rows = config.batch.global_rows

@@ -23,6 +23,7 @@ FREE_KEYS = (
     "data.",
     "mix.valid.",
     "checkpoint.",
+    "health.",
     "batch.micro_rows",
     "parallel.activation_checkpointing",
     "loss.check_targets",
@@ -96,6 +97,9 @@ def _changed_past(manifest: Manifest, config: Config) -> list[str]:
     old_steps = int(manifest.config["run"]["steps"])
     if config.run.steps < manifest.step:
         return [f"run.steps is {config.run.steps} but {manifest.step} steps are already taken"]
+    planned = {step for step in config.health.leave_out_steps if step < manifest.step}
+    if missed := planned.difference(manifest.skips):
+        return [f"health.leave_out_steps names step {min(missed)}, whose update is taken already"]
     samples = {*range(min(manifest.step, 1000)), *range(0, manifest.step, 997), manifest.step - 1}
     for step in sorted(samples - {-1}):
         old = learning_rate(config.optimizer, step, old_steps)

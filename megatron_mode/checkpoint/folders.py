@@ -78,6 +78,17 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def forget_after(checkpoints: Path, step: int) -> Path | None:
+    """Remove the checkpoints of more than `step` steps; return the newest of the others."""
+    finished = finished_checkpoints(checkpoints)
+    kept = [folder for folder in finished if step_of(folder) <= step]
+    if kept and kept != finished:
+        write_whole(checkpoints / LATEST_NAME, kept[-1].name + "\n")
+        for folder in reversed(finished[len(kept) :]):
+            remove(folder)
+    return kept[-1] if kept else None
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, which keeps it but counts it no more; return its new name."""
     aside = folder.with_name(folder.name + DAMAGED)

@@ -38,6 +38,10 @@ class Manifest:
     blocked_shares: tuple[float, float]
     versions: dict[str, str]
     probe: dict[str, Any]
+    skips: list[int] = field(default_factory=list)
+    """Steps whose updates were left out, by `health`; the order's digest holds them too."""
+    recent_losses: list[float] = field(default_factory=list)
+    """What `health` judges the next steps by."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -107,6 +111,8 @@ def _checked(manifest: Manifest) -> Manifest:
         "order": dict,
         "order_digest": str,
         "probe": dict,
+        "skips": list,
+        "recent_losses": list,
     }
     for name, kind in kinds.items():
         if not isinstance(getattr(manifest, name), kind):

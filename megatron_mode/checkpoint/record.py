@@ -30,15 +30,18 @@ class OrderRecord:
         self.digest = OrderDigest()
         self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT_STEPS + 1)
         self.recent.append((0, self.digest.hex))
+        self.skips: list[int] = []
+        """Steps taken whose updates were left out, ascending."""
 
     @classmethod
     def start(cls, config: Config, corpus: Corpus, order: Order) -> OrderRecord:
         """Begin the record of a run."""
         return cls(order_settings(config, corpus, order), order.edits)
 
-    def update(self, step: int, rows: Rows) -> None:
-        """Append step `step` (0-based)."""
-        self.digest.update(rows, self._edits)
+    def update(self, step: int, rows: Rows, *, left_out: bool = False) -> None:
+        """Append step `step` (0-based); `left_out` tells that it did not update the weights."""
+        self.digest.update(rows, self._edits, left_out=left_out)
+        self.skips += [step] if left_out else []
         self.recent.append((step + 1, self.digest.hex))
 
     def restore(self, manifest: Manifest, order: Order, global_rows: int) -> None:
@@ -50,7 +53,7 @@ class OrderRecord:
         replay = OrderDigest(digest)
         for done, expected in rest:
             rows = order.rows((done - 1) * global_rows, done * global_rows)
-            replay.update(rows, self._edits)
+            replay.update(rows, self._edits, left_out=done - 1 in manifest.skips)
             if replay.hex != expected:
                 raise CheckpointError(
                     f"the rows of step {done} are not those that the checkpoint of step "
@@ -61,6 +64,7 @@ class OrderRecord:
         assert step == manifest.step, "the newest link is the checkpoint's own"
         self.digest = replay
         self.recent = deque(manifest.recent_digests, maxlen=RECENT_STEPS + 1)
+        self.skips = list(manifest.skips)
 
 
 def make_manifest(
@@ -80,6 +84,8 @@ def make_manifest(
         blocked_shares=(engine.blocked_shares.lm, engine.blocked_shares.mode),
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         probe=probe,
+        skips=list(record.skips),
+        recent_losses=list(engine.judge.losses),
     )
 
 

@@ -50,6 +50,7 @@ def resume(
         record.restore(manifest, order, config.batch.global_rows)
         restore(engine, newest)
         engine.blocked_shares = BlockedShares(*manifest.blocked_shares)
+        engine.judge.restore(manifest.recent_losses, manifest.skips)
         try:
             found = probe.measure(engine)
             check_probe(manifest.probe, found, manifest.precision, str(newest))

@@ -68,17 +68,24 @@ def _difference(key: str, given: Any, saved: Any) -> str:
 
 def replay(order: Order, global_rows: int, manifests: Sequence[Manifest], report: Report) -> str:
     """Chain the digest from row 0 on and compare it at every checkpoint; return the last one."""
-    digest, step = OrderDigest(), 0
+    digest, step, skips = OrderDigest(), 0, list[int]()
     for manifest in manifests:
+        if [skip for skip in manifest.skips if skip < step] != skips:
+            raise CheckpointError(
+                f"the checkpoint of step {manifest.step} left out the updates of steps "
+                f"{manifest.skips}, the one of step {step} those of {skips}: they are not of one "
+                "run; name the run's own folder"
+            )
         if manifest.step * global_rows > order.total_rows:
             raise CheckpointError(
                 f"the checkpoint of step {manifest.step} lies beyond the order's "
                 f"{order.total_rows // global_rows} steps; name the config of the run"
             )
-        for rows in rows_of_steps(order, step, manifest.step, global_rows):
-            digest.update(rows, order.edits)
+        ahead = rows_of_steps(order, step, manifest.step, global_rows)
+        for number, rows in enumerate(ahead, start=step):
+            digest.update(rows, order.edits, left_out=number in manifest.skips)
             report(1)
-        step = manifest.step
+        step, skips = manifest.step, manifest.skips
         if digest.hex != manifest.order_digest:
             raise CheckpointError(
                 f"the rows replayed up to step {step} have digest {digest.hex[:12]}, but the "

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megatron_mode.config.health import HealthConfig
 from megatron_mode.config.mix import MixConfig
 from megatron_mode.config.section import Count, CountOrZero, NonNegative, Positive, Section
 
@@ -195,3 +196,5 @@ class Config(Section):
     """The optimizer."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """The checkpoints."""
+    health: HealthConfig = HealthConfig()
+    """What to do about bad steps and stalls."""

@@ -13,6 +13,7 @@ from megatron_mode.config.fields import (
     OptimizerConfig,
     ParallelConfig,
 )
+from megatron_mode.config.health import HealthConfig
 from megatron_mode.config.mix_rules import MIX_RULES, Rule
 from megatron_mode.errors import ConfigError
 
@@ -145,6 +146,21 @@ def _check_learning_rate(optimizer: OptimizerConfig, steps: int) -> Iterator[str
         )
 
 
+def _check_health(health: HealthConfig, steps: int) -> Iterator[str]:
+    named = list(health.leave_out_steps)
+    if named != sorted(set(named)) or (named and named[-1] >= steps):
+        yield (
+            f"health.leave_out_steps is {named}: accepted are ascending steps from 0 to run.steps "
+            f"- 1 = {steps - 1}; correct them"
+        )
+    rolls_back = "rollback" in (health.non_finite, health.spike)
+    if rolls_back and health.rollback_steps > health.max_skips:
+        yield (
+            f"health.rollback_steps is {health.rollback_steps}: accepted is at most "
+            f"health.max_skips = {health.max_skips}, or the first rollback stops the run; lower it"
+        )
+
+
 RULES = (
     Rule(("model.hidden_size", "model.attention_heads", "model.kv_heads"), _check_heads),
     Rule(("model.vocab_size",), _check_vocabulary),
@@ -155,4 +171,5 @@ RULES = (
     Rule(("run.time_limit_seconds", "run.time_margin_seconds"), _check_time_limit),
     *MIX_RULES,
     Rule(("optimizer", "run.steps"), _check_learning_rate),
+    Rule(("health", "run.steps"), _check_health),
 )

@@ -36,8 +36,11 @@ def choose_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.run.precision == "bf16" else torch.float32
 
 
-def join_group(process: Process, threads: int) -> None:
-    """Join the process group (nccl on GPUs, gloo on CPUs) and take this process's device."""
+def join_group(process: Process, threads: int, stall_seconds: float = 0.0) -> None:
+    """Join the process group (nccl on GPUs, gloo on CPUs) and take this process's device.
+
+    Collectives wait longer than `stall_seconds`, after which the watchdog says who is missing.
+    """
     torch.set_num_threads(cpu_threads(threads, process.local_world_size))
     backend = "gloo"
     if torch.cuda.is_available():
@@ -47,9 +50,10 @@ def join_group(process: Process, threads: int) -> None:
     # inference calls it: 300 leftovers filled a machine's memory.
     torch_backend = importlib.import_module("deepspeed.comm.torch")
     vars(torch_backend)["build_shm_op"] = lambda: None
+    timeout = GROUP_TIMEOUT + timedelta(seconds=2 * stall_seconds)
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(
-            backend, auto_mpi_discovery=False, verbose=False, timeout=GROUP_TIMEOUT
+            backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
         )
 
 

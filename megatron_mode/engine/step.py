@@ -8,6 +8,7 @@ T row length, B rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from megatron_mode.config import Config
 from megatron_mode.engine.deepspeed_config import accumulation_steps
+from megatron_mode.engine.health import APPLY, HealthJudge, Verdict
 from megatron_mode.engine.optimizer import learning_rate
 from megatron_mode.engine.topology import Coordinates, Layout
+from megatron_mode.engine.update_gate import install_gate
 from megatron_mode.kernels.mode_loss import Targets
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.loss.normalise import BlockedShares, LossScales, loss_scales, scaled_loss
@@ -44,12 +47,16 @@ class TokenOutputs(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Report a training step; `outputs` is empty on all but the last stage."""
+    """Report a training step; `outputs` is empty on all but the last stage.
+
+    A step whose update was left out has no gradient norm (NaN).
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     outputs: list[TokenOutputs]
+    verdict: Verdict = APPLY
 
 
 class StepLoss:
@@ -62,12 +69,14 @@ class StepLoss:
         self.mode_loss = mode_loss
         self.scales = LossScales(0.0, 0.0)
         self.blocking_active = False
+        self.loss_sum: Tensor | float = 0.0
         self.outputs: list[TokenOutputs] = []
 
     def start(self, scales: LossScales, blocking_active: bool) -> None:
         """Set the weights of the coming step and forget the outputs of the last."""
         self.scales = scales
         self.blocking_active = blocking_active
+        self.loss_sum = 0.0
         self.outputs = []
 
     def __call__(self, outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
@@ -99,7 +108,9 @@ class StepLoss:
                 source_B,
             )
         )
-        return scaled_loss(result.lm_sum, result.mode_sum, self.scales)
+        loss = scaled_loss(result.lm_sum, result.mode_sum, self.scales)
+        self.loss_sum = self.loss_sum + loss.detach().double()
+        return loss
 
 
 class Engine:
@@ -115,6 +126,11 @@ class Engine:
         self.device: torch.device = torch.device(pipeline_engine.device)
         self.accumulation_steps = accumulation_steps(config, layout.data)
         self.blocked_shares = BlockedShares()
+        self.judge = HealthJudge(config.health)
+        self.gradient_square: Tensor | None = None
+        """Sum of squares of this rank's part of the newest gradient, fp64 with one element."""
+        self._step, self._verdict = 0, APPLY
+        install_gate(pipeline_engine, self._lets_through)
 
     @property
     def computes_loss(self) -> bool:
@@ -127,7 +143,11 @@ class Engine:
         return self.at.pipeline == 0 or self.computes_loss
 
     def train_step(self, step: int, micro_batches: list[MicroBatch]) -> StepResult:
-        """Run step `step` (0-based) on this rank's micro-batches and update the weights."""
+        """Run step `step` (0-based) on this rank's micro-batches and update the weights.
+
+        The judge of `health` may leave the update out, on all ranks.
+        """
+        self._step = step
         tokens_seen = step * self.config.batch.global_rows * self.config.model.seq_len
         blocking = self.config.loss.blocking
         self.step_loss.start(
@@ -138,8 +158,10 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
         loss = self.deepspeed.train_batch(data_iter=_pairs(micro_batches))
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(float(loss), float(norm or 0.0), rate, self.step_loss.outputs)
+        norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        if self._verdict.is_left_out:
+            norm = math.nan
+        return StepResult(float(loss), norm, rate, self.step_loss.outputs, self._verdict)
 
     def evaluate(self, micro_batches: list[MicroBatch], count: int) -> list[TokenOutputs]:
         """Run `count` micro-batches forward only; per-token outputs on the last stage, else []."""
@@ -173,6 +195,18 @@ class Engine:
         largest = torch.tensor(number, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
+
+    def _lets_through(self, gradient_square: Tensor) -> bool:
+        """Judge the step by what all ranks saw of it."""
+        numbers = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self.computes_loss and self.at.tensor == 0:
+            numbers[0] = self.step_loss.loss_sum
+        numbers[1:] = self.gradient_square = gradient_square
+        dist.all_reduce(numbers)
+        loss_sum, square = numbers.tolist()
+        loss = loss_sum / (self.accumulation_steps * self.layout.data)
+        self._verdict = self.judge.decide(self._step, loss, square)
+        return not self._verdict.is_left_out
 
     def _scales(self, micro_batches: list[MicroBatch]) -> LossScales:
         weights = torch.zeros(2, dtype=torch.float64)

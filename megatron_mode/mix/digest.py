@@ -3,6 +3,8 @@
 d_s = SHA-256(d_(s-1) || rows of step s), d_(-1) being 32 zero bytes, and a row being four
 little-endian int64 numbers: row index, source, source row, mode. Where a step reads documents that
 edits change, as many rows of four follow: row index, source, document, -1 (drop) or -2 (replace).
+Where a health policy left the step's update out, each of its rows follows once more: row index,
+source, source row, -3.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from megatron_mode.mix.order import Rows
 from megatron_mode.mix.schedule import resolved_end_tokens
 
 START_HEX = "00" * 32
+LEFT_OUT = -3
 
 
 class DigestedSource(Protocol):
@@ -70,11 +73,18 @@ class OrderDigest:
         """Return the chain's present digest as 64 hexadecimal digits."""
         return self._digest.hex()
 
-    def update(self, rows: Rows, edits: PlannedEdits = NO_EDITS) -> None:
-        """Append the rows of one step, in order of their index (not as they were dealt)."""
+    def update(self, rows: Rows, edits: PlannedEdits = NO_EDITS, *, left_out: bool = False) -> None:
+        """Append the rows of one step, in order of their index (not as they were dealt).
+
+        `left_out` is for a step whose update was left out.
+        """
         table = np.stack([rows.row, rows.source, rows.source_row, rows.mode], axis=1)
         if edits.changed:
             table = np.concatenate([table, edits.changes(rows.row, rows.source, rows.source_row)])
+        if left_out:
+            mark = np.full_like(rows.row, LEFT_OUT)
+            again = np.stack([rows.row, rows.source, rows.source_row, mark], axis=1)
+            table = np.concatenate([table, again])
         data = np.ascontiguousarray(table, dtype="<i8").tobytes()
         self._digest = hashlib.sha256(self._digest + data).digest()
 

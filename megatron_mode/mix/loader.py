@@ -14,20 +14,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from megatron_mode.errors import ConfigError
+from megatron_mode.errors import ConfigError, DataError, MegatronModeError
 from megatron_mode.mix.floors import IntArray
 from megatron_mode.mix.order import Order, Rows
 from megatron_mode.mix.rows import RowReader
 from megatron_mode.mix.steps import steps_in_block
 
 KEPT_BLOCKS = 3
+ALIVE_EVERY_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,12 @@ class Loader:
         self._prefetch_steps = max(1, prefetch_steps)
         self._closed = False
         self._pin_memory = pin_memory
-        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="loader")
+        self._workers: list[threading.Thread] = []
+        self._pool = ThreadPoolExecutor(
+            max(1, threads),
+            thread_name_prefix="loader",
+            initializer=lambda: self._workers.append(threading.current_thread()),
+        )
         self._submit()
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -130,7 +136,8 @@ class Loader:
     def __next__(self) -> StepBatch:
         """Return the next step, and note the wait for it in `data_wait_seconds`.
 
-        An error of a worker is raised here, at the step that it belongs to, and closes the loader.
+        An error of a worker is raised here, at the step that it belongs to, and closes the loader:
+        as DataError, unless it is a sentence already.
         """
         if self._closed:
             raise RuntimeError("the loader is closed")
@@ -138,7 +145,7 @@ class Loader:
             raise StopIteration
         begin = time.perf_counter()
         try:
-            batch = self._pending.popleft().result()
+            batch = self._wait_for(self._pending.popleft())
         except BaseException:
             self.close()
             raise
@@ -164,6 +171,23 @@ class Loader:
         self._closed = True
         self._pending.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _wait_for(self, future: Future[StepBatch]) -> StepBatch:
+        """Return what a worker read; a thread that ended would leave its step undone for ever."""
+        while not wait([future], timeout=ALIVE_EVERY_SECONDS).done:
+            if not all(worker.is_alive() for worker in self._workers):
+                raise self._unreadable("a thread that reads rows has ended")
+        error = future.exception()
+        if error is None or isinstance(error, MegatronModeError):
+            return future.result()
+        raise self._unreadable(f"{type(error).__name__}: {error}") from error
+
+    def _unreadable(self, what: str) -> DataError:
+        step = self._next_step - len(self._pending) - 1
+        return DataError(
+            f"the rows of step {step} cannot be read ({what}): mend the data or the disk and start "
+            "the run again, it goes on from its newest checkpoint"
+        )
 
     def _submit(self) -> None:
         """Keep `prefetch_steps` steps in work or ready."""

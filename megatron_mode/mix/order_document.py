@@ -30,7 +30,8 @@ FORMULA = (
     "those before it leave; row j of a source is P(j mod R) of epoch j div R, P a Feistel "
     "permutation keyed by (seed, source, epoch); edits take places of their mode; digest d_s = "
     "SHA-256(d_(s-1) || int64 LE (row, source, source row, mode) of step s, then (row, source, "
-    "document, -1 dropped or -2 replaced) of changed documents read in it), d_(-1) 32 zero bytes"
+    "document, -1 dropped or -2 replaced) of changed documents read in it, then (row, source, "
+    "source row, -3) of its rows if a health policy left its update out), d_(-1) 32 zero bytes"
 )
 # Hashing more than this takes longer than a minute.
 DIGESTED_ROWS = 20_000_000

@@ -61,7 +61,9 @@ def metrics_line(
     by_source = source_sums(result.outputs, len(names))
     summed = engine.sum_over_ranks(torch.cat((blocked, by_source.reshape(-1), tokens.vector())))
     head = 4 + by_source.numel()
-    engine.blocked_shares = _blocked_shares(engine, summed[:4].tolist())
+    left_out = result.verdict.is_left_out
+    if not left_out:
+        engine.blocked_shares = _blocked_shares(engine, summed[:4].tolist())
     end_row = (batch.step + 1) * len(batch.rows)
     tokens_seen = end_row * engine.config.model.seq_len
     return {
@@ -75,6 +77,7 @@ def metrics_line(
         "learning_rate": result.learning_rate,
         **_speed(engine, len(batch.rows) * engine.config.model.seq_len, seconds),
         "data_wait_seconds": timer.data_wait_seconds,
+        **({"update_left_out": True} if left_out else {}),
     }
 
 

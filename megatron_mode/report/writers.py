@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+HEALTH_FILE = "health.jsonl"
 SUMMARY_FILE = "summary.json"
 ENVIRONMENT_FILE = "environment.json"
 TENSORBOARD_FOLDER = "tb"
@@ -52,7 +53,7 @@ class MetricsWriter:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
+        self._run_dir, path = run_dir, run_dir / METRICS_FILE
         last_step = -1 if resume_step is None else resume_step
         _drop_lines_after(path, last_step)
         self._lines = path.open("a", encoding="utf-8")
@@ -73,6 +74,11 @@ class MetricsWriter:
                 tag = f"valid/{name.removeprefix('valid_')}" if held_out else f"train/{name}"
                 self._tensorboard.add_scalar(tag, value, step)
 
+    def rewound(self, step: int) -> MetricsWriter:
+        """Close, and return the writer of a run that goes on from `step`."""
+        self.close()
+        return MetricsWriter(self._run_dir, step or None)
+
     def close(self) -> None:
         """Flush and close both files."""
         self._lines.close()
@@ -88,6 +94,12 @@ class MetricsWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def append_event(run_dir: Path, event: Mapping[str, object]) -> None:
+    """Append one object to RUN/health.jsonl; any rank may."""
+    with (run_dir / HEALTH_FILE).open("a", encoding="utf-8") as lines:
+        lines.write(_to_json(event) + "\n")
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, object]) -> Path:

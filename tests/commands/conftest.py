@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -78,6 +79,14 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def mount() -> Iterator[Callable[[Path, str], Path]]:
+    """Mount a tmpfs at a folder with these options for the time of a test."""
+    with contextlib.ExitStack() as stack:
+        mounting = contextlib.contextmanager(mounted)
+        yield lambda folder, options: stack.enter_context(mounting(folder, options))
 
 
 @pytest.fixture

@@ -21,6 +21,13 @@ def run_child(main: Any, words: list[str], more: dict[str, str], folder: Path) -
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), number)
     os.environ.update(more)
+    leave = os._exit
+
+    def note_and_leave(status: int) -> None:
+        (folder / "status").write_text(str(status))
+        leave(0)
+
+    os._exit = note_and_leave  # also for a thread that ends the process
     status = 1
     try:
         status = main(words)
@@ -28,8 +35,7 @@ def run_child(main: Any, words: list[str], more: dict[str, str], folder: Path) -
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     sys.stderr.flush()
-    (folder / "status").write_text(str(status))
-    os._exit(0)
+    os._exit(status)
 
 
 def serve() -> None:

@@ -71,6 +71,18 @@ def test_chain_equals_hashlib_row_by_row() -> None:
         assert digest.hex == previous.hex()
 
 
+def test_a_step_that_was_left_out_stands_twice() -> None:
+    rows = order_of(config_with(start="0.4")).rows(8, 16)
+    digest, plain = OrderDigest(), OrderDigest()
+    digest.update(rows, left_out=True)
+    plain.update(rows)
+    columns = (rows.row, rows.source, rows.source_row)
+    taken = [struct.pack("<4q", *(c[i] for c in columns), rows.mode[i]) for i in range(8)]
+    left = [struct.pack("<4q", *(c[i] for c in columns), -3) for i in range(8)]
+    assert digest.hex == hashlib.sha256(bytes(32) + b"".join(taken + left)).hexdigest()
+    assert digest.hex != plain.hex
+
+
 def test_resumed_chain_goes_on_and_a_changed_row_shows() -> None:
     order = order_of(config_with(start="0.4"))
     whole = OrderDigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from megatron_mode.config.mix import MixConfig
-from megatron_mode.errors import ConfigError
+from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.loader import Loader, MicroBatch, StepBatch, micro_batch
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.packing import rows_in_stream
@@ -157,11 +158,49 @@ def test_an_error_comes_up_at_its_step_and_closes(plan: tuple[Order, RowReader])
     loader = Loader(*plan, global_rows=GLOBAL_ROWS, micro_rows=2, end_step=STEPS, threads=2)
     for step in range(failing):
         assert next(loader).step == step
-    with pytest.raises(OSError, match="the disk is gone"):
+    sentence = rf"rows of step {failing} cannot be read \(OSError: the disk is gone\)"
+    with pytest.raises(DataError, match=sentence) as raised:
         next(loader)
+    assert isinstance(raised.value.__cause__, OSError)
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
+
+
+def end_thread(thread: threading.Thread, error: type[BaseException]) -> None:
+    """Raise in another thread, which is as near as Python comes to killing one."""
+    number = ctypes.c_ulong(thread.ident or 0)
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(error)) == 1
+
+
+@pytest.mark.parametrize("error", [SystemExit, MemoryError])
+def test_a_worker_killed_while_it_reads_is_told_in_a_sentence(
+    plan: tuple[Order, RowReader], error: type[BaseException]
+) -> None:
+    order, reader = plan
+    gated = GatedReader(reader)
+    loader = Loader(order, gated, global_rows=12, micro_rows=12, end_step=STEPS)
+    gated.wait_for(1)
+    end_thread(loader._workers[0], error)
+    gated.gate.set()
+    with pytest.raises(DataError, match=rf"rows of step 0 cannot be read \({error.__name__}"):
+        next(loader)
+
+
+def test_a_worker_that_is_gone_is_no_hang(plan: tuple[Order, RowReader]) -> None:
+    """The thread ends between two steps, so that nobody would ever read the next ones."""
+    order, reader = plan
+    loader = Loader(order, reader, global_rows=12, micro_rows=12, end_step=STEPS, prefetch_steps=1)
+    (worker,) = loader._workers
+    assert next(loader).step == 0
+    time.sleep(0.2)  # step 1 is read, the thread waits for more
+    end_thread(worker, SystemExit)
+    assert next(loader).step == 1  # wakes the thread, which ends before it takes step 2
+    worker.join(10)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"rows of step 2 cannot be read \(a thread .* has ended"):
+        next(loader)
+    assert time.monotonic() - begin < 5
 
 
 def test_closing_mid_run_neither_hangs_nor_leaves_threads(plan: tuple[Order, RowReader]) -> None:

@@ -18,6 +18,7 @@ from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.corpus import build_order, build_train_reader, open_corpus
 from megatron_mode.mix.exposures import exposures
 from megatron_mode.mix.order import Order
+from megatron_mode.mix.row_documents import describe_rows
 
 lengths = st.lists(st.integers(1, 14), min_size=6, max_size=14)
 
@@ -189,6 +190,7 @@ def injected_rows(order: Order, truth: Truth) -> dict[int, int]:
 def check_exposures(config: Config, corpus: Any, order: Order, rows: Any) -> None:
     """Hold `order --document` against looking at every row of the run."""
     index = {name: n for n, name in enumerate(order.source_names)}
+    described: list[Any] = describe_rows(config, corpus, order, rows)
     for document in ("web/d1", "books/d0", "chat/d2", "facts/d0", "patch/d1"):
         name, number = document.split("/d")
         if name == "patch" and name not in corpus.edits:
@@ -207,6 +209,8 @@ def check_exposures(config: Config, corpus: Any, order: Order, rows: Any) -> Non
             assert source in MODES
         assert sorted(e.row for e in found) == sorted(truth), document
         assert all(e.step == e.row // GLOBAL_ROWS for e in found)
+        in_its_place = [e.row for e in found if not e.via.startswith("in place of")]
+        assert sorted(in_its_place) == [r["row"] for r in described if document in r["documents"]]
 
 
 def rows_holding(

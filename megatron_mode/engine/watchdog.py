@@ -1,0 +1,153 @@
+"""End a run in which nothing moves any more, with the stacks of every rank that can still speak.
+
+A rank that hangs, or is stopped, leaves its peers in a collective for ever. Each rank therefore has
+a thread that counts the seconds without a beat of its training loop. The first whose patience ends
+calls the others by a file; all that run write their stacks, and who has written none, or is behind,
+has not arrived. Files, because a store of the process group lives in a rank that may be the one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+STALLED = 4
+STACKS_NAME = "stacks"
+MOST_NAMED = 8
+
+
+class Arrival(NamedTuple):
+    """Say how far a rank has come: its beats, and what it began with the last."""
+
+    beats: int
+    doing: str
+
+
+class Watchdog:
+    """Watch over the training loop of this rank; use it as a context on all ranks at once.
+
+    `stall_seconds` 0 watches nothing. Where the run stalls, the process ends with `STALLED`.
+    """
+
+    def __init__(
+        self, folder: Path, stall_seconds: float, report: Callable[[str], object] = print
+    ) -> None:
+        """Write below `folder`/stacks; one rank calls `report` with the sentence before the end."""
+        self._stacks, self._report = folder / STACKS_NAME, report
+        self._stall_seconds = stall_seconds
+        self._interval_seconds = min(max(stall_seconds / 10, 0.05), 10.0)
+        # A called rank looks for the file once an interval; network file systems show it late.
+        self._grace_seconds = min(max(stall_seconds / 10, 2.0), 60.0)
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._at = Arrival(0, "start")
+        self._ended, self._ending = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, doing: str) -> None:
+        """Note progress: this rank now begins `doing`, as its peers do."""
+        self._at = Arrival(self._at.beats + 1, doing)
+
+    def __enter__(self) -> Watchdog:
+        # Files of a stall before this start stay, and are told apart by the run's own number.
+        number = [f"{time.time_ns()}"]
+        dist.broadcast_object_list(number, src=0)
+        self._number = number[0]
+        self._call = self._stacks / f"stall-{self._number}"
+        if self._stall_seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        # The first to end tears the others out of their collectives; theirs is no error of its own.
+        if kind is not None and self._call.exists():
+            self._end_run()
+
+    def _watch(self) -> None:
+        seen, idle_seconds, before = self._at, 0.0, time.monotonic()
+        while not self._ended.wait(self._interval_seconds):
+            now = time.monotonic()
+            # While the process itself is stopped it does not wait for anybody: a laptop may sleep.
+            idle_seconds += min(now - before, 2 * self._interval_seconds)
+            before = now
+            if self._at is not seen:
+                seen, idle_seconds = self._at, 0.0
+            if idle_seconds >= self._stall_seconds or self._call.exists():
+                self._end_run()
+
+    def _end_run(self) -> None:
+        """Write the stacks, wait for those of the others, name who is missing, and exit."""
+        with self._ending:
+            try:
+                self._write_stacks()
+                arrived = self._wait_for_others()
+                if self._rank == min(arrived, default=self._rank):
+                    self._report(self._sentence(arrived))
+                    sys.stderr.flush()
+            finally:
+                os._exit(STALLED)
+
+    def _write_stacks(self) -> None:
+        self._stacks.mkdir(parents=True, exist_ok=True)
+        path = self._stacks / f"rank-{self._rank:05d}.txt"
+        unfinished = path.with_suffix(".tmp")
+        with unfinished.open("w", encoding="utf-8") as file:
+            beats, doing = self._at
+            print(f"run {self._number} rank {self._rank} beats {beats} in {doing}", file=file)
+            file.flush()
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        unfinished.replace(path)
+        self._call.touch()
+
+    def _wait_for_others(self) -> dict[int, Arrival]:
+        """Return which ranks have written their stacks after the time of grace."""
+        deadline = time.monotonic() + self._grace_seconds
+        found = self._arrivals()
+        while len(found) < self._ranks and time.monotonic() < deadline:
+            time.sleep(0.05)
+            found = self._arrivals()
+        return found
+
+    def _arrivals(self) -> dict[int, Arrival]:
+        head = re.compile(rf"run {self._number} rank (\d+) beats (\d+) in (.*)\n")
+        found = {}
+        for path in self._stacks.glob("rank-*.txt"):
+            with path.open(encoding="utf-8") as file:
+                if match := head.match(file.readline()):
+                    found[int(match[1])] = Arrival(int(match[2]), match[3])
+        return found
+
+    def _sentence(self, arrived: dict[int, Arrival]) -> str:
+        furthest = max(arrived.values(), default=self._at)
+        late = [
+            rank
+            for rank in range(self._ranks)
+            if rank not in arrived or arrived[rank].beats < furthest.beats
+        ]
+        named = ", ".join(map(str, late[:MOST_NAMED]))
+        if len(late) > MOST_NAMED:
+            named += f" and {len(late) - MOST_NAMED} more"
+        who = "all ranks are inside it"
+        if late:
+            who = f"ranks {named} have" if len(late) > 1 else f"rank {named} has"
+            who += " not arrived"
+        return (
+            f"no progress for {self._stall_seconds:g} s (health.stall_seconds) in "
+            f"{furthest.doing}: {who}; {self._stacks} holds the stacks of those that run. Mend the "
+            "cause and start the run again, it goes on from its newest checkpoint"
+        )

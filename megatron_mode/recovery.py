@@ -1,0 +1,194 @@
+"""Act on what is wrong with a step: report it, leave it out, go back to a checkpoint or stop.
+
+RUN/health.jsonl gets one object an event: the step (from 0, as `megatron-mode order --step` has
+it), what was found, what is done, and the rows of the step with their documents and losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_mode.checkpoint.probe import Probe
+from megatron_mode.checkpoint.record import OrderRecord
+from megatron_mode.checkpoint.rollback import roll_back
+from megatron_mode.checkpoint.save import Checkpoints
+from megatron_mode.engine.health import Verdict
+from megatron_mode.engine.step import Engine, StepResult
+from megatron_mode.engine.watchdog import Watchdog
+from megatron_mode.errors import CheckpointError, DataError, HealthError
+from megatron_mode.mix.corpus import Corpus
+from megatron_mode.mix.loader import StepBatch
+from megatron_mode.mix.order import Order, Rows
+from megatron_mode.mix.row_documents import describe_rows
+from megatron_mode.report.writers import HEALTH_FILE, append_event
+
+WORST_ROWS = 4
+KINDS = {DataError: "data", CheckpointError: "checkpoint", OSError: "disk"}
+Batches = Generator[StepBatch, None, None]
+
+
+@dataclass
+class Recovery:
+    """Hold what going back needs, and the step in work."""
+
+    engine: Engine
+    corpus: Corpus
+    order: Order
+    record: OrderRecord
+    probe: Probe
+    checkpoints: Checkpoints
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self._back_to: int | None = None
+        self.folder = Path(self.engine.config.run.dir)
+        stall_seconds = self.engine.config.health.stall_seconds
+        self.watchdog = Watchdog(self.folder, stall_seconds, self._tell_stall)
+
+    def steps(self, steps_from: Callable[[int], Batches], first_step: int) -> Iterator[StepBatch]:
+        """Give the steps from `first_step` on, and again from where the run went back to."""
+        start: int | None = first_step
+        while start is not None:
+            self.step = start
+            with contextlib.closing(steps_from(start)) as batches:
+                for batch in batches:
+                    self.watchdog.beat(f"step {batch.step}")
+                    yield batch
+                    self.step = batch.step + 1
+                    if self._back_to is not None:
+                        break
+            start, self._back_to = self._back_to, None
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """End the run where it stalls, and write down what breaks it, while inside."""
+        with self.watchdog:
+            try:
+                yield
+            except (DataError, CheckpointError, OSError) as error:
+                kind = next(name for kind, name in KINDS.items() if isinstance(error, kind))
+                self._append(kind, str(error), "stop", cause="".join(_cause(error)))
+                raise
+
+    def goes_back_to(self, batch: StepBatch, result: StepResult) -> int | None:
+        """Act on the step's verdict; return the step that the run went back to, None if it goes on.
+
+        Raises HealthError where the policy stops the run.
+        """
+        verdict = result.verdict
+        if verdict.kind is None:
+            return None
+        self._report(batch, result)
+        if verdict.action == "stop":
+            # What is being written is from before this step, and good.
+            self.checkpoints.wait()
+            raise HealthError(self._stop_sentence(verdict))
+        note = "its update is left out" if verdict.is_left_out else "it is only reported"
+        if verdict.action == "rollback":
+            self.checkpoints.wait()
+            self._back_to = roll_back(
+                self.engine, self.folder, self.record, self.order, self.probe, verdict
+            )
+            left_out = "".join(f" {s}" for s in range(verdict.first_left_out, self.step + 1))
+            note = f"back to step {self._back_to}, to leave out the updates of{left_out}"
+        if self.engine.rank == 0:
+            tqdm.write(f"note: step {self.step}: {verdict.reason}; {note}", file=sys.stderr)
+        return self._back_to
+
+    def _report(self, batch: StepBatch, result: StepResult) -> None:
+        """Gather what each rank knows of the step, and let rank 0 write it down."""
+        square = self.engine.gradient_square
+        mine = (
+            square is not None and bool(torch.isfinite(square)),
+            row_losses(self.engine, self.order, batch, result),
+        )
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        if self.engine.rank != 0:
+            return
+        losses = {row: loss for _, of_rank in gathered for row, loss in of_rank.items()}
+        not_finite = [rank for rank, (is_finite, _) in enumerate(gathered) if not is_finite]
+        verdict = result.verdict
+        assert verdict.kind is not None
+        self._append(
+            verdict.kind,
+            verdict.reason,
+            verdict.action if verdict.is_left_out else "report",
+            loss=result.loss,
+            ranks_with_bad_gradient=not_finite,
+            worst_rows=worst_rows(losses),
+            rows=[{**row, "loss": losses.get(row["row"])} for row in self._described(batch.rows)],
+        )
+
+    def _stop_sentence(self, verdict: Verdict) -> str:
+        key = "spike" if verdict.kind == "loss_spike" else "non_finite"
+        health = self.engine.config.health
+        rule = f"health.{key} is {getattr(health, key)}"
+        if getattr(health, key) != "stop":
+            rule = f"health.max_skips is {health.max_skips}"
+        return (
+            f"step {self.step}: {verdict.reason}; {rule}, so the run stops and saves nothing of "
+            f"this step. {self.folder / HEALTH_FILE} names its rows and documents; to go on "
+            f"without it set health.leave_out_steps=[{self.step}], or health.{key} to skip or "
+            "rollback, and start the run again"
+        )
+
+    def _tell_stall(self, sentence: str) -> None:
+        print(f"\nerror: {sentence}", file=sys.stderr, flush=True)  # below the progress bar
+        self._append("stall", sentence, "stop")
+
+    def _append(self, kind: str, reason: str, action: str, **more: object) -> None:
+        """Write an event; a full disk, which may be what it tells of, is no further error."""
+        event = {"time": time.time(), "step": self.step, "kind": kind, "action": action}
+        if "rows" not in more:
+            global_rows = self.engine.config.batch.global_rows
+            rows = self.order.rows(self.step * global_rows, (self.step + 1) * global_rows)
+            more["rows"] = self._described(rows)
+        with contextlib.suppress(OSError):
+            append_event(self.folder, {**event, "reason": reason, **more})
+
+    def _described(self, rows: Rows) -> list[dict[str, Any]]:
+        return describe_rows(self.engine.config, self.corpus, self.order, rows)
+
+
+def row_losses(
+    engine: Engine, order: Order, batch: StepBatch, result: StepResult
+) -> dict[int, float]:
+    """Return row index -> mean weighted loss of the rows that this rank was dealt."""
+    if not engine.computes_loss or engine.at.tensor:
+        return {}
+    micro_rows, readers = engine.config.batch.micro_rows, engine.layout.data
+    deal = order.deal(batch.step, len(batch.rows)).reshape(-1, readers, micro_rows)
+    found: dict[int, float] = {}
+    for dealt, output in zip(deal[:, engine.at.data], result.outputs, strict=True):
+        lm_B = _row_means(output.nll_BT, output.lm_weight_BT)
+        mode_B = _row_means(output.bce_BT, output.mode_weight_BT)
+        loss_B = lm_B + engine.config.loss.mode_weight * mode_B
+        found |= dict(zip(batch.rows.row[dealt].tolist(), loss_B.tolist(), strict=True))
+    return found
+
+
+def worst_rows(losses: dict[int, float]) -> list[int]:
+    """Return the rows whose loss is not finite; where there are none, those of the largest."""
+    broken = [row for row, loss in losses.items() if not abs(loss) < float("inf")]
+    return sorted(broken) or sorted(losses, key=lambda row: -losses[row])[:WORST_ROWS]
+
+
+def _row_means(loss_BT: torch.Tensor, weight_BT: torch.Tensor) -> torch.Tensor:
+    weight_BT = weight_BT.to(loss_BT.dtype)
+    return (loss_BT * weight_BT).sum(1) / weight_BT.sum(1).clamp(min=1e-12)
+
+
+def _cause(error: BaseException) -> list[str]:
+    return traceback.format_exception(error.__cause__) if error.__cause__ else []
