@@ -1,0 +1,136 @@
+"""Write and load checkpoints in DeepSpeed's universal format, which no layout cuts.
+
+`zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` hold every parameter whole, `zero/optimizer_state.pt`
+and `mp_rank_KK_model_states.pt` what is common. DeepSpeed's loader cuts them for the layout at hand.
+
+The folder is the one that `deepspeed.checkpoint.ds_to_universal` makes, to the last byte of every
+tensor (a test compares them), but not made by it: it joins a parameter that matches none of its
+patterns along dimension 0 without a word, writes every fragment to a file of its own first (245,000
+for a 70b model on 1,024 ranks), and takes the folder's name for a regular expression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deepspeed.checkpoint.constants import CAT_DIM, PARAM, PARAM_N_SUB_PARAMS
+from torch.utils.serialization import config as serialization
+
+from megatron_mode.atomic import sync_folder
+from megatron_mode.checkpoint.files import FileRecord, copy_durably, save_tensors
+from megatron_mode.checkpoint.native import NativeCheckpoint
+from megatron_mode.checkpoint.safe import weights_only
+from megatron_mode.engine.step import Engine
+from megatron_mode.errors import CheckpointError
+from megatron_mode.model.sharding import Cut, Whole, whole_parameters
+
+ZERO = "zero"
+COMMON = "optimizer_state.pt"
+Records = dict[str, FileRecord]
+
+
+def share_of(names: Sequence[str], index: int, count: int) -> Sequence[str]:
+    """Return the names that process `index` of `count` writes, neighbours together."""
+    return names[index * len(names) // count : (index + 1) * len(names) // count]
+
+
+def write_parameters(
+    source: NativeCheckpoint, target: Path, names: Sequence[str], threads: int
+) -> Iterator[Records]:
+    """Write the named parameters, some at a time; yield each one's records by path below target.
+
+    One thread holds one whole parameter and its moments in memory at a time.
+    """
+    for name in names:
+        source.open(name)
+    with ThreadPoolExecutor(threads, thread_name_prefix="reshard") as pool:
+        try:
+            yield from pool.map(lambda name: _write_parameter(source, target, name), names)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_common(source: NativeCheckpoint, target: Path) -> Records:
+    """Write what is not a parameter; return the records."""
+    (target / ZERO).mkdir(parents=True, exist_ok=True)
+    path = target / ZERO / COMMON
+    records = {f"{ZERO}/{COMMON}": save_tensors(source.common_state(), path)}
+    for file in source.model_files():
+        records[file.name] = copy_durably(file, target / file.name)
+    return records
+
+
+def sync_folders(target: Path) -> None:
+    """Flush the names of all files that were written."""
+    for folder in (*sorted(p for p in (target / ZERO).iterdir() if p.is_dir()), target / ZERO):
+        sync_folder(folder)
+    sync_folder(target)
+
+
+def check_parameters(engine: Engine, wholes: Mapping[str, Whole], where: Path) -> None:
+    """Raise CheckpointError where this rank's parameters are not parts of those of a folder."""
+    mine = whole_parameters(engine.deepspeed.module, engine.layout.tensor)
+    for name, whole in mine.items():
+        saved = wholes.get(name)
+        if saved != whole:
+            raise CheckpointError(
+                f"{where} holds {name} as {saved}, the model that is to load it cuts {whole}: the "
+                "checkpoint is of another model or version; name another"
+            )
+
+
+def load_universal(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Load this rank's share of a universal folder; return DeepSpeed's client state."""
+    deepspeed = engine.deepspeed
+    with weights_only(), _loading_universal(deepspeed):
+        path, client_state = deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+    if path is None:
+        raise CheckpointError(f"{folder} could not be loaded: name a finished checkpoint folder")
+    for group in deepspeed.optimizer.param_groups:
+        for parameter in group["params"]:
+            state = deepspeed.optimizer.state[parameter]
+            # DeepSpeed leaves the count on the CPU, where AdamW's fused kernel cannot read it.
+            state["step"] = state["step"].to(parameter.device)
+    found: dict[str, Any] = client_state
+    return found
+
+
+@contextmanager
+def _loading_universal(deepspeed: Any) -> Iterator[None]:
+    """Let DeepSpeed's engine load the universal format, and map files instead of reading them.
+
+    Every rank needs a part of each parameter only: mapped, the rest never leaves the disk.
+    """
+    settings = deepspeed._config
+    before = settings.load_universal_checkpoint
+    settings.load_universal_checkpoint = True
+    try:
+        with serialization.patch("load.mmap", True):
+            yield
+    finally:
+        settings.load_universal_checkpoint = before
+
+
+def _write_parameter(source: NativeCheckpoint, target: Path, name: str) -> Records:
+    folder = target / ZERO / name
+    folder.mkdir(parents=True)
+    state = source.read(name)
+    records = {}
+    for key, tensor in state.tensors.items():
+        fields = {PARAM: tensor, **_cut_fields(source.wholes[name].cut)}
+        records[f"{ZERO}/{name}/{key}.pt"] = save_tensors(fields, folder / f"{key}.pt")
+    step = state.step.clone()
+    records[f"{ZERO}/{name}/step.pt"] = save_tensors(step, folder / "step.pt")
+    return records
+
+
+def _cut_fields(cut: Cut | None) -> dict[str, int]:
+    """State a cut in the words of DeepSpeed's loader, whose default is no cut for equal shapes."""
+    if cut is None:
+        return {}
+    blocks = {PARAM_N_SUB_PARAMS: cut.blocks} if cut.blocks > 1 else {}
+    return {CAT_DIM: cut.dim, **blocks}
