@@ -24,7 +24,7 @@ from deepspeed.checkpoint.constants import (
 )
 from torch import Tensor
 
-from megatron_mode.checkpoint.writer import load_tensors
+from megatron_mode.checkpoint.safe import load_tensors, weights_only
 from megatron_mode.engine.topology import Layout
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.sharding import Whole, join_parts, part_shape
@@ -135,7 +135,8 @@ class NativeCheckpoint:
         found: dict[str, int] = {}
         for part in range(self.layout.tensor):
             path = self._model_file(stage, part)
-            groups = load_tensors(path, mmap=True).get(PARAM_SHAPES)
+            with weights_only():
+                groups = load_tensors(path, mmap=True).get(PARAM_SHAPES)
             if groups is None:
                 raise CheckpointError(
                     f"{path} does not name its parameters: parallel.zero_stage 0 saves optimizer "
@@ -170,8 +171,8 @@ class NativeCheckpoint:
     def _shard(self, stage: int, part: int, data: int) -> dict[str, Any]:
         path = self._shard_file(stage, part, data)
         if path not in self._shards:
-            state = load_tensors(path, mmap=True)[OPTIMIZER_STATE_DICT]
-            self._shards[path] = state
+            with weights_only():
+                self._shards[path] = load_tensors(path, mmap=True)[OPTIMIZER_STATE_DICT]
         return self._shards[path]
 
     def _model_file(self, stage: int, part: int) -> Path:

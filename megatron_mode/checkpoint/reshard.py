@@ -8,10 +8,10 @@ manifest it was made from and is used for no other. The checkpoint itself is onl
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -22,6 +22,7 @@ from megatron_mode.checkpoint.manifest import MANIFEST_NAME, Manifest, read_seal
 from megatron_mode.checkpoint.native import NativeCheckpoint
 from megatron_mode.checkpoint.universal import (
     Records,
+    check_parameters,
     share_of,
     sync_folders,
     write_common,
@@ -90,51 +91,83 @@ def reshard(source: Path, native: NativeCheckpoint, threads: int, report: Report
         for written in write_parameters(native, partial, native.names, threads):
             records |= written
             report(1)
-        return finish(partial, source, native, records)
+        return finish(source, native, records)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def reshard_together(engine: Engine, source: Path, manifest: Manifest) -> Path:
+def reshard_together(engine: Engine, source: Path, manifest: Manifest) -> None:
     """Make the universal folder with all ranks, each writing a share; all ranks call it.
 
     Raises CheckpointError on every rank where it fails on one.
     """
-    made: list[Path] = []
-    partial = universal_of(source).with_name(universal_of(source).name + PARTIAL)
-    with agreed(partial):
-        if engine.rank == 0:
+    rank, ranks = engine.rank, engine.layout.world_size
+    with _agreed(source):
+        if rank == 0:
             begin(source)
     records: Records = {}
-    native: NativeCheckpoint | None = None
-    with agreed(partial):
+    with _agreed(source):
         native = open_native(source, manifest, engine.layout.tensor)
-        mine = share_of(native.names, engine.rank, engine.layout.world_size)
-        if engine.rank == 0:
-            records |= write_common(native, partial)
-        for written in write_parameters(native, partial, mine, threads=1):
+        if rank == 0:
+            records |= write_common(native, partial_of(source))
+        mine = share_of(native.names, rank, ranks)
+        for written in write_parameters(native, partial_of(source), mine, threads=1):
             records |= written
-    shares: list[Records] = [{} for _ in range(engine.layout.world_size)]
+    shares: list[Records] = [{} for _ in range(ranks)]
     dist.all_gather_object(shares, records)
-    with agreed(partial):
-        if engine.rank == 0 and native is not None:
-            together = {name: record for share in shares for name, record in share.items()}
-            made.append(finish(partial, source, native, together))
-    return universal_of(source)
+    with _agreed(source):
+        if rank == 0:
+            finish(source, native, {name: of for share in shares for name, of in share.items()})
+
+
+def universal_for(engine: Engine, source: Path, manifest: Manifest, run_dir: Path) -> Path:
+    """Return a sound universal folder of a checkpoint that another layout saved.
+
+    All ranks call it. One that is there is checked and taken; else `checkpoint.reshard` decides.
+    Raises CheckpointError naming both layouts and the command that makes one.
+    """
+    folder, found = universal_of(source), _told_manifest(engine, source)
+    if found is None or not _is_sound(folder, found):
+        if engine.config.checkpoint.reshard == "never":
+            to = f"tensor={engine.layout.tensor},pipeline={engine.layout.pipeline}"
+            raise CheckpointError(
+                f"{source} was saved at {Layout(**manifest.layout)}, this run is at "
+                f"{engine.layout}: accepted is the saved layout while checkpoint.reshard is never; "
+                "set checkpoint.reshard=auto, or make it fit with `megatron-mode reshard "
+                f"{run_dir} --to {to}`"
+            )
+        reshard_together(engine, source, manifest)
+        found = _told_manifest(engine, source)
+    if found is None:
+        raise CheckpointError(f"{folder} was just made and is not sound: check the disk")
+    check_parameters(engine, found.parameters, folder)
+    return folder
+
+
+def unsound_files(folder: Path, manifest: UniversalManifest, names: Sequence[str]) -> list[str]:
+    """Say of each of the named files that is not what the manifest says what is wrong with it."""
+    found = differences(folder, manifest.files, names)
+    return [f"{name} {what}" for name, what in found.items()]
+
+
+def partial_of(source: Path) -> Path:
+    """Return the folder that becomes the universal folder of a checkpoint."""
+    folder = universal_of(source)
+    return folder.with_name(folder.name + PARTIAL)
 
 
 def begin(source: Path) -> Path:
     """Make the folder to write into, and clear away what an earlier attempt left."""
-    folder = universal_of(source)
-    partial = folder.with_name(folder.name + PARTIAL)
+    partial = partial_of(source)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     return partial
 
 
-def finish(partial: Path, source: Path, native: NativeCheckpoint, records: Records) -> Path:
+def finish(source: Path, native: NativeCheckpoint, records: Records) -> Path:
     """Seal what was written and give it its name."""
+    partial = partial_of(source)
     manifest = UniversalManifest(
         source=source.name,
         source_digest=describe(source / MANIFEST_NAME).sha256,
@@ -149,3 +182,48 @@ def finish(partial: Path, source: Path, native: NativeCheckpoint, records: Recor
         remove(folder)
     rename_durably(partial, folder)
     return folder
+
+
+def _told_manifest(engine: Engine, source: Path) -> UniversalManifest | None:
+    """Let rank 0 read the universal folder's manifest, so that all ranks know the same."""
+    found = [universal_manifest(source) if engine.rank == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _is_sound(folder: Path, manifest: UniversalManifest) -> bool:
+    """Check every file of a folder, each rank its share; the same answer on every rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
+    answers: list[list[str]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(answers, unsound_files(folder, manifest, by_size[rank::ranks]))
+    return not any(answers)
+
+
+@contextmanager
+def _agreed(source: Path) -> Iterator[None]:
+    """Raise on every rank what is raised on one inside, so that none waits for the others."""
+    failure = None
+    try:
+        yield
+    except (CheckpointError, OSError, RuntimeError) as error:
+        failure = told(source, error)
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    said = [text for text in failures if text is not None]
+    if said:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial_of(source), ignore_errors=True)
+        raise CheckpointError(said[0])
+
+
+def told(source: Path, error: Exception) -> str:
+    """Say in a sentence why a checkpoint could not be rewritten."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    free_bytes = shutil.disk_usage(source.parent).free
+    return (
+        f"{universal_of(source)} cannot be written ({reason}): the disk has {free_bytes} bytes "
+        f"left; free space and try again, {source.name} is as it was"
+    )

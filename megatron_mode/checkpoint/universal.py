@@ -1,7 +1,7 @@
 """Write and load checkpoints in DeepSpeed's universal format, which no layout cuts.
 
 `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` hold every parameter whole, `zero/optimizer_state.pt`
-and `mp_rank_KK_model_states.pt` what is common. DeepSpeed's loader cuts them for the layout at hand.
+and `mp_rank_KK_model_states.pt` what is common. DeepSpeed's loader cuts them for any layout.
 
 The folder is the one that `deepspeed.checkpoint.ds_to_universal` makes, to the last byte of every
 tensor (a test compares them), but not made by it: it joins a parameter that matches none of its
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from deepspeed.checkpoint.constants import CAT_DIM, PARAM, PARAM_N_SUB_PARAMS
 from torch.utils.serialization import config as serialization
@@ -23,7 +22,6 @@ from torch.utils.serialization import config as serialization
 from megatron_mode.atomic import sync_folder
 from megatron_mode.checkpoint.files import FileRecord, copy_durably, save_tensors
 from megatron_mode.checkpoint.native import NativeCheckpoint
-from megatron_mode.checkpoint.safe import weights_only
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.sharding import Cut, Whole, whole_parameters
@@ -83,36 +81,24 @@ def check_parameters(engine: Engine, wholes: Mapping[str, Whole], where: Path) -
             )
 
 
-def load_universal(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Load this rank's share of a universal folder; return DeepSpeed's client state."""
-    deepspeed = engine.deepspeed
-    with weights_only(), _loading_universal(deepspeed):
-        path, client_state = deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
-    if path is None:
-        raise CheckpointError(f"{folder} could not be loaded: name a finished checkpoint folder")
-    for group in deepspeed.optimizer.param_groups:
-        for parameter in group["params"]:
-            state = deepspeed.optimizer.state[parameter]
-            # DeepSpeed leaves the count on the CPU, where AdamW's fused kernel cannot read it.
-            state["step"] = state["step"].to(parameter.device)
-    found: dict[str, Any] = client_state
-    return found
-
-
 @contextmanager
-def _loading_universal(deepspeed: Any) -> Iterator[None]:
-    """Let DeepSpeed's engine load the universal format, and map files instead of reading them.
+def universal_loading(engine: Engine) -> Iterator[None]:
+    """Let DeepSpeed's `load_checkpoint` inside read a universal folder, by mapping its files.
 
     Every rank needs a part of each parameter only: mapped, the rest never leaves the disk.
     """
-    settings = deepspeed._config
-    before = settings.load_universal_checkpoint
-    settings.load_universal_checkpoint = True
+    settings, reading = engine.deepspeed._config, serialization.load
+    before = settings.load_universal_checkpoint, reading.mmap
+    settings.load_universal_checkpoint = reading.mmap = True
     try:
-        with serialization.patch("load.mmap", True):
-            yield
+        yield
     finally:
-        settings.load_universal_checkpoint = before
+        settings.load_universal_checkpoint, reading.mmap = before
+    optimizer = engine.deepspeed.optimizer
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[parameter]
+        # DeepSpeed leaves the count on the CPU, where AdamW's fused kernel cannot read it.
+        state["step"] = state["step"].to(parameter.device)
 
 
 def _write_parameter(source: NativeCheckpoint, target: Path, name: str) -> Records:

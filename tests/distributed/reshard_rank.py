@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import equality_rank
+import torch
 
 STEPS_BEFORE, STEPS_AFTER = 2, 2
 ROWS, MICRO_ROWS = 8, 2
+GENERATOR_SEED = 77
 KEYS = ("exp_avg", "exp_avg_sq")
+
+# What DeepSpeed's own converter needs to be told, written out by hand.
+PATTERNS = {
+    tied: {
+        "universal_checkpoint_version": 0.2,
+        "tp_replicated_parameter_patterns": [r".*norm\.weight$", r"5\.mode_.*"],
+        "parameter_with_row_parallelism_patterns": [r".*\.linear_(proj|fc2)\.weight$"],
+        "parameter_with_2_sub_params_cat_dim_0": [r".*\.linear_fc1\.weight$"],
+        "pipeline_replicated_parameter_patterns": [r"tied_modules\..*"] if tied else [],
+    }
+    for tied in (True, False)
+}
 
 
 def make_config(sizes, tied):
@@ -76,6 +90,7 @@ def state_of(engine):
 
 def train_and_save(process, sizes, folders):
     """For each (tied, folder): train, save, go on; return [(losses after, state when saved)]."""
+    from megatron_mode.checkpoint.save import random_state
     from megatron_mode.engine.build import join_group
 
     join_group(process, 1)
@@ -83,22 +98,34 @@ def train_and_save(process, sizes, folders):
     for tied, folder in folders:
         engine, layout = build(process, sizes, tied, layout)
         take_steps(engine, 0, STEPS_BEFORE)
-        engine.deepspeed.save_checkpoint(str(folder), tag="step-00000002", save_latest=False)
+        engine.deepspeed.module.universal_checkpoint_info = PATTERNS[tied]
+        torch.manual_seed(GENERATOR_SEED)
+        engine.deepspeed.save_checkpoint(
+            str(folder), tag="step-00000002", client_state=random_state(), save_latest=False
+        )
+        torch.manual_seed(0)
         state = state_of(engine)
         results.append((take_steps(engine, STEPS_BEFORE, STEPS_AFTER), state))
     return results
 
 
 def load_and_train(process, sizes, cases):
-    """For each (tied, universal folder): load it and go on; return [(losses, state when loaded)]."""
-    from megatron_mode.checkpoint.universal import load_universal
+    """For each (tied, universal folder): load it and go on; return losses and states."""
+    from megatron_mode.checkpoint.load import restore
     from megatron_mode.engine.build import join_group
 
     join_group(process, 1)
     layout, results = None, []
     for tied, folder in cases:
         engine, layout = build(process, sizes, tied, layout)
-        load_universal(engine, folder)
+        restore(engine, folder, universal=True)
+        drawn = torch.rand(4)
+        assert torch.equal(drawn, torch.rand(4, generator=seeded())), "generators survive"
         state = state_of(engine)
         results.append((take_steps(engine, STEPS_BEFORE, STEPS_AFTER), state))
     return results
+
+
+def seeded():
+    """Return a generator in the state that was saved."""
+    return torch.Generator().manual_seed(GENERATOR_SEED)

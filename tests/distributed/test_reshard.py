@@ -1,0 +1,210 @@
+"""A checkpoint of one layout goes on at another: same state to the bit, same losses."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from argparse import Namespace
+
+import gloo_world
+import pytest
+import reshard_rank
+import torch
+
+TAG = "step-00000002"
+LAYOUTS = [
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 2, 1),
+    (1, 1, 2),
+    (2, 2, 1),
+    (2, 1, 2),
+    (1, 2, 2),
+    (2, 2, 2),
+    (1, 4, 1),
+    (4, 1, 1),
+]
+SAMPLE = ([(2, 2, 1), (1, 1, 2)], [(1, 2, 2), (4, 1, 1), (1, 4, 1)])
+RELATIVE_TOLERANCE = 1e-6
+STATES = {"fp32", "exp_avg", "exp_avg_sq", "weight"}
+
+
+def native_checkpoint(folder, sizes, tied):
+    from megatron_mode.checkpoint.load import join_alone
+    from megatron_mode.checkpoint.native import NativeCheckpoint
+    from megatron_mode.engine.parameter_names import checkpoint_parameters
+    from megatron_mode.engine.topology import Layout
+
+    join_alone()
+    wholes = checkpoint_parameters(reshard_rank.make_config(sizes, tied).model, 1)
+    return NativeCheckpoint(folder / TAG, Layout(*sizes), wholes)
+
+
+def convert(folder, sizes, tied):
+    """Write the universal folder, without a manifest: this is below what makes one."""
+    from megatron_mode.checkpoint.universal import write_common, write_parameters
+
+    native, target = native_checkpoint(folder, sizes, tied), folder / "universal"
+    target.mkdir()
+    write_common(native, target)
+    assert len(list(write_parameters(native, target, native.names, 2))) == len(native.wholes)
+    return target
+
+
+class Sources:
+    """Train and save a layout once, tied and untied, when it is first asked for."""
+
+    def __init__(self, folder):
+        self.folder, self.results, self.universal = folder, {}, {}
+
+    def __getitem__(self, sizes):
+        if sizes not in self.results:
+            cases = [(tied, self.folder / f"{sizes}-{tied}") for tied in (True, False)]
+            tensor, pipeline, data = sizes
+            world_size = tensor * pipeline * data
+            ranks = gloo_world.run_world(world_size, reshard_rank.train_and_save, sizes, cases)
+            for index, (tied, folder) in enumerate(cases):
+                self.results[sizes] = True
+                losses = ranks[0][index][0]
+                self.results[sizes, tied] = losses, whole_state([rank[index][1] for rank in ranks])
+                self.universal[sizes, tied] = convert(folder, sizes, tied)
+        return {tied: self.results[sizes, tied] for tied in (True, False)}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return Sources(tmp_path_factory.mktemp("sources"))
+
+
+def whole_state(ranks):
+    """Put the ranks' states together: ({global name: {state: whole tensor}}, step counts)."""
+    from megatron_mode.model.sharding import join_parts
+
+    found, cuts = {}, {}
+    for states, rank_cuts, at, _ in ranks:
+        cuts |= rank_cuts
+        for name, tensors in states.items():
+            for key, tensor in tensors.items():
+                found.setdefault((name, key), {})[at] = tensor
+    full = {}
+    for (name, key), parts in found.items():
+        assert len({at.data for at in parts}) == len({rank[2].data for rank in ranks})
+        for _, group in itertools.groupby(sorted(parts.items()), key=lambda item: item[0][:2]):
+            shards = [tensor for _, tensor in group]
+            whole = join_parts(shards, cuts[name]) if name in cuts else shards[0]
+            if name not in cuts:
+                assert all(torch.equal(shard, whole) for shard in shards), name
+            # Stages and data ranks that hold copies of a parameter hold the same.
+            kept = full.setdefault(name, {}).setdefault(key, whole)
+            assert torch.equal(kept, whole), (name, key)
+    (counts,) = {(tuple(counts), steps) for _, _, _, (counts, steps) in ranks}
+    return full, counts
+
+
+def check_targets(sources, froms, target):
+    """Load every source of `froms` at `target`: state to the bit, losses of the next steps."""
+    cases = [(sizes, tied) for sizes in froms for tied in (True, False)]
+    expected = [sources[sizes][tied] for sizes, tied in cases]
+    folders = [(tied, sources.universal[sizes, tied]) for sizes, tied in cases]
+    world_size = target[0] * target[1] * target[2]
+    ranks = gloo_world.run_world(world_size, reshard_rank.load_and_train, target, folders)
+    for index, (case, (losses, (state, counts))) in enumerate(zip(cases, expected, strict=True)):
+        loaded, loaded_counts = whole_state([rank[index][1] for rank in ranks])
+        assert loaded.keys() == state.keys()
+        for name, tensors in state.items():
+            assert tensors.keys() == loaded[name].keys() == STATES
+            for key, tensor in tensors.items():
+                assert torch.equal(tensor, loaded[name][key]), (case, target, name, key)
+        assert loaded_counts == counts == ((2.0,), 2)
+        for rank in ranks:
+            assert rank[index][0] == pytest.approx(losses, rel=RELATIVE_TOLERANCE), (case, target)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("target", SAMPLE[1], ids=str)
+def test_a_checkpoint_goes_on_at_another_layout(sources, target):
+    check_targets(sources, SAMPLE[0], target)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", [*LAYOUTS, (1, 1, 4)], ids=str)
+def test_every_layout_goes_on_at_every_other(sources, target):
+    check_targets(sources, LAYOUTS, target)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_folder_is_the_one_that_deepspeed_makes(sources, tied, tmp_path):
+    """Compare with DeepSpeed's converter, which is told by hand-written patterns what we derive."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    sizes = (2, 2, 1)
+    assert sources[sizes]
+    ours, theirs = sources.universal[sizes, tied], tmp_path / "theirs"
+    arguments = Namespace(
+        input_folder=str(ours.parent / TAG),
+        output_folder=str(theirs),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
+    names = [p.relative_to(theirs) for p in sorted(theirs.rglob("*.pt"))]
+    assert names == [p.relative_to(ours) for p in sorted(ours.rglob("*.pt"))]
+    assert len(names) == 4 * (4 * 6 + (4 if tied else 5)) + 1 + 4
+    for name in names:
+        one, other = (torch.load(root / name, weights_only=False) for root in (ours, theirs))
+        assert_same(one, other, name)
+
+
+def assert_same(one, other, where):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], (where, key))
+    elif not hasattr(one, "cur_scale"):  # the loss scaler has no equality
+        assert one == other, where
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 1, 2)], ids=str)
+def test_a_parameter_that_the_rules_do_not_know_is_refused(sources, sizes):
+    """Whatever the model gains, loses or cuts otherwise: never joined by guess."""
+    from megatron_mode.checkpoint.native import NativeCheckpoint
+    from megatron_mode.engine.topology import Layout
+    from megatron_mode.errors import CheckpointError
+    from megatron_mode.model.sharding import Whole
+
+    assert sources[sizes]
+    folder = sources.universal[sizes, True].parent
+    wholes = native_checkpoint(folder, sizes, True).wholes
+    row = "2.layer.mlp.linear_fc2.weight"
+
+    def opened(changed):
+        return NativeCheckpoint(folder / TAG, Layout(*sizes), changed)
+
+    with pytest.raises(
+        CheckpointError, match=r"2\.layer\.mlp\.linear_fc2\.weight of shape .* not kn"
+    ):
+        opened({name: whole for name, whole in wholes.items() if name != row})
+    with pytest.raises(CheckpointError, match=r"holds no 5\.gate, which the model"):
+        opened({**wholes, "5.gate": Whole((32,), None)})
+    if sizes[0] == 1:
+        return
+    with pytest.raises(CheckpointError, match=r"linear_fc2\.weight of shape \(32, 24\), which has"):
+        opened({**wholes, row: Whole(wholes[row].shape, None)})
+    # Local shapes taken for whole ones: the parts are no copies of each other.
+    native = opened({**wholes, row: Whole((32, 24), None)})
+    native.open(row)
+    with pytest.raises(
+        CheckpointError, match=r"linear_fc2\.weight in .* differ between tensor parts"
+    ):
+        native.read(row)
