@@ -14,6 +14,8 @@ def import_quietly(module: str, threads: int) -> ModuleType:
     The optional packages that the libraries warn about are listed in the start-up table of a run.
     """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # What goes through here computes on the CPU; without it DeepSpeed says on stdout that it must.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = importlib.import_module(module)

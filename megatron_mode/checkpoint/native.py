@@ -9,7 +9,7 @@ does not matter, so both pipeline schedules read alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,9 +83,9 @@ class NativeCheckpoint:
         shared = {key: value for key, value in state.items() if key not in SHARDED}
         return {**shared, PARAM_GROUPS: state[BASE_OPTIMIZER_STATE][PARAM_GROUPS]}
 
-    def open(self, name: str) -> None:
-        """Map the files that `read` of this parameter needs; not to be called from threads."""
-        for stage in self.stages_of(name):
+    def open(self, names: Sequence[str]) -> None:
+        """Map the files that `read` of these parameters needs; not to be called from threads."""
+        for stage in sorted({stage for name in names for stage in self.stages_of(name)}):
             for part in range(self.layout.tensor):
                 for data in range(self.layout.data):
                     self._shard(stage, part, data)

@@ -80,7 +80,7 @@ def open_native(source: Path, manifest: Manifest, tensor: int) -> NativeCheckpoi
 
 
 def reshard(source: Path, native: NativeCheckpoint, threads: int, report: Report) -> Path:
-    """Make the universal folder in this process alone; `report(1)` after each parameter.
+    """Make the universal folder from opened parameters in this process; `report(1)` after each.
 
     Raises CheckpointError where files do not hold what the manifest says, OSError where the disk
     is full.
@@ -109,9 +109,10 @@ def reshard_together(engine: Engine, source: Path, manifest: Manifest) -> None:
     records: Records = {}
     with _agreed(source):
         native = open_native(source, manifest, engine.layout.tensor)
+        mine = share_of(native.names, rank, ranks)
+        native.open(mine)
         if rank == 0:
             records |= write_common(native, partial_of(source))
-        mine = share_of(native.names, rank, ranks)
         for written in write_parameters(native, partial_of(source), mine, threads=1):
             records |= written
     shares: list[Records] = [{} for _ in range(ranks)]

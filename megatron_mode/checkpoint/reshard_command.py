@@ -145,6 +145,7 @@ def rewrite(source: Path, manifest: Manifest, threads: int, quiet: bool) -> dict
         check_files(source, manifest, list(manifest.files))
         join_alone()
         native = reshard.open_native(source, manifest, 1)
+        native.open(native.names)
         with tqdm(total=len(native.names), unit="parameter", leave=False, disable=quiet) as bar:
             try:
                 reshard.reshard(source, native, threads, bar.update)

@@ -41,10 +41,8 @@ def write_parameters(
 ) -> Iterator[Records]:
     """Write the named parameters, some at a time; yield each one's records by path below target.
 
-    One thread holds one whole parameter and its moments in memory at a time.
+    The source has opened them. One thread holds one whole parameter with its moments in memory.
     """
-    for name in names:
-        source.open(name)
     with ThreadPoolExecutor(threads, thread_name_prefix="reshard") as pool:
         try:
             yield from pool.map(lambda name: _write_parameter(source, target, name), names)

@@ -47,6 +47,7 @@ def convert(folder, sizes, tied):
 
     native, target = native_checkpoint(folder, sizes, tied), folder / "universal"
     target.mkdir()
+    native.open(native.names)
     write_common(native, target)
     assert len(list(write_parameters(native, target, native.names, 2))) == len(native.wholes)
     return target
@@ -203,7 +204,7 @@ def test_a_parameter_that_the_rules_do_not_know_is_refused(sources, sizes):
         opened({**wholes, row: Whole(wholes[row].shape, None)})
     # Local shapes taken for whole ones: the parts are no copies of each other.
     native = opened({**wholes, row: Whole((32, 24), None)})
-    native.open(row)
+    native.open([row])
     with pytest.raises(
         CheckpointError, match=r"linear_fc2\.weight in .* differ between tensor parts"
     ):
