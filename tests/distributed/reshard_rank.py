@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import equality_rank
 import torch
 
@@ -9,6 +11,16 @@ STEPS_BEFORE, STEPS_AFTER = 2, 2
 ROWS, MICRO_ROWS = 8, 2
 GENERATOR_SEED = 77
 KEYS = ("exp_avg", "exp_avg_sq")
+
+
+class Variant(NamedTuple):
+    """Say what a layout is trained with."""
+
+    tied: bool
+    precision: str
+
+
+VARIANTS = (Variant(True, "fp32"), Variant(False, "fp32"), Variant(True, "bf16"))
 
 # What DeepSpeed's own converter needs to be told, written out by hand.
 PATTERNS = {
@@ -23,12 +35,13 @@ PATTERNS = {
 }
 
 
-def make_config(sizes, tied):
+def make_config(sizes, variant):
     """Return a config of a layout with 4 layers and heads, so that every size of 4 can hold it."""
     tensor, pipeline, data = sizes
-    config = equality_rank.make_config(tensor, pipeline, 1, tied, data)
+    config = equality_rank.make_config(tensor, pipeline, 1, variant.tied, data)
     return config.model_copy(
         update={
+            "run": config.run.model_copy(update={"precision": variant.precision}),
             "model": config.model.model_copy(update={"layers": 4, "kv_heads": 4}),
             "batch": config.batch.model_copy(
                 update={"global_rows": ROWS, "micro_rows": MICRO_ROWS}
@@ -37,11 +50,11 @@ def make_config(sizes, tied):
     )
 
 
-def build(process, sizes, tied, layout=None):
+def build(process, sizes, variant, layout=None):
     """Build the engine of a layout; return (engine, layout)."""
     from megatron_mode.engine.build import build_engine, build_mesh
 
-    config = make_config(sizes, tied)
+    config = make_config(sizes, variant)
     layout = layout or build_mesh(config, process.world_size)
     return build_engine(config, layout, equality_rank.VOCAB_TOKENS), layout
 
@@ -72,8 +85,11 @@ def state_of(engine):
     from megatron_mode.model.sharding import parameter_cuts
 
     zero = engine.deepspeed.optimizer
+    bf16 = hasattr(zero, "bf16_groups")
+    groups = zero.bf16_groups if bf16 else zero.bit16_groups
+    flats = zero.fp32_groups_flat_partition if bf16 else zero.single_partition_of_fp32_groups
     # DeepSpeed links moments to parameters after its first group's first step, and no others.
-    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+    for group, flat in zip(groups, flats, strict=True):
         lazy_init_hp_params_optimizer_state(group, flat, zero.state)
     states, cuts = {}, {}
     for link, module in engine.deepspeed.module.named_links():
@@ -89,16 +105,16 @@ def state_of(engine):
 
 
 def train_and_save(process, sizes, folders):
-    """For each (tied, folder): train, save, go on; return [(losses after, state when saved)]."""
+    """For each (variant, folder): train, save, go on; return [(losses after, state when saved)]."""
     from megatron_mode.checkpoint.save import random_state
     from megatron_mode.engine.build import join_group
 
     join_group(process, 1)
     layout, results = None, []
-    for tied, folder in folders:
-        engine, layout = build(process, sizes, tied, layout)
+    for variant, folder in folders:
+        engine, layout = build(process, sizes, variant, layout)
         take_steps(engine, 0, STEPS_BEFORE)
-        engine.deepspeed.module.universal_checkpoint_info = PATTERNS[tied]
+        engine.deepspeed.module.universal_checkpoint_info = PATTERNS[variant.tied]
         torch.manual_seed(GENERATOR_SEED)
         engine.deepspeed.save_checkpoint(
             str(folder), tag="step-00000002", client_state=random_state(), save_latest=False
@@ -110,14 +126,14 @@ def train_and_save(process, sizes, folders):
 
 
 def load_and_train(process, sizes, cases):
-    """For each (tied, universal folder): load it and go on; return losses and states."""
+    """For each (variant, universal folder): load it and go on; return losses and states."""
     from megatron_mode.checkpoint.load import restore
     from megatron_mode.engine.build import join_group
 
     join_group(process, 1)
     layout, results = None, []
-    for tied, folder in cases:
-        engine, layout = build(process, sizes, tied, layout)
+    for variant, folder in cases:
+        engine, layout = build(process, sizes, variant, layout)
         restore(engine, folder, universal=True)
         drawn = torch.rand(4)
         assert torch.equal(drawn, torch.rand(4, generator=seeded())), "generators survive"
