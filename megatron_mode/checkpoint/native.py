@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from deepspeed.checkpoint.constants import (
@@ -29,16 +29,9 @@ from megatron_mode.engine.topology import Layout
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.sharding import Whole, join_parts, part_shape
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "fp32"
+STATES = (WEIGHT, "exp_avg", "exp_avg_sq")
 SHARDED = (BASE_OPTIMIZER_STATE, PARAM_SLICE_MAPPINGS, SINGLE_PARTITION_OF_FP32_GROUPS)
-
-
-class ParameterState(NamedTuple):
-    """Hold one whole parameter: fp32 weight and moments by name, and the steps taken."""
-
-    tensors: dict[str, Tensor]
-    step: Tensor
 
 
 class NativeCheckpoint:
@@ -90,45 +83,53 @@ class NativeCheckpoint:
                 for data in range(self.layout.data):
                     self._shard(stage, part, data)
 
-    def read(self, name: str) -> ParameterState:
-        """Put one parameter together; parts or stages that hold copies of it must agree."""
-        first, *copies = (self._join(stage, name) for stage in self.stages_of(name))
+    def read(self, name: str, state: str) -> Tensor:
+        """Put one state of a parameter together: its weight in fp32, or one of its moments.
+
+        Tensor parts and stages that hold copies of it must agree.
+        """
+        first, *copies = (self._join(stage, name, state) for stage in self.stages_of(name))
         for copy in copies:
-            for key, tensor in first.tensors.items():
-                self._check_copy(name, tensor, copy.tensors[key], "pipeline stages")
+            self._check_copy(name, first, copy, "pipeline stages")
         return first
 
-    def _join(self, stage: int, name: str) -> ParameterState:
-        parts = [self._part(stage, part, name) for part in range(self.layout.tensor)]
-        cut = self.wholes[name].cut
-        tensors = {}
-        for key, first in parts[0].tensors.items():
-            shards = [part.tensors[key] for part in parts]
-            for other in shards[1:] if cut is None else []:
-                self._check_copy(name, first, other, "tensor parts")
-            tensors[key] = first if cut is None else join_parts(shards, cut)
-        return ParameterState(tensors, parts[0].step)
+    def step(self, name: str) -> Tensor:
+        """Return how many updates a parameter has had."""
+        stage = self.stages_of(name)[0]
+        states = self._shard(stage, 0, 0)[BASE_OPTIMIZER_STATE]["state"]
+        count: Tensor = states[self._groups[stage][name]]["step"]
+        return count.clone()
 
-    def _part(self, stage: int, part: int, name: str) -> ParameterState:
+    def _join(self, stage: int, name: str, state: str) -> Tensor:
+        parts = [self._part(stage, part, name, state) for part in range(self.layout.tensor)]
+        cut = self.wholes[name].cut
+        if cut is not None:
+            return join_parts(parts, cut)
+        for other in parts[1:]:
+            self._check_copy(name, parts[0], other, "tensor parts")
+        return parts[0]
+
+    def _part(self, stage: int, part: int, name: str, state: str) -> Tensor:
         """Join what the data ranks hold of one tensor part, flat, in their order."""
         group = self._groups[stage][name]
-        pieces: dict[str, list[Tensor]] = {key: [] for key in (WEIGHT, *MOMENTS)}
+        pieces: list[Tensor] = []
         for data in range(self.layout.data):
             shard = self._shard(stage, part, data)
             address = shard[PARAM_SLICE_MAPPINGS][group].get(name)
-            moments = shard[BASE_OPTIMIZER_STATE]["state"][group]
             if address is not None:
-                flat = {WEIGHT: shard[SINGLE_PARTITION_OF_FP32_GROUPS][group], **moments}
-                for key, found in pieces.items():
-                    found.append(flat[key].narrow(0, address.start, address.numel))
+                flat = (
+                    shard[SINGLE_PARTITION_OF_FP32_GROUPS][group]
+                    if state == WEIGHT
+                    else shard[BASE_OPTIMIZER_STATE]["state"][group][state]
+                )
+                pieces.append(flat.narrow(0, address.start, address.numel))
         shape = part_shape(self.wholes[name], self.layout.tensor)
-        tensors = {key: torch.cat(found) for key, found in pieces.items() if found}
-        if len(tensors) < len(pieces) or tensors[WEIGHT].numel() != math.prod(shape):
+        if sum(piece.numel() for piece in pieces) != math.prod(shape):
             raise CheckpointError(
                 f"{self._shard_file(stage, part, 0)} and those of the other data ranks do not hold "
                 f"all of {name}: the checkpoint is not complete; name another"
             )
-        return ParameterState({k: t.view(shape) for k, t in tensors.items()}, moments["step"])
+        return torch.cat(pieces).view(shape)
 
     def _check_stage(self, stage: int) -> dict[str, int]:
         """Hold the shapes in a stage's files against the model; return each name's group."""

@@ -36,6 +36,8 @@ from megatron_mode.errors import CheckpointError
 from megatron_mode.model.sharding import Cut, Whole
 
 FORMAT = "universal 1"
+# Of each rank where all share the work: one reads while the other writes.
+SHARED_THREADS = 2
 
 Report = Callable[[int], object]
 
@@ -113,7 +115,7 @@ def reshard_together(engine: Engine, source: Path, manifest: Manifest) -> None:
         native.open(mine)
         if rank == 0:
             records |= write_common(native, partial_of(source))
-        for written in write_parameters(native, partial_of(source), mine, threads=1):
+        for written in write_parameters(native, partial_of(source), mine, SHARED_THREADS):
             records |= written
     shares: list[Records] = [{} for _ in range(ranks)]
     dist.all_gather_object(shares, records)

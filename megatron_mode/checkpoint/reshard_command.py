@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=whole(0),
         default=0,
-        help="parameters written at a time, each whole in memory; 0: one a core",
+        help="parameters rewritten at a time, each whole in memory; 0: one a core",
     )
     add("--json", action="store_true", help="print one JSON object")
 

@@ -21,7 +21,7 @@ from torch.utils.serialization import config as serialization
 
 from megatron_mode.atomic import sync_folder
 from megatron_mode.checkpoint.files import FileRecord, copy_durably, save_tensors
-from megatron_mode.checkpoint.native import NativeCheckpoint
+from megatron_mode.checkpoint.native import STATES, NativeCheckpoint
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.sharding import Cut, Whole, whole_parameters
@@ -41,7 +41,7 @@ def write_parameters(
 ) -> Iterator[Records]:
     """Write the named parameters, some at a time; yield each one's records by path below target.
 
-    The source has opened them. One thread holds one whole parameter with its moments in memory.
+    The source has opened them. A thread holds one state of one whole parameter at a time.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="reshard") as pool:
         try:
@@ -102,13 +102,12 @@ def universal_loading(engine: Engine) -> Iterator[None]:
 def _write_parameter(source: NativeCheckpoint, target: Path, name: str) -> Records:
     folder = target / ZERO / name
     folder.mkdir(parents=True)
-    state = source.read(name)
+    cut = _cut_fields(source.wholes[name].cut)
     records = {}
-    for key, tensor in state.tensors.items():
-        fields = {PARAM: tensor, **_cut_fields(source.wholes[name].cut)}
-        records[f"{ZERO}/{name}/{key}.pt"] = save_tensors(fields, folder / f"{key}.pt")
-    step = state.step.clone()
-    records[f"{ZERO}/{name}/step.pt"] = save_tensors(step, folder / "step.pt")
+    for state in STATES:
+        saved = save_tensors({PARAM: source.read(name, state), **cut}, folder / f"{state}.pt")
+        records[f"{ZERO}/{name}/{state}.pt"] = saved
+    records[f"{ZERO}/{name}/step.pt"] = save_tensors(source.step(name), folder / "step.pt")
     return records
 
 

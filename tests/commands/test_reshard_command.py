@@ -128,6 +128,16 @@ def test_a_file_that_would_run_code_is_refused_by_name(
     assert not list((run / "checkpoints").glob("*universal*"))
 
 
+def test_a_checkpoint_without_names_is_refused(verb: Call, run: Path) -> None:
+    """DeepSpeed saves none without ZeRO: moments then stand in the order of one layout."""
+    checkpoint, name = run / "checkpoints" / TAG, "mp_rank_00_model_states.pt"
+    state = torch.load(checkpoint / name, weights_only=True)
+    torch.save({**state, "param_shapes": None}, checkpoint / name)
+    seal_again(checkpoint, name)
+    sentence = refusal(verb("reshard", run))
+    assert f"{checkpoint / name} does not name its parameters: parallel.zero_stage 0" in sentence
+
+
 def test_what_stands_in_the_way_is_named(verb: Call, run: Path) -> None:
     folder = run / "checkpoints" / UNIVERSAL
     folder.mkdir()

@@ -213,4 +213,4 @@ def test_a_parameter_that_the_rules_do_not_know_is_refused(sources, sizes):
     with pytest.raises(
         CheckpointError, match=r"linear_fc2\.weight in .* differ between tensor parts"
     ):
-        native.read(row)
+        native.read(row, "exp_avg")
