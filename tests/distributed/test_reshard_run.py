@@ -18,12 +18,12 @@ KEYS = ("loss", "lm_loss", "mode_loss", "grad_norm", "tokens_seen", "learning_ra
 
 
 @pytest.fixture(scope="module")
-def runs(data_root, tmp_path_factory):
+def runs(small_corpus, tmp_path_factory):
     """Train six steps at one layout, and three, after which other layouts go on."""
     folder = tmp_path_factory.mktemp("runs")
     for name, steps in (("whole", 6), ("short", 3)):
         settings = {"dir": str(folder / name), "steps": steps}
-        config = resume_rank.make_config(data_root, folder / name, run=settings)
+        config = resume_rank.make_config(small_corpus, folder / name, run=settings)
         gloo_world.run_world(4, resume_rank.run_training, config)
     return folder
 
@@ -52,7 +52,7 @@ def check_same_run(whole, other):
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_at_another_layout_by_itself(data_root, runs, tmp_path):
+def test_a_run_goes_on_at_another_layout_by_itself(small_corpus, runs, tmp_path):
     """`never` refuses and names the command; `auto` replaces a damaged folder by a sound one."""
     run = tmp_path / "run"
     shutil.copytree(runs / "short", run)
@@ -60,8 +60,8 @@ def test_a_run_goes_on_at_another_layout_by_itself(data_root, runs, tmp_path):
     folder = run / "checkpoints" / f"{TAG}-universal"
     spoilt = folder / "zero" / "tied_modules.embedding.word.weight" / "fp32.pt"
     spoilt.write_bytes(spoilt.read_bytes()[:-1])
-    never = changed(data_root, run, (1, 2), reshard="never")
-    auto = changed(data_root, run, (1, 2), reshard="auto", keep=2)
+    never = changed(small_corpus, run, (1, 2), reshard="never")
+    auto = changed(small_corpus, run, (1, 2), reshard="auto", keep=2)
     results = gloo_world.run_world(4, resume_rank.refused_then_trained, never, auto)
     for message in results:
         assert f"{TAG} was saved at tensor 2 x pipeline 2 x data 1" in message
@@ -73,17 +73,17 @@ def test_a_run_goes_on_at_another_layout_by_itself(data_root, runs, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_from_what_the_command_made(data_root, runs, tmp_path):
+def test_a_run_goes_on_from_what_the_command_made(small_corpus, runs, tmp_path):
     """It is taken under `never` too, not written again, and goes with its checkpoint."""
     run = tmp_path / "run"
     shutil.copytree(runs / "short", run)
     assert run_verb(["reshard", str(run), "--to", "tensor=1,pipeline=1,data=2", "--json"]) == 0
     folder = run / "checkpoints" / f"{TAG}-universal"
     made = (folder / "manifest.json").stat().st_mtime
-    config = changed(data_root, run, (1, 1), steps=4, reshard="never", keep=2)
+    config = changed(small_corpus, run, (1, 1), steps=4, reshard="never", keep=2)
     gloo_world.run_world(2, resume_rank.run_training, config)
     assert (folder / "manifest.json").stat().st_mtime == made
-    config = changed(data_root, run, (1, 1), reshard="never", keep=1)
+    config = changed(small_corpus, run, (1, 1), reshard="never", keep=1)
     gloo_world.run_world(2, resume_rank.run_training, config)
     check_same_run(metrics(runs / "whole"), metrics(run))
     names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
