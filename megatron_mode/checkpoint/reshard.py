@@ -20,6 +20,7 @@ from megatron_mode.checkpoint.files import FileRecord, describe, differences
 from megatron_mode.checkpoint.folders import PARTIAL, remove, universal_of
 from megatron_mode.checkpoint.manifest import MANIFEST_NAME, Manifest, read_sealed, write_sealed
 from megatron_mode.checkpoint.native import NativeCheckpoint
+from megatron_mode.checkpoint.save import TORN_FILE_SIGNS
 from megatron_mode.checkpoint.universal import (
     Records,
     check_parameters,
@@ -84,8 +85,7 @@ def open_native(source: Path, manifest: Manifest, tensor: int) -> NativeCheckpoi
 def reshard(source: Path, native: NativeCheckpoint, threads: int, report: Report) -> Path:
     """Make the universal folder from opened parameters in this process; `report(1)` after each.
 
-    Raises CheckpointError where files do not hold what the manifest says, OSError where the disk
-    is full.
+    Raises CheckpointError where files do not hold what the manifest says or the disk is full.
     """
     partial = begin(source)
     try:
@@ -94,8 +94,10 @@ def reshard(source: Path, native: NativeCheckpoint, threads: int, report: Report
             records |= written
             report(1)
         return finish(source, native, records)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if is_write_failure(error):
+            raise CheckpointError(told(source, error)) from error
         raise
 
 
@@ -209,7 +211,11 @@ def _agreed(source: Path) -> Iterator[None]:
     failure = None
     try:
         yield
-    except (CheckpointError, OSError, RuntimeError) as error:
+    except CheckpointError as error:
+        failure = str(error)
+    except (OSError, RuntimeError) as error:
+        if not is_write_failure(error):
+            raise  # a peer is gone, or a bug of ours
         failure = told(source, error)
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
@@ -220,10 +226,14 @@ def _agreed(source: Path) -> Iterator[None]:
         raise CheckpointError(said[0])
 
 
-def told(source: Path, error: Exception) -> str:
+def is_write_failure(error: BaseException) -> bool:
+    """Tell whether the disk refused a write; torch's own writer says so with a RuntimeError."""
+    torn = isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORN_FILE_SIGNS)
+    return torn or isinstance(error, OSError)
+
+
+def told(source: Path, error: BaseException) -> str:
     """Say in a sentence why a checkpoint could not be rewritten."""
-    if isinstance(error, CheckpointError):
-        return str(error)
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     free_bytes = shutil.disk_usage(source.parent).free
     return (

@@ -147,10 +147,7 @@ def rewrite(source: Path, manifest: Manifest, threads: int, quiet: bool) -> dict
         native = reshard.open_native(source, manifest, 1)
         native.open(native.names)
         with tqdm(total=len(native.names), unit="parameter", leave=False, disable=quiet) as bar:
-            try:
-                reshard.reshard(source, native, threads, bar.update)
-            except (OSError, RuntimeError) as error:
-                raise CheckpointError(reshard.told(source, error)) from error
+            reshard.reshard(source, native, threads, bar.update)
         found = reshard.universal_manifest(source)
     if found is None:
         raise CheckpointError(f"{folder} was just made and is not sound: check the disk")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -148,6 +149,25 @@ def test_what_stands_in_the_way_is_named(verb: Call, run: Path) -> None:
     assert "linear_fc1.weight/exp_avg.pt has SHA-256" in refusal(verb("reshard", run))
     seal_again(run / "checkpoints" / TAG)  # the same step, another checkpoint
     assert "it was not made from this checkpoint" in refusal(verb("reshard", run))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    verb: Call, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_mode.checkpoint import universal
+
+    save, written = universal.save_tensors, []
+
+    def filling(state: object, path: Path) -> object:
+        if len(written) == 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        return save(state, path)
+
+    monkeypatch.setattr(universal, "save_tensors", filling)
+    sentence = refusal(verb("reshard", run))
+    assert f"{UNIVERSAL} cannot be written (No space left on device): the disk has" in sentence
+    assert not list((run / "checkpoints").glob("*universal*"))
 
 
 KILLED = """
