@@ -165,7 +165,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         return save(state, path)
 
     monkeypatch.setattr(universal, "save_tensors", filling)
-    sentence = refusal(verb("reshard", run))
+    sentence = refusal(verb("reshard", run, "--json"))
     assert f"{UNIVERSAL} cannot be written (No space left on device): the disk has" in sentence
     assert not list((run / "checkpoints").glob("*universal*"))
 
