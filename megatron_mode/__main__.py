@@ -36,6 +36,9 @@ VERBS = {
     "pack": Verb("megatron_mode.tokens.pack_command", "row tables of whole documents"),
     "order": Verb("megatron_mode.order_command", "which rows a run takes, and when: plan, query"),
     "merge": Verb("megatron_mode.tokens.merge_command", "join the shards of a preparation"),
+    "reshard": Verb(
+        "megatron_mode.checkpoint.reshard_command", "rewrite a checkpoint for another layout"
+    ),
     "report": Verb("megatron_mode.report.command", "one HTML file with the pictures of runs"),
     "score": Verb("megatron_mode.score_command", "loss and mode probability of each document"),
     "generate": Verb("megatron_mode.generate", "continue a prompt, each token's mode in colour"),

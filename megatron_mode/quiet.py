@@ -16,8 +16,11 @@ def import_quietly(module: str, threads: int) -> ModuleType:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = importlib.import_module(module)
-    import torch
+        import torch
 
+        if not torch.cuda.is_available():
+            # DeepSpeed says on stdout, where --json writes, that it found no GPU.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        found = importlib.import_module(module)
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     return found

@@ -1,4 +1,4 @@
-"""Refuse to go on from a checkpoint of another model, layout, recipe or order."""
+"""Refuse to go on from a checkpoint of another model, recipe or order."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ FREE_KEYS = (
     "checkpoint.",
     "health.",
     "batch.micro_rows",
+    "parallel.tensor",
+    "parallel.pipeline",
     "parallel.activation_checkpointing",
     "loss.check_targets",
 )
@@ -46,11 +48,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_resumable(
     manifest: Manifest,
     config: Config,
-    layout: dict[str, int],
     precision: str,
     order_differences: Mapping[str, str],
 ) -> None:
-    """Refuse to resume under another model, layout, recipe or order, naming every differing key.
+    """Refuse to resume under another model, recipe or order, naming every differing key.
 
     `order_differences` are those of the order's settings, a sentence for each key.
     """
@@ -62,10 +63,6 @@ def check_resumable(
         if saved.get(key) != wanted.get(key) and _number(saved.get(key)) != _number(wanted.get(key))
     }
     differing = list({**order_differences, **by_key}.values())
-    for axis, size in layout.items():
-        if manifest.layout[axis] != size:
-            saved_size = manifest.layout[axis]
-            differing.append(f"the {axis} size is {size}, the checkpoint has {saved_size}")
     if manifest.precision != precision:
         differing.append(f"precision is {precision}, the checkpoint has {manifest.precision}")
     differing += _changed_past(manifest, config)

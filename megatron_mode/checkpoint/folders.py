@@ -19,6 +19,7 @@ LATEST_NAME = "latest"
 PARTIAL = ".partial"
 DELETING = ".deleting"
 DAMAGED = ".damaged"
+UNIVERSAL = "-universal"
 
 
 def tag_of(step: int) -> str:
@@ -29,6 +30,11 @@ def tag_of(step: int) -> str:
 def step_of(folder: Path) -> int:
     """Return the steps taken before a finished checkpoint, from its name."""
     return int(folder.name.removeprefix("step-"))
+
+
+def universal_of(folder: Path) -> Path:
+    """Return where the universal folder of a checkpoint lies, if it has one."""
+    return folder.with_name(folder.name + UNIVERSAL)
 
 
 def finished_checkpoints(checkpoints: Path) -> list[Path]:
@@ -71,11 +77,13 @@ def publish(partial: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Take a checkpoint out of sight at once, then delete it."""
-    doomed = folder.with_name(folder.name + DELETING)
-    shutil.rmtree(doomed, ignore_errors=True)
-    rename_durably(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Take a checkpoint and what was made from it out of sight at once, then delete them."""
+    for path in (universal_of(folder), folder):
+        if path.exists():
+            doomed = path.with_name(path.name + DELETING)
+            shutil.rmtree(doomed, ignore_errors=True)
+            rename_durably(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def forget_after(checkpoints: Path, step: int) -> Path | None:

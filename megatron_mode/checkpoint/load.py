@@ -44,7 +44,7 @@ def load_decoder(path: Path) -> tuple[Decoder, Config, Manifest]:
             f"the manifest of {folder} holds no config of this version ({type(error).__name__}): "
             "name another checkpoint or use the version that wrote it"
         ) from None
-    _join_alone()
+    join_alone()
     decoder = Decoder(config.model, transformer_config(config.model, 1, torch.float32))
     with torch.no_grad():
         for index, link in enumerate(decoder.links):
@@ -81,8 +81,8 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
         parameter.copy_(tensors[name])
 
 
-def _join_alone() -> None:
-    # megatron-core's layers ask for their groups even when there is nobody to talk to.
+def join_alone() -> None:
+    """Make the groups that megatron-core's layers ask for even when there is nobody to talk to."""
     from megatron.core import parallel_state
 
     if not dist.is_initialized():

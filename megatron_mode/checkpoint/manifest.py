@@ -52,7 +52,12 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest and its seal, durably."""
-    text = json.dumps(asdict(manifest), indent=1)
+    write_sealed(folder, asdict(manifest))
+
+
+def write_sealed(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Write a manifest's fields and their seal, durably."""
+    text = json.dumps(fields, indent=1)
     digest = hashlib.sha256(text.encode()).hexdigest()
     write_whole(folder / SEAL_NAME, f"{digest}  {MANIFEST_NAME}\n")
     write_whole(folder / MANIFEST_NAME, text)
@@ -61,7 +66,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest; CheckpointError when it is missing, damaged or not ours."""
     path = folder / MANIFEST_NAME
-    fields = _read_sealed(folder)
+    fields = read_sealed(folder)
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is not a manifest of format {FORMAT}: it was written by another version; "
@@ -78,7 +83,8 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def _read_sealed(folder: Path) -> Any:
+def read_sealed(folder: Path) -> Any:
+    """Read the fields of a manifest; CheckpointError where they are missing or not as sealed."""
     path = folder / MANIFEST_NAME
     try:
         data = path.read_bytes()

@@ -14,13 +14,15 @@ from megatron_mode.checkpoint.folders import (
     newest_checkpoint,
     set_aside,
 )
-from megatron_mode.checkpoint.manifest import read_manifest
+from megatron_mode.checkpoint.manifest import Manifest, read_manifest
 from megatron_mode.checkpoint.probe import Probe, check_probe
 from megatron_mode.checkpoint.record import OrderRecord, precision_name
+from megatron_mode.checkpoint.reshard import universal_for
 from megatron_mode.checkpoint.sound import check_shared
 from megatron_mode.checkpoint.verify import setting_differences
 from megatron_mode.checkpoint.writer import restore
 from megatron_mode.engine.step import Engine
+from megatron_mode.engine.topology import Layout
 from megatron_mode.errors import CheckpointError
 from megatron_mode.loss.normalise import BlockedShares
 from megatron_mode.mix.order import Order
@@ -44,11 +46,11 @@ def resume(
         except CheckpointError as error:
             notes.append(_fall_back(engine, newest, error))
             continue
-        config, layout = engine.config, engine.layout._asdict()
+        config = engine.config
         differences = setting_differences(manifest, record.settings)
-        check_resumable(manifest, config, layout, precision_name(config), differences)
+        check_resumable(manifest, config, precision_name(config), differences)
         record.restore(manifest, order, config.batch.global_rows)
-        restore(engine, newest)
+        notes += _load(engine, newest, manifest, folder)
         engine.blocked_shares = BlockedShares(*manifest.blocked_shares)
         engine.judge.restore(manifest.recent_losses, manifest.skips)
         try:
@@ -64,6 +66,17 @@ def resume(
             "a new run.dir"
         )
     return 0, []
+
+
+def _load(engine: Engine, newest: Path, manifest: Manifest, run_dir: Path) -> list[str]:
+    """Load a checkpoint, through its universal folder when another layout saved it."""
+    saved = Layout(**manifest.layout)
+    if saved == engine.layout:
+        restore(engine, newest)
+        return []
+    folder = universal_for(engine, newest, manifest, run_dir)
+    restore(engine, folder, universal=True)
+    return [f"note: {newest.name} was saved at {saved} and is loaded from {folder.name}"]
 
 
 def _choose(engine: Engine, checkpoints: Path) -> Path | None:

@@ -38,13 +38,14 @@ def weights_only() -> Iterator[None]:
             os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
-def load_tensors(path: Path, map_location: Any = "cpu") -> Any:
+def load_tensors(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
     """Read a checkpoint file of tensors and plain values; CheckpointError names any other.
 
-    Inside `weights_only` it may hold the classes allowed there.
+    Inside `weights_only` it may hold the classes allowed there. With `mmap` a tensor is read from
+    the disk when it is used.
     """
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing: the checkpoint is not complete; name another"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 from megatron_mode.checkpoint.files import FileRecord, save_tensors
 from megatron_mode.checkpoint.safe import load_tensors, weights_only
 from megatron_mode.checkpoint.snapshot import Snapshots
+from megatron_mode.checkpoint.universal import universal_loading
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 
@@ -96,11 +98,14 @@ def _write_all(pending: list[tuple[Path, Any]], finish: Finish) -> None:
     finish(records, failure)
 
 
-def restore(engine: Engine, folder: Path) -> None:
-    """Load every rank's share of a checkpoint, weights, optimizer and generators."""
+def restore(engine: Engine, folder: Path, *, universal: bool = False) -> None:
+    """Load every rank's share of a checkpoint, weights, optimizer and generators.
+
+    `universal` says that the folder is one that no layout cuts.
+    """
     use_writer(engine)
     try:
-        with weights_only():
+        with weights_only(), universal_loading(engine) if universal else nullcontext():
             path, client_state = engine.deepspeed.load_checkpoint(
                 str(folder.parent), tag=folder.name
             )

@@ -148,6 +148,8 @@ class CheckpointConfig(Section):
     """Write in the background, from a copy in host memory of what a rank saves."""
     fallback: bool = False
     """Go on from the checkpoint before when the newest is damaged, which is set aside."""
+    reshard: Literal["auto", "never"] = "never"
+    """auto rewrites a checkpoint of another layout when a run is resumed; never refuses it."""
 
 
 class RunConfig(Section):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
-from megatron_mode.model.sharding import Cut, parameter_cuts, take_part
+from megatron_mode.model.sharding import full_shape, parameter_cuts, take_part
 
 # First match wins. Residual outputs shrink with depth (GPT-2, section 2.3): each of the 2 * layers
 # additions to the residual stream then adds variance init_std^2 / (2 * layers).
@@ -65,11 +65,3 @@ def initialise(
                 cut = cuts.get(name)
                 full = draw(f"{link_name}.{name}", full_shape(parameter, cut, parts), model, seed)
                 parameter.copy_(full if cut is None else take_part(full, cut, part, parts))
-
-
-def full_shape(parameter: Tensor, cut: Cut | None, parts: int) -> tuple[int, ...]:
-    """Return the shape of a parameter before it was cut."""
-    shape = list(parameter.shape)
-    if cut is not None:
-        shape[cut.dim] *= parts
-    return tuple(shape)

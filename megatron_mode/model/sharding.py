@@ -23,6 +23,13 @@ class Cut(NamedTuple):
     blocks: int = 1
 
 
+class Whole(NamedTuple):
+    """Describe a parameter before it was cut: its full shape, and its cut (None: every part)."""
+
+    shape: tuple[int, ...]
+    cut: Cut | None
+
+
 def parameter_cuts(module: nn.Module) -> dict[str, Cut]:
     """Return the cut of every sharded parameter below `module`, by parameter name.
 
@@ -53,6 +60,31 @@ def join_parts(shards: list[Tensor], cut: Cut) -> Tensor:
     """Undo `take_part`: put the parts, in order, together again."""
     blocks = zip(*(shard.chunk(cut.blocks, dim=cut.dim) for shard in shards), strict=True)
     return torch.cat([piece for block in blocks for piece in block], dim=cut.dim)
+
+
+def full_shape(parameter: Tensor, cut: Cut | None, parts: int) -> tuple[int, ...]:
+    """Return the shape of a parameter before it was cut."""
+    shape = list(parameter.shape)
+    if cut is not None:
+        shape[cut.dim] *= parts
+    return tuple(shape)
+
+
+def part_shape(whole: Whole, parts: int) -> tuple[int, ...]:
+    """Return the shape of one part of a parameter; undoes `full_shape`."""
+    shape = list(whole.shape)
+    if whole.cut is not None:
+        shape[whole.cut.dim] //= parts
+    return tuple(shape)
+
+
+def whole_parameters(module: nn.Module, parts: int) -> dict[str, Whole]:
+    """Return what every parameter below `module`, built as one of `parts`, is a part of."""
+    cuts = parameter_cuts(module)
+    return {
+        name: Whole(full_shape(parameter, cuts.get(name), parts), cuts.get(name))
+        for name, parameter in module.named_parameters()
+    }
 
 
 def mark_parameters(module: nn.Module) -> None:

@@ -88,3 +88,10 @@ def refusals(process, config, changed):
             messages.append("went on")
         parallel_state.destroy_model_parallel()
     return messages
+
+
+def refused_then_trained(process, refused, config):
+    """Try to resume under `refused`, then train under `config`; return the refusal's message."""
+    (message,) = refusals(process, refused, [refused])
+    run_training(process, config)
+    return message
