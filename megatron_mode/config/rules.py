@@ -101,6 +101,15 @@ def _check_pipeline(layers: int, pipeline: int) -> Iterator[str]:
         )
 
 
+def _check_zero(precision: str, zero_stage: int) -> Iterator[str]:
+    # DeepSpeed sums bf16 gradients in fp32 under ZeRO-1 only, and raises NotImplementedError else.
+    if precision == "bf16" and zero_stage == 0:
+        yield (
+            "parallel.zero_stage is 0: accepted is 1 for run.precision bf16; use 1, or precision "
+            "fp32"
+        )
+
+
 def _check_batch(batch: BatchConfig) -> Iterator[str]:
     if batch.global_rows % batch.micro_rows:
         yield (
@@ -141,6 +150,7 @@ RULES = (
     Rule(("model.vocab_size",), _check_vocabulary),
     Rule(("model", "parallel"), _check_tensor),
     Rule(("model.layers", "parallel.pipeline"), _check_pipeline),
+    Rule(("run.precision", "parallel.zero_stage"), _check_zero),
     Rule(("batch",), _check_batch),
     Rule(("run.seed",), _check_seed),
     *MIX_RULES,

@@ -17,6 +17,7 @@ BROKEN = [
     (["model.vocab_size=1000"], "model.vocab_size is 1000", "use 1024"),
     (["parallel.tensor=4"], "parallel.tensor is 4", "model.kv_heads = 2; use 2"),
     (["parallel.pipeline=5"], "parallel.pipeline is 5", "model.layers = 4"),
+    (["parallel.zero_stage=0", "run.precision=bf16"], "parallel.zero_stage is 0", "use 1"),
     (["batch.micro_rows=5"], "batch.micro_rows is 5", "use 4"),
     (["mix.mode2_fraction.shape=constant"], "mix.mode2_fraction.end is 0.5", "remove it"),
     (["mix.mode2_fraction.end=null"], "mix.mode2_fraction.end is null", "shape linear; set it"),
