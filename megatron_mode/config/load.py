@@ -149,6 +149,8 @@ def _explain(detail: ErrorDetails) -> str:
     if unwrap(annotation)[0] is str and isinstance(given, int | Decimal):
         fix = f"; put it in quotes: '{given}'"
     elif fix == "; correct it" and field is not None and not field.is_required():
+        if is_section(unwrap(annotation)[0]):
+            return f"{key} is {write_value(given)[:60]}: accepted is {accepted}; write its keys"
         fix = f"; the default is {write_value(field.default)}"
     return f"{key} is {write_value(given)[:60]}: accepted is {accepted}{fix}"
 
