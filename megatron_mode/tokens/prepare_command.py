@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mode.arguments import MOST_WORKERS, whole
 from megatron_mode.errors import ConfigError
 from megatron_mode.tokens.prepare_output import print_summary, stoppable
 
@@ -32,6 +33,7 @@ SAMPLE_LICENCES = {
     "bfcl": "Apache-2.0 (Berkeley Function-Calling Leaderboard, gorilla)",
 }
 VOCAB_SIZE = 32768
+MOST_PIECES = 1 << 24  # what model.vocab_size takes
 SAMPLE_VOCAB_SIZE = 2048
 # Starting a process costs about what tokenising this much compressed text does.
 INPUT_BYTES_PER_WORKER = 4 << 20
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tokenizer.add_argument(
         "--vocab-size",
-        type=int,
+        type=whole(1, MOST_PIECES),
         metavar="N",
         help=f"pieces of the tokenizer to train (default: {VOCAB_SIZE}; "
         f"{SAMPLE_VOCAB_SIZE} with --sample)",
@@ -76,11 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_split_arguments(parser)
     add_mode_token_arguments(parser)
     add(
-        "--workers", type=int, metavar="N", help="processes (default: the cores, but one per 4 MiB)"
+        "--workers",
+        type=whole(1, MOST_WORKERS),
+        metavar="N",
+        help="processes (default: the cores, but one per 4 MiB)",
     )
     add(
         "--max-bad-lines",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="bad lines to skip before giving up (default: %(default)s)",
@@ -252,11 +257,6 @@ def check_ranges(args: argparse.Namespace) -> None:
         if not 0 <= value <= 1:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} is {value}; accepted is 0 to 1, so give a share.")
-    for name, least in (("workers", 1), ("vocab_size", 1), ("max_bad_lines", 0)):
-        count = getattr(args, name)
-        if count is not None and count < least:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} is {count}; accepted is {least} or more, so raise it.")
     paths = [os.path.realpath(path) for path in args.input or ()]
     for path in paths:
         if paths.count(path) > 1:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import PRETRAIN, Outcome, Trained, command, refusal, variables
+from tiny_run import PRETRAIN, Outcome, Trained, command, refusal, tree, variables
 
 Call = Callable[..., Outcome]
 
@@ -54,6 +54,31 @@ def test_prepare_refuses_bad_lines(verb: Call, tmp_path: Path, text: str, fragme
     sentence = refusal(verb("prepare", *words))
     assert fragment in sentence
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        # argparse took the `--` out and handed the verb an empty list.
+        (["merge", "--out", "{new}", "--workers=--"], "--workers: expected one argument"),
+        (["merge", "--out", "{new}", "--workers=2000"], "accepted is a whole number of 1 to 1024"),
+        (["report", "{run}", "--out", ""], "--out '.' cannot be written (Is a directory)"),
+        (["prepare", "--out", "{new}", "--input", "{in}", "--vocab-size", "1" + "0" * 40],
+         "accepted is a whole number of 1 to 16777216"),
+        (["score", "{run}", "{in}", "--threads", "1" + "0" * 40], "of 0 to 1024"),
+        (["score", "{run}", "{in}", "--limit", "1" + "0" * 40], "of 1 to 9223372036854775807"),
+        # A wrong name behind a right one left the table of the right one.
+        (["pack", "{data}", "--seq-len", "48", "--sources", "books,nope"], "nope.idx does not"),
+    ],
+)  # fmt: skip
+def test_verbs_refuse_and_write_nothing(
+    verb: Call, trained: Trained, tmp_path: Path, words: list[str], fragment: str
+) -> None:
+    places = {"run": trained.run, "data": trained.data, "in": trained.input, "new": tmp_path / "n"}
+    before = tree(trained.data)
+    assert fragment in refusal(verb(*(word.format(**places) for word in words)))
+    assert tree(trained.data) == before
+    assert not places["new"].exists()
 
 
 def test_prepare_refuses_as_a_program(tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_all_mistakes_are_reported_at_once(tiny):
         ("mix.mode2_fraction.points=[[0]]", "points.0.1 is missing"),
         ("run.steps=[", "the value of run.steps is not YAML"),
         ("run.steps=", "run.steps is null"),
+        ("parallel.zero_stage=true", "parallel.zero_stage is 'true': accepted is one of 0, 1"),
         ("loss.blocking=3", "loss.blocking is 3: accepted is a mapping of policy"),
         ("data=[1]", "data is [1]: accepted is a mapping of root, workers"),
         ("\udcff=3", "has a key in bytes that are not UTF-8"),
