@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import PRETRAIN, Outcome, Trained, command, refusal, tree, variables
+from tiny_run import PRETRAIN, Outcome, Trained, before_others, command, refusal, tree, variables
 
 Call = Callable[..., Outcome]
 
@@ -30,7 +30,7 @@ def refused_early(trained: Trained, tmp_path: Path) -> Callable[..., str]:
     def call(*words: str) -> str:
         run = tmp_path / "run"
         given = ("--config", str(trained.config), f"data.root={trained.data}", f"run.dir={run}")
-        outcome = command(PRETRAIN, *given, *words, PYTHONPATH=str(tmp_path / "stand-in"))
+        outcome = command(PRETRAIN, *given, *words, PYTHONPATH=before_others(tmp_path / "stand-in"))
         assert outcome.out == ""
         assert not run.exists()
         return refusal(outcome)
@@ -160,6 +160,15 @@ def test_a_mistake_is_said_once_by_rank_0(trained: Trained, tmp_path: Path) -> N
 @pytest.fixture
 def copied_data(trained: Trained, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained.data, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("change", [{"digest": -1}, {"padded_vocab_size": "384"}, {"control": 3}])
+def test_training_refuses_a_tokenizer_json_of_other_kinds(
+    refused_early: Callable[..., str], copied_data: Path, change: dict[str, object]
+) -> None:
+    path = copied_data / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert f"{path} cannot be read" in refused_early(f"data.root={copied_data}")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".flags.bin", ".docs.arrow", ".json"])

@@ -26,7 +26,7 @@ import broken_commands
 import broken_configs
 import pytest
 import yaml
-from tiny_run import PRETRAIN, RUN_FILE, Outcome, Trained, command
+from tiny_run import PRETRAIN, RUN_FILE, Outcome, Trained, before_others, command
 
 from megatron_mode.__main__ import exit_status, run_verb
 from megatron_mode.engine import launch
@@ -217,7 +217,7 @@ def test_programs_refuse_as_processes(box: Box, tmp_path: Path) -> None:
     def call(case: Case) -> str | None:
         trains = case.program == "pretrain"
         program = [PRETRAIN] if trains else ["-m", "megatron_mode", case.program]
-        more = {"PYTHONPATH": str(tmp_path)} if trains else {}
+        more = {"PYTHONPATH": before_others(tmp_path)} if trains else {}
         found = fault(case, command(*program, *case.words, **more))
         return found and ascii(f"{case.program} {case.done}: {found}")
 
