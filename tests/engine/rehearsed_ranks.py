@@ -95,6 +95,7 @@ def facts_of(config, rank, world_size):
                 str(bf16): files_of(config, stage, layout, bf16=bf16) for bf16 in (False, True)
             },
             "seconds": time.perf_counter() - started,
+            "process_seconds": time.process_time(),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
