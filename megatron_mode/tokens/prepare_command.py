@@ -77,6 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_split_arguments(parser)
     add_mode_token_arguments(parser)
+    add_work_arguments(parser)
+    add_copy_arguments(parser)
+    add("--licence", metavar="TEXT", help="licence recorded in every NAME.json")
+    add("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare who works, on which part, and how much bad input is borne."""
+    add = parser.add_argument
     add(
         "--workers",
         type=whole(1, MOST_WORKERS),
@@ -90,14 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bad lines to skip before giving up (default: %(default)s)",
     )
-    add_copy_arguments(parser)
     add(
         "--shard",
         metavar="I/N",
         help="do part I (0 to N-1) of N; `megatron-mode merge` joins them (default: all)",
     )
-    add("--licence", metavar="TEXT", help="licence recorded in every NAME.json")
-    add("--json", action="store_true", help="print the summary as one JSON object")
 
 
 def add_copy_arguments(parser: argparse.ArgumentParser) -> None:

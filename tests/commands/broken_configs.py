@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import yaml
+from broken_yaml import broken_text
+from config_limits import CONTRADICTIONS, COUNT, SIZE, TRAINED_ONLY
 
 Tree = dict[str, Any]
 
-SIZE, COUNT = 2**24, 10**15
 # key: (least, most) of its integers
 INTEGERS: dict[str, tuple[int, int]] = {
     "run.steps": (1, COUNT),
@@ -185,102 +186,6 @@ def apply(tree: Tree, change: Change) -> Tree:
     return tree
 
 
-CONTRADICTIONS: tuple[dict[str, Any], ...] = (
-    {"parallel.tensor": 2},
-    {"parallel.tensor": 3, "model.kv_heads": 2},
-    {"parallel.pipeline": 3},
-    {"parallel.pipeline": 2},  # one process is started
-    {"parallel.tensor": 16777213, "parallel.pipeline": 16777213},
-    {"parallel.zero_stage": 0, "run.precision": "bf16"},
-    {"batch.global_rows": 7},
-    {"batch.micro_rows": 3},
-    {"batch.global_rows": 16777213, "batch.micro_rows": 16777212},
-    {"run.steps": 10**11, "batch.global_rows": 16},
-    {"model.attention_heads": 3},
-    {"model.attention_heads": 32},
-    {"model.hidden_size": 31},
-    {"model.kv_heads": 3},
-    {"model.vocab_size": 100},
-    {"model.vocab_size": 512},
-    {"model.seq_len": 100_000},
-    {"model.seq_len": 16_000_000},
-    {"optimizer.decay_steps": 1},
-    {"optimizer.schedule": "wsd"},
-    {"optimizer.warmup_steps": 4},
-    {"optimizer.min_learning_rate": 1},
-    {"optimizer.schedule": "wsd", "optimizer.decay_steps": 9},
-    {"mix.mode1.sources": []},
-    {"mix.mode2.sources": []},
-    {"mix.mode1.sources.0.name": "chat"},
-    {"mix.mode1.sources.0.name": "nope"},
-    {"mix.mode1.sources.0.name": "../data/books"},
-    {"mix.mode1.sources.0.mode": 2},
-    {"mix.mode1.sources.0.packing": "whole"},
-    {"mix.mode1.sources.0.when_dry": "repeat"},
-    {"mix.mode1.sources.0.epochs_max": 0.001},
-    {"mix.mode2.sources.0.weight": 2, "mix.mode2.sources.0.weight_points": [[0, 1]]},
-    {"mix.mode2.sources.0.weight_points": [[0, 0]]},
-    {"mix.mode2.sources.0.weight_points": [[5, 1], [5, 2]]},
-    {"mix.valid.sources.0.weight": 3},
-    {"mix.valid.sources.0.name": "nope"},
-    {"mix.mode2_fraction.end": 1},
-    {"mix.mode2_fraction.shape": "linear"},
-    {"mix.mode2_fraction.shape": "piecewise"},
-    {"mix.mode2_fraction.begin_tokens": 9},
-    {"mix.mode2_fraction.points": [[0, 0.5]]},
-    {"mix.mode2_fraction": {"shape": "piecewise", "points": [[9, 0.5], [3, 1]]}},
-    {"mix.mode2_fraction": {"shape": "step", "end": 1, "end_tokens": 4}},
-    {"mix.role_weights": {"user": 2}},
-    {"mix.edits.drop": ["books"]},
-    {"mix.edits.drop": ["books/nope"]},
-    {"mix.edits.drop": ["nope/x"]},
-    {"mix.edits.drop": ["books/☃", "books/☃"]},
-    {"mix.edits.inject": [{"document": "books/nope", "steps": [0]}]},
-    {"mix.edits.inject": [{"document": "books/nope", "steps": [99]}]},
-    {"mix.edits.inject": [{"document": "books-valid/x", "steps": [0]}]},
-    {"mix.edits.inject": [{"document": "books/x", "count": 10**15}]},
-    {"mix.edits.cohorts": [{"source": "nope"}]},
-    {"mix.edits.cohorts": [{"source": "books", "begin_step": 2, "end_step": 1}]},
-    {"mix.edits.cohorts": [{"source": "books", "exposures": 10**15}]},
-    {"mix.edits.replace": [{"document": "books/x", "by": "y"}]},
-    {"data.root": "nowhere"},
-    {"data.root": "x/" * 3000},
-    {"data.root": "run.yaml"},
-    {"run.dir": "run.yaml"},
-    {"run.dir": "run.yaml/below"},
-    {"run.dir": "y" * 3000},
-)
-TRAINED_ONLY = tuple(w for w in CONTRADICTIONS if "run.dir" in w or w == {"parallel.pipeline": 2})
-# Alone, these are fine: the program must not refuse what it accepts.
-FINE: tuple[dict[str, Any], ...] = (
-    {},
-    {"run.steps": 2.0},
-    {"run.seed": 2**63 - 1},
-    {"run.eval_every_steps": COUNT},
-    {"run.eval_rows": SIZE},
-    {"run.threads": 1024},
-    {"run.steps": 10**11},
-    {"model.layers": 10_000},
-    {"model.name": "größe ☃ 70b"},
-    {"model.norm_epsilon": 1e-300},
-    {"model.rope_base": 1e300},
-    {"data.workers": 1024},
-    {"data.prefetch_steps": SIZE},
-    {"checkpoint.keep": COUNT},
-    {"checkpoint.every_steps": 0},
-    {"loss.keep_logits_bytes": COUNT},
-    {"loss.blocking.cap": 0},
-    {"loss.blocking.tau": 0.500001},
-    {"optimizer.beta1": 0},
-    {"optimizer.warmup_steps": 3},
-    {"batch.global_rows": SIZE, "run.steps": 2},
-    {"parallel.zero_stage": 0, "run.precision": "fp32"},
-    {"mix.mode1.sources.0.epochs_max": None},
-    {"mix.mode2_fraction": {"shape": "piecewise", "points": [[0, 0], [9, 0.5]]}},
-    {"mix.edits": {}},
-)
-
-
 def contradiction(rng: random.Random, tree: Tree) -> tuple[str, Tree]:
     """Draw keys that are fine alone and cannot stand together, or do not fit the data."""
     wanted = rng.choice(CONTRADICTIONS)
@@ -288,44 +193,6 @@ def contradiction(rng: random.Random, tree: Tree) -> tuple[str, Tree]:
         tree = apply(tree, Change(key, value))
     kind = "only pretrain" if wanted in TRAINED_ONLY else "contradiction"
     return f"{kind} {wanted}"[:200], tree
-
-
-BOMB = "b0: &b0 [x]\n" + "".join(
-    f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 30)
-)
-# Lines that no place at the top of a block mapping takes.
-BROKEN_LINES: tuple[bytes, ...] = (
-    b"x: \xff", b"\xfe\xff\x00x", b"x: \xc3\x28", b"\x80", b"x: \xed\xa0\x80",
-    *(text.encode("utf-8", "surrogatepass") for text in (
-        "\tx: 1", "x: [1, 2", "x: {a: 1", "@x: 1", "%x", "x: *nope", "x: &a [*a]", "? [a]\n: 1",
-        "x: !!python/object:os.system id", "x: !!bool x", "x: !!map x", "x: !!timestamp x",
-        "x: !local 3", "x: !!int x", "x: !!float .nan", "a: b: c", "- x", "x: `id`", "---\ny: 1",
-        "run: {}", "x: 'unclosed", 'x: "unclosed', "x: |\ny", "...\n...\n}", "x:\n  y\n z: 1",
-        'x: "\\0"', 'x: "\\ud800"', '"\\udfff": 1', "x: 1e400", "x: " + "9" * 4000,
-        "x: " + "[" * 3000, "x: " + "{a: " * 3000, "x: " + "- " * 3000, BOMB, "x: \x00", "x: \x07",
-        "\ud800: 1", "x: 1\nx: 2", "<<: *x", "x: !!binary ∆", "x: !!set {a}", "x: 2 3: 4",
-    )),
-)  # fmt: skip
-NO_MAPPINGS: tuple[bytes, ...] = (
-    b"", b" \n", b"# nothing\n", b"null\n", b"3\n", b"[]\n", b"- a\n- b\n", b"text\n", b"\x00" * 99,
-    b"\xff\xfer\x00u\x00n\x00", b"PK\x03\x04", b"{", b"\xef\xbb\xbf", b"---\n---\n", b"!!str x",
-    b"\x7fELF", b"<html>", b"run\n", b"{}\n", b"true",
-)  # fmt: skip
-
-
-def broken_text(rng: random.Random, tree: Tree) -> tuple[str, bytes]:
-    """Draw a file that is no YAML mapping, or one with a line that breaks it."""
-    if rng.random() < 0.25:
-        content = rng.choice(NO_MAPPINGS)
-        return f"file {content[:20]!r}", content
-    sections = [
-        yaml.safe_dump({key: value}, allow_unicode=True).encode() for key, value in tree.items()
-    ]
-    line = rng.choice(BROKEN_LINES)
-    place = rng.randrange(1, len(sections) + 1)
-    return f"line {line[:40]!r} at {place}", b"\n".join(
-        [*sections[:place], line + b"\n", *sections[place:]]
-    )
 
 
 def broken_files(rng: random.Random, tree: Tree) -> Iterator[tuple[str, bytes]]:

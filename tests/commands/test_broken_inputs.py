@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import broken_commands
 import broken_configs
+import config_limits
 import pytest
 import yaml
 from tiny_run import PRETRAIN, RUN_FILE, Outcome, Trained, before_others, command
@@ -198,7 +199,7 @@ def test_ten_thousand_more_are_refused(box: Box, run: Run) -> None:
 @pytest.mark.parametrize("program", ["pretrain", "order"])
 def test_what_is_fine_is_accepted(box: Box, run: Run, program: str) -> None:
     """The tables of what is broken stand on one that is not, and limits are accepted themselves."""
-    for wanted in broken_configs.FINE:
+    for wanted in config_limits.FINE:
         tree = box.tree
         for key, value in wanted.items():
             tree = broken_configs.apply(tree, broken_configs.Change(key, value))
