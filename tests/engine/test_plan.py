@@ -169,17 +169,21 @@ def test_every_preset_is_built_as_planned(preset):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_all_1024_ranks_are_built_as_planned():
+def test_whole_replicas_of_1024_ranks_hold_the_whole_model():
+    """All ranks of the first and of the last data rank."""
     layout = Layout(tensor=8, pipeline=8, data=16)
     config = load_config(find_configs() / "run" / "70b.yaml")
-    facts, seconds = build([("70b", [], 1024, list(range(1024)))])
-    assert [fact["rank"] for fact in facts] == list(range(1024))
+    ranks = [rank for rank in range(1024) if layout.coordinates(rank).data in (0, 15)]
+    facts, seconds = build([("70b", [], 1024, ranks)])
+    assert [fact["rank"] for fact in facts] == ranks
+    held = 0
     for fact in facts:
         check(config, layout, fact)
-    whole = sum(f["parameters"] - (f["rank"] % 8 > 0) * (f["parameters"] - f["cut_parameters"])
-                for f in facts)  # fmt: skip
-    assert whole == 16 * parameters(config.model).total
-    print(f"all 1,024 ranks of 70b in {seconds:.0f} s")
+        held += fact["cut_parameters"]
+        if fact["rank"] % 8 == 0:  # what is not cut stands in every tensor part
+            held += fact["parameters"] - fact["cut_parameters"]
+    assert held == 2 * parameters(config.model).total
+    print(f"{len(ranks)} of 1,024 ranks of 70b in {seconds:.0f} s")
 
 
 SIZES = st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 6), st.integers(1, 5))
