@@ -73,6 +73,9 @@ class CommandParser(argparse.ArgumentParser):
             # argparse takes a word with a space for a value, as in --prompt "--- a rule".
             if option.startswith("--") and option not in known and " " not in option:
                 self.error(f"{option} is not an option{_suggest(option, known)}")
+            if option in known and word == f"{option}=--":
+                # Python 3.11 takes the `--` out and hands the option an empty list.
+                self.error(f"argument {option}: expected one argument")
         return self.parse_intermixed_args(arguments)
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+LARGEST, MOST_WORKERS = 2**63 - 1, 1024
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return the type of an option that takes whole numbers from `least` (to `most`)."""
+
+def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """Return the type of an option that takes whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least or (most is not None and value > most):
-            accepted = f"{least} or more" if most is None else f"{least} to {most}"
+        if not least <= value <= most:
+            is_open = most == LARGEST and value < least
+            accepted = f"{least} or more" if is_open else f"{least} to {most}"
             raise argparse.ArgumentTypeError(
-                f"the value is {text!r}, accepted is a whole number of {accepted}"
+                f"the value is {text[:40]!r}, accepted is a whole number of {accepted}"
             )
         return value
 
@@ -34,7 +37,7 @@ def real(least: float) -> Callable[[str], float]:
             value = float("nan")
         if not least <= value < float("inf"):
             raise argparse.ArgumentTypeError(
-                f"the value is {text!r}, accepted is a number of {least:g} or more"
+                f"the value is {text[:40]!r}, accepted is a number of {least:g} or more"
             )
         return value
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> Path:
     """Replace a small file at once and durably: it holds the old text or the new."""
+    if not path.name:  # "", "." and "/" name no file
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mode.arguments import real, whole
+from megatron_mode.arguments import LARGEST, MOST_WORKERS, real, whole
 from megatron_mode.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-k", type=whole(0), default=50, help="sample among so many tokens; 0: all"
     )
-    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of the sampling")
-    parser.add_argument("--threads", type=whole(0), default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--seed", type=whole(0, LARGEST), default=0, help="seed of the sampling")
+    parser.add_argument(
+        "--threads", type=whole(0, MOST_WORKERS), default=0, help="CPU threads; 0: all cores"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object with text and tokens"
     )

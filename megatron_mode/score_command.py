@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mode.arguments import whole
+from megatron_mode.arguments import MOST_WORKERS, whole
 from megatron_mode.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=whole(1), metavar="N", help="score the first N documents only"
     )
-    parser.add_argument("--threads", type=whole(0), default=0, help="CPU threads; 0: all cores")
+    parser.add_argument(
+        "--threads", type=whole(0, MOST_WORKERS), default=0, help="CPU threads; 0: all cores"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a document instead of a table"
     )

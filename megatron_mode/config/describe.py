@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
@@ -72,7 +73,8 @@ def _describe_bounds(bounds: Sequence[Any]) -> Iterator[str]:
     given = {name: getattr(b, name) for b in bounds for name in ("ge", "gt", "le", "lt")
              if hasattr(b, name)}  # fmt: skip
     if given.keys() == {"ge", "le"}:
-        yield f"from {given['ge']} to {given['le']}"
+        most = re.sub(r"0{6,}$", lambda zeros: f"e{len(zeros[0])}", str(given["le"]))
+        yield f"from {given['ge']} to {most}"
         return
     words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
     phrases = [f"{words[name]} {limit}" for name, limit in given.items()]

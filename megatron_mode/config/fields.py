@@ -8,7 +8,16 @@ from pydantic import Field
 
 from megatron_mode.config.health import HealthConfig
 from megatron_mode.config.mix import MixConfig
-from megatron_mode.config.section import Count, CountOrZero, NonNegative, Positive, Section
+from megatron_mode.config.section import (
+    LARGEST_SEED,
+    LARGEST_THREADS,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    Section,
+    Size,
+)
 
 
 class ModelConfig(Section):
@@ -16,19 +25,19 @@ class ModelConfig(Section):
 
     name: str
     """Name of the preset, shown in logs and reports."""
-    layers: Count
+    layers: Annotated[int, Field(ge=1, le=10_000)]
     """Decoder layers."""
-    hidden_size: Count
+    hidden_size: Size
     """Hidden size D."""
-    ffn_hidden_size: Count
+    ffn_hidden_size: Size
     """Feed-forward size F of the SwiGLU block (its up and gate matrices are each F x D)."""
-    attention_heads: Count
+    attention_heads: Size
     """Query heads H; the head size is D / H."""
-    kv_heads: Count
+    kv_heads: Size
     """Key/value groups G; H must be a multiple of it."""
-    seq_len: Count
+    seq_len: Size
     """Row length T in tokens."""
-    vocab_size: Count | None = None
+    vocab_size: Size | None = None
     """Padded vocabulary V in tokens, a multiple of 128; unset: taken from the prepared data."""
     tied_embeddings: bool = False
     """Share the embedding matrix with the LM head."""
@@ -45,9 +54,9 @@ class DataConfig(Section):
 
     root: str = "data/tiny"
     """Folder written by `megatron-mode prepare`."""
-    workers: Count = 1
+    workers: Annotated[int, Field(ge=1, le=LARGEST_THREADS)] = 1
     """Threads of each reading process that read rows ahead of the training loop."""
-    prefetch_steps: Count = 4
+    prefetch_steps: Size = 4
     """Steps read ahead of the training loop."""
 
 
@@ -104,9 +113,9 @@ class ParallelConfig(Section):
 class BatchConfig(Section):
     """Size the batch; accumulation is global_rows / (micro_rows * data)."""
 
-    global_rows: Count = 8
+    global_rows: Size = 8
     """Rows in one optimizer step over all ranks."""
-    micro_rows: Count = 1
+    micro_rows: Size = 1
     """Rows in one forward pass of one data-parallel rank."""
 
 
@@ -159,15 +168,15 @@ class RunConfig(Section):
     """Run folder: config, metrics, checkpoints, report."""
     steps: Count = 100
     """Optimizer steps."""
-    seed: CountOrZero = 1234
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 1234
     """Seed of weights and order."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 with fp32 gradient accumulation on GPUs, fp32 on CPU."""
     eval_every_steps: CountOrZero = 100
     """Steps between evaluations on mix.valid; 0 evaluates only at the end."""
-    eval_rows: Count = 64
+    eval_rows: Size = 64
     """Rows read from each held-out source in one evaluation."""
-    threads: CountOrZero = 0
+    threads: Annotated[int, Field(ge=0, le=LARGEST_THREADS)] = 0
     """CPU threads a process uses; 0 shares the machine's cores among its ranks."""
     time_limit_seconds: Positive | None = None
     """Seconds after its start by which a process has saved and left; unset: the end of its Slurm

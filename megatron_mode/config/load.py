@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -93,6 +93,8 @@ def as_declared(annotation: Any, value: Any) -> Any:
         parts = get_args(bare)
         kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else [*parts, *value][: len(value)]
         return tuple(as_declared(kind, item) for kind, item in zip(kinds, value, strict=True))
+    if get_origin(bare) is Literal and isinstance(value, bool):
+        return str(value).lower()  # no choice is a truth value, but Python's True equals 1
     if bare is float and isinstance(value, Decimal) and math.isfinite(float(value)):
         return float(value)
     if bare is Decimal and isinstance(value, int) and not isinstance(value, bool):
@@ -149,6 +151,8 @@ def _explain(detail: ErrorDetails) -> str:
     if unwrap(annotation)[0] is str and isinstance(given, int | Decimal):
         fix = f"; put it in quotes: '{given}'"
     elif fix == "; correct it" and field is not None and not field.is_required():
+        if is_section(unwrap(annotation)[0]):
+            return f"{key} is {write_value(given)[:60]}: accepted is {accepted}; write its keys"
         fix = f"; the default is {write_value(field.default)}"
     return f"{key} is {write_value(given)[:60]}: accepted is {accepted}{fix}"
 

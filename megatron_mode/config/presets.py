@@ -19,6 +19,7 @@ from megatron_mode.config.yaml_text import parse_yaml, write_value
 from megatron_mode.errors import ConfigError
 
 PRESET_SECTIONS = {"model": ("model",), "mix": ("mix",), "parallel": ("parallel", "batch")}
+MOST_BYTES = 8 << 20  # a config with ten thousand edits; /dev/zero never ends
 _PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Tree = dict[str, Any]
@@ -55,7 +56,9 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Tree:
 def read_mapping(path: Path) -> Tree:
     """Read a YAML file that holds a mapping; raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content.decode("utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text: accepted is YAML in UTF-8; convert it") from None
     except OSError as error:
@@ -64,6 +67,11 @@ def read_mapping(path: Path) -> Tree:
             f"config file {path} cannot be read ({error.strerror}): accepted is the path of a YAML "
             f"run file such as configs/run/tiny.yaml{near or '; correct the path'}"
         ) from None
+    if len(content) > MOST_BYTES:
+        raise ConfigError(
+            f"{path} is longer than {MOST_BYTES} bytes: accepted is a YAML run file such as "
+            "configs/run/tiny.yaml; name one"
+        )
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -100,7 +108,14 @@ class TreeBuilder:
             )
             return
         try:
+            key.encode()
             value = parse_yaml(value_text, f"the value of {key}")
+        except UnicodeEncodeError:
+            self.mistakes.append(
+                f"override {text!r} has a key in bytes that are not UTF-8: accepted is "
+                "key.path=value; correct the key"
+            )
+            return
         except ConfigError as error:
             self.mistakes.append(str(error))
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator
 
 from megatron_mode.config.fields import (
@@ -18,7 +19,8 @@ from megatron_mode.config.mix_rules import MIX_RULES, Rule
 from megatron_mode.errors import ConfigError
 
 VOCAB_MULTIPLE = 128
-LARGEST_SEED = 2**63 - 1
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+LARGEST_RUN_ROWS = 10**12  # up to which the order is exact
 
 
 def check_world_size(config: Config, world_size: int) -> int:
@@ -31,7 +33,7 @@ def check_world_size(config: Config, world_size: int) -> int:
     data, rest = divmod(world_size, model_ranks)
     if rest == 0 and data >= 1 and micro_batches % data == 0:
         return data
-    works = [model_ranks * d for d in range(1, micro_batches + 1) if micro_batches % d == 0]
+    works = [model_ranks * size for size in _divisors(micro_batches)]
     near = [max((w for w in works if w < world_size), default=None),
             min((w for w in works if w > world_size), default=None)]  # fmt: skip
     raise ConfigError(
@@ -65,11 +67,15 @@ def _check_heads(hidden_size: int, attention_heads: int, kv_heads: int) -> Itera
         )
 
 
+def _divisors(size: int) -> list[int]:
+    """Return the divisors of a number, rising; takes its square root of steps."""
+    low = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    return sorted({*low, *(size // d for d in low)})
+
+
 def _nearest_divisor(given: int, size: int) -> int:
     """Return the divisor of `size` nearest to `given`, the smaller of two."""
-    below = next(d for d in range(min(given, size), 0, -1) if size % d == 0)
-    reach = range(given + 1, min(2 * given - below, size + 1))
-    return next((d for d in reach if size % d == 0), below)
+    return min(_divisors(size), key=lambda divisor: (abs(divisor - given), divisor))
 
 
 def _check_vocabulary(vocab_size: int | None) -> Iterator[str]:
@@ -102,6 +108,15 @@ def _check_pipeline(layers: int, pipeline: int) -> Iterator[str]:
         )
 
 
+def _check_zero(precision: str, zero_stage: int) -> Iterator[str]:
+    # DeepSpeed sums bf16 gradients in fp32 under ZeRO-1 only, and raises NotImplementedError else.
+    if precision == "bf16" and zero_stage == 0:
+        yield (
+            "parallel.zero_stage is 0: accepted is 1 for run.precision bf16; use 1, or precision "
+            "fp32"
+        )
+
+
 def _check_batch(batch: BatchConfig) -> Iterator[str]:
     if batch.global_rows % batch.micro_rows:
         yield (
@@ -110,9 +125,21 @@ def _check_batch(batch: BatchConfig) -> Iterator[str]:
         )
 
 
-def _check_seed(seed: int) -> Iterator[str]:
-    if seed > LARGEST_SEED:
-        yield f"run.seed is {seed}: accepted is at most 2**63 - 1; use a smaller one"
+def _check_places(folder: str, root: str, name: str) -> Iterator[str]:
+    for key, text in {"run.dir": folder, "data.root": root, "model.name": name}.items():
+        if not text.strip() or _CONTROL.search(text):
+            yield (
+                f"{key} is {text[:60]!r}: accepted is text that is not empty, without line breaks "
+                "and control characters; name it anew"
+            )
+
+
+def _check_run_rows(steps: int, global_rows: int) -> Iterator[str]:
+    if steps * global_rows > LARGEST_RUN_ROWS:
+        yield (
+            f"run.steps * batch.global_rows is {steps * global_rows} rows: accepted is up to "
+            f"{LARGEST_RUN_ROWS}; lower one of them"
+        )
 
 
 def _check_time_limit(limit_seconds: float | None, margin_seconds: float) -> Iterator[str]:
@@ -166,9 +193,11 @@ RULES = (
     Rule(("model.vocab_size",), _check_vocabulary),
     Rule(("model", "parallel"), _check_tensor),
     Rule(("model.layers", "parallel.pipeline"), _check_pipeline),
+    Rule(("run.precision", "parallel.zero_stage"), _check_zero),
     Rule(("batch",), _check_batch),
-    Rule(("run.seed",), _check_seed),
     Rule(("run.time_limit_seconds", "run.time_margin_seconds"), _check_time_limit),
+    Rule(("run.dir", "data.root", "model.name"), _check_places),
+    Rule(("run.steps", "batch.global_rows"), _check_run_rows),
     *MIX_RULES,
     Rule(("optimizer", "run.steps"), _check_learning_rate),
     Rule(("health", "run.steps"), _check_health),

@@ -19,7 +19,7 @@ from megatron_mode.engine.launch import Process, cpu_threads
 from megatron_mode.engine.optimizer import adamw
 from megatron_mode.engine.pipeline import ModePipeline
 from megatron_mode.engine.step import Engine, StepLoss
-from megatron_mode.engine.topology import Coordinates, Layout
+from megatron_mode.engine.topology import Layout
 from megatron_mode.errors import ConfigError
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.model.init import initialise
@@ -30,10 +30,19 @@ GROUP_TIMEOUT = timedelta(minutes=10)
 
 
 def choose_dtype(config: Config) -> torch.dtype:
-    """Return the dtype of weights and activations; auto is bf16 on a GPU, fp32 on a CPU."""
-    if config.run.precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    """Return the dtype of weights and activations; auto is bf16 on a GPU, fp32 on a CPU.
+
+    Raises ConfigError for what `rules` cannot tell without the device: auto without ZeRO on a GPU.
+    """
+    precision = config.run.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+        if precision == "bf16" and config.parallel.zero_stage == 0:
+            raise ConfigError(
+                "parallel.zero_stage is 0: accepted is 1 for bf16, which run.precision auto is on "
+                "a GPU; use 1, or precision fp32"
+            )
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def join_group(process: Process, threads: int, stall_seconds: float = 0.0) -> None:
@@ -64,8 +73,38 @@ def build_mesh(config: Config, world_size: int) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        create_gloo_process_groups=False,  # a second set of groups, for megatron's own checkpoints
     )
     return layout
+
+
+def build_stage(
+    config: Config,
+    layout: Layout,
+    vocab_tokens: int,
+    dtype: torch.dtype,
+    *,
+    shapes_only: bool = False,
+) -> ModePipeline:
+    """Build this rank's stage with marked parameters; `initialise` fills their values.
+
+    With `shapes_only` they lie on the meta device and take no memory.
+    """
+    mode_loss = ModeLoss(
+        config.loss,
+        vocab_tokens,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    core = transformer_config(config.model, layout.tensor, dtype)
+    core.use_cpu_initialization |= shapes_only  # else megatron-core names the GPU itself
+    place = torch.device("meta") if shapes_only else contextlib.nullcontext()
+    with place, contextlib.redirect_stdout(io.StringIO()):
+        stage = ModePipeline(config.model, core, layout, StepLoss(mode_loss))
+    for _, module in stage.named_links():
+        mark_parameters(module)
+    check_groups(layout, stage.mpu())
+    return stage
 
 
 def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
@@ -75,18 +114,8 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
     megatron-core's marks are set before DeepSpeed computes gradient norms with them.
     """
     dtype = choose_dtype(config)
-    mode_loss = ModeLoss(
-        config.loss,
-        vocab_tokens,
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        device_type="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    core = transformer_config(config.model, layout.tensor, dtype)
-    with contextlib.redirect_stdout(io.StringIO()):
-        stage = ModePipeline(config.model, core, layout, StepLoss(mode_loss))
+    stage = build_stage(config, layout, vocab_tokens, dtype)
     coordinates = layout.coordinates(dist.get_rank())
-    for _, module in stage.named_links():
-        mark_parameters(module)
     initialise(
         stage.named_links(),
         config.model,
@@ -102,26 +131,37 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
             optimizer=adamw(config.optimizer, named),
             config=deepspeed_config(config, layout.data, bf16=bf16),
         )
-    _check_groups(layout, pipeline_engine)
     return Engine(config, layout, pipeline_engine)
 
 
-def _check_groups(layout: Layout, pipeline_engine: Any) -> None:
-    grid = pipeline_engine.grid
-    expected = layout.coordinates(dist.get_rank())
-    actual = Coordinates(
-        grid.get_pipe_parallel_rank(),
-        grid.get_data_parallel_rank(),
-        grid.get_slice_parallel_rank(),
-    )
-    megatron = Coordinates(
-        expected.pipeline,
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
-    if not expected == actual == megatron:
-        raise ConfigError(
-            f"rank {dist.get_rank()} stands at {expected} by the layout {layout}, at "
-            f"{actual} for DeepSpeed and at {megatron} for megatron-core: install versions of "
-            "deepspeed and megatron-core that pyproject names"
-        )
+def check_groups(layout: Layout, grid: Any) -> None:
+    """Compare the groups of DeepSpeed's grid and of megatron-core with the layout's formula.
+
+    Raises ConfigError when a rank stands elsewhere for one of them, or in other company.
+    """
+    rank = dist.get_rank()
+    found = {
+        "tensor": (
+            layout.tensor_ranks(rank),
+            grid.get_slice_parallel_group(),
+            parallel_state.get_tensor_model_parallel_group(),
+        ),
+        "pipeline": (
+            layout.pipeline_ranks(rank),
+            grid.get_pipe_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        ),
+        "data": (
+            layout.data_ranks(rank),
+            grid.get_data_parallel_group(),
+            parallel_state.get_data_parallel_group(),
+        ),
+    }
+    for axis, (expected, *groups) in found.items():
+        deepspeeds, megatrons = (dist.get_process_group_ranks(group) for group in groups)
+        if not expected == deepspeeds == megatrons:
+            raise ConfigError(
+                f"rank {rank} shares the {axis} axis with {expected} by the layout {layout}, with "
+                f"{deepspeeds} for DeepSpeed and with {megatrons} for megatron-core: install "
+                "versions of deepspeed and megatron-core that pyproject names"
+            )

@@ -10,7 +10,7 @@ T row length, B rows, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -65,6 +65,13 @@ class ModePipeline(PipelineModule):
             partition_method="type:DecoderLayer",
             checkpointable_layers=["DecoderLayer"],
         )
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the stage, as DeepSpeed does when it is built; weights that are only shapes stay."""
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return self
+        moved: Self = super().to(*args, **kwargs)
+        return moved
 
     def named_links(self) -> list[tuple[str, nn.Module]]:
         """Return (global name, module) of this stage's links that hold parameters.

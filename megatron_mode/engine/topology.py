@@ -39,5 +39,20 @@ class Layout(NamedTuple):
         """Return the rank that stands at the coordinates."""
         return (at.pipeline * self.data + at.data) * self.tensor + at.tensor
 
+    def tensor_ranks(self, rank: int) -> list[int]:
+        """Return the ranks that hold the other parts of this rank's matrices, itself included."""
+        at = self.coordinates(rank)
+        return [self.rank(at._replace(tensor=part)) for part in range(self.tensor)]
+
+    def data_ranks(self, rank: int) -> list[int]:
+        """Return the ranks that hold the same weights, itself included."""
+        at = self.coordinates(rank)
+        return [self.rank(at._replace(data=replica)) for replica in range(self.data)]
+
+    def pipeline_ranks(self, rank: int) -> list[int]:
+        """Return the ranks that a micro-batch of this rank passes through, itself included."""
+        at = self.coordinates(rank)
+        return [self.rank(at._replace(pipeline=stage)) for stage in range(self.pipeline)]
+
     def __str__(self) -> str:
         return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"

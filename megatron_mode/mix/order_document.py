@@ -150,5 +150,7 @@ def _rebuild(fields: Mapping[str, Any]) -> OrderDocument:
         changed,
     )
     rows = {source["name"]: int(source["rows"]) for source in fields["sources"]}
+    for source in fields["sources"]:
+        source["padding_share"] = float(source["padding_share"])
     order = Order(mix, seq_len, steps * global_rows, seed, rows, edits=edits)
     return OrderDocument(order, global_rows, steps, fields["settings"], fields["sources"])

@@ -32,6 +32,13 @@ class Parameters(NamedTuple):
         return sum(self)
 
 
+class LinkParameters(NamedTuple):
+    """Count the parameters that one part of a link holds, by what weight decay does to them."""
+
+    decayed: int
+    plain: int
+
+
 class TokenFlops(NamedTuple):
     """Count FLOPs a token by component; attention_scores is what depends on row length."""
 
@@ -65,6 +72,20 @@ def parameters(model: ModelConfig) -> Parameters:
         lm_head=0 if model.tied_embeddings else vocab_size(model) * D,
         mode_head=D + 1,
     )
+
+
+def link_parameters(model: ModelConfig, tensor: int) -> dict[str, LinkParameters]:
+    """Count what one of `tensor` equal parts of each link of the chain holds, in the chain's order.
+
+    Matrices are cut, norms and the mode head are whole in every part. A tied LM head counts like
+    an embedding: on a stage of its own it is a copy.
+    """
+    D, F = model.hidden_size, model.ffn_hidden_size
+    matrices = (_attention_matrices(model) + 3 * D * F) // tensor
+    vocabulary = LinkParameters(decayed=vocab_size(model) * D // tensor, plain=0)
+    layers = {f"layers.{i}": LinkParameters(matrices, 2 * D) for i in range(model.layers)}
+    mode_head = LinkParameters(decayed=D, plain=D + 1)
+    return {"embedding": vocabulary, **layers, "mode_head": mode_head, "lm_head": vocabulary}
 
 
 def forward_flops(model: ModelConfig, attended_tokens: float) -> TokenFlops:

@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from megatron_mode.errors import ConfigError
+from megatron_mode.arguments import MOST_WORKERS, whole
 from megatron_mode.tokens.prepare_output import print_summary, stoppable
 
 DESCRIPTION = """\
@@ -24,14 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder that the shards were given")
-    add("--workers", type=int, metavar="N", help="processes (default: the cores)")
+    add(
+        "--workers",
+        type=whole(1, MOST_WORKERS),
+        metavar="N",
+        help="processes (default: the cores)",
+    )
     add("--json", action="store_true", help="print the summary as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge; raise ConfigError or DataError with one sentence."""
-    if args.workers is not None and args.workers < 1:
-        raise ConfigError(f"--workers is {args.workers}; accepted is 1 or more, so raise it.")
     from megatron_mode.tokens.merge import merge
 
     with stoppable(args.out):

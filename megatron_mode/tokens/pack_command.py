@@ -54,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(
             f"{args.root} holds no Mode 2 source; name the sources to pack with --sources"
         )
+    # All are opened before the first is written: a name that is wrong leaves nothing behind.
+    sources = [Source.open(args.root, n, read_info(args.root, n).get("mode", 1)) for n in names]
     packed = {}
-    for name in names:
-        source = Source.open(args.root, name, read_info(args.root, name).get("mode", 1))
+    for source in sources:
+        name = source.name
         hidden = True if args.json else None
         with tqdm(total=source.documents, desc=name, leave=False, disable=hidden) as bar:
             packed[name] = write_table(source, args.seq_len, bar.update)

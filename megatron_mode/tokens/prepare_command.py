@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_mode.arguments import MOST_WORKERS, whole
 from megatron_mode.errors import ConfigError
 from megatron_mode.tokens.prepare_output import print_summary, stoppable
 
@@ -32,6 +33,7 @@ SAMPLE_LICENCES = {
     "bfcl": "Apache-2.0 (Berkeley Function-Calling Leaderboard, gorilla)",
 }
 VOCAB_SIZE = 32768
+MOST_PIECES = 1 << 24  # what model.vocab_size takes
 SAMPLE_VOCAB_SIZE = 2048
 # Starting a process costs about what tokenising this much compressed text does.
 INPUT_BYTES_PER_WORKER = 4 << 20
@@ -68,31 +70,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tokenizer.add_argument(
         "--vocab-size",
-        type=int,
+        type=whole(1, MOST_PIECES),
         metavar="N",
         help=f"pieces of the tokenizer to train (default: {VOCAB_SIZE}; "
         f"{SAMPLE_VOCAB_SIZE} with --sample)",
     )
     add_split_arguments(parser)
     add_mode_token_arguments(parser)
+    add_work_arguments(parser)
+    add_copy_arguments(parser)
+    add("--licence", metavar="TEXT", help="licence recorded in every NAME.json")
+    add("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare who works, on which part, and how much bad input is borne."""
+    add = parser.add_argument
     add(
-        "--workers", type=int, metavar="N", help="processes (default: the cores, but one per 4 MiB)"
+        "--workers",
+        type=whole(1, MOST_WORKERS),
+        metavar="N",
+        help="processes (default: the cores, but one per 4 MiB)",
     )
     add(
         "--max-bad-lines",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="bad lines to skip before giving up (default: %(default)s)",
     )
-    add_copy_arguments(parser)
     add(
         "--shard",
         metavar="I/N",
         help="do part I (0 to N-1) of N; `megatron-mode merge` joins them (default: all)",
     )
-    add("--licence", metavar="TEXT", help="licence recorded in every NAME.json")
-    add("--json", action="store_true", help="print the summary as one JSON object")
 
 
 def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -252,11 +263,6 @@ def check_ranges(args: argparse.Namespace) -> None:
         if not 0 <= value <= 1:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} is {value}; accepted is 0 to 1, so give a share.")
-    for name, least in (("workers", 1), ("vocab_size", 1), ("max_bad_lines", 0)):
-        count = getattr(args, name)
-        if count is not None and count < least:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} is {count}; accepted is {least} or more, so raise it.")
     paths = [os.path.realpath(path) for path in args.input or ()]
     for path in paths:
         if paths.count(path) > 1:

@@ -58,12 +58,13 @@ def read_vocabulary(root: Path) -> Vocabulary:
     path = root / INFO_FILE
     try:
         vocabulary = Vocabulary(**json.loads(path.read_text(encoding="utf-8")))
+        _check_kinds(vocabulary)
     except FileNotFoundError:
         raise DataError(
             f"{path} does not exist; data.root must be a folder written by "
             "`megatron-mode prepare`, so run that first or correct data.root."
         ) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} cannot be read ({error}); run `megatron-mode prepare` again."
         ) from None
@@ -71,6 +72,13 @@ def read_vocabulary(root: Path) -> Vocabulary:
     if model.exists():
         check_digest(model, hashlib.sha256(model.read_bytes()).hexdigest(), vocabulary)
     return vocabulary
+
+
+def _check_kinds(vocabulary: Vocabulary) -> None:
+    """Raise TypeError for a field of another kind than `Vocabulary.write` gives it."""
+    sizes = (vocabulary.vocab_size, vocabulary.padded_vocab_size, *vocabulary.control.values())
+    if not isinstance(vocabulary.digest, str) or any(type(size) is not int for size in sizes):
+        raise TypeError("the digest is no text, or a size or piece no whole number")
 
 
 def check_digest(model: Path, digest: str, vocabulary: Vocabulary) -> None:

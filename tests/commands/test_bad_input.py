@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import PRETRAIN, Outcome, Trained, command, refusal, variables
+from tiny_run import PRETRAIN, Outcome, Trained, before_others, command, refusal, tree, variables
 
 Call = Callable[..., Outcome]
 
@@ -30,7 +30,7 @@ def refused_early(trained: Trained, tmp_path: Path) -> Callable[..., str]:
     def call(*words: str) -> str:
         run = tmp_path / "run"
         given = ("--config", str(trained.config), f"data.root={trained.data}", f"run.dir={run}")
-        outcome = command(PRETRAIN, *given, *words, PYTHONPATH=str(tmp_path / "stand-in"))
+        outcome = command(PRETRAIN, *given, *words, PYTHONPATH=before_others(tmp_path / "stand-in"))
         assert outcome.out == ""
         assert not run.exists()
         return refusal(outcome)
@@ -54,6 +54,31 @@ def test_prepare_refuses_bad_lines(verb: Call, tmp_path: Path, text: str, fragme
     sentence = refusal(verb("prepare", *words))
     assert fragment in sentence
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        # argparse took the `--` out and handed the verb an empty list.
+        (["merge", "--out", "{new}", "--workers=--"], "--workers: expected one argument"),
+        (["merge", "--out", "{new}", "--workers=2000"], "accepted is a whole number of 1 to 1024"),
+        (["report", "{run}", "--out", ""], "--out '.' cannot be written (Is a directory)"),
+        (["prepare", "--out", "{new}", "--input", "{in}", "--vocab-size", "1" + "0" * 40],
+         "accepted is a whole number of 1 to 16777216"),
+        (["score", "{run}", "{in}", "--threads", "1" + "0" * 40], "of 0 to 1024"),
+        (["score", "{run}", "{in}", "--limit", "1" + "0" * 40], "of 1 to 9223372036854775807"),
+        # A wrong name behind a right one left the table of the right one.
+        (["pack", "{data}", "--seq-len", "48", "--sources", "books,nope"], "nope.idx does not"),
+    ],
+)  # fmt: skip
+def test_verbs_refuse_and_write_nothing(
+    verb: Call, trained: Trained, tmp_path: Path, words: list[str], fragment: str
+) -> None:
+    places = {"run": trained.run, "data": trained.data, "in": trained.input, "new": tmp_path / "n"}
+    before = tree(trained.data)
+    assert fragment in refusal(verb(*(word.format(**places) for word in words)))
+    assert tree(trained.data) == before
+    assert not places["new"].exists()
 
 
 def test_prepare_refuses_as_a_program(tmp_path: Path) -> None:
@@ -135,6 +160,15 @@ def test_a_mistake_is_said_once_by_rank_0(trained: Trained, tmp_path: Path) -> N
 @pytest.fixture
 def copied_data(trained: Trained, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained.data, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("change", [{"digest": -1}, {"padded_vocab_size": "384"}, {"control": 3}])
+def test_training_refuses_a_tokenizer_json_of_other_kinds(
+    refused_early: Callable[..., str], copied_data: Path, change: dict[str, object]
+) -> None:
+    path = copied_data / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert f"{path} cannot be read" in refused_early(f"data.root={copied_data}")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".flags.bin", ".docs.arrow", ".json"])

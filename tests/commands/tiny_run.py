@@ -53,6 +53,11 @@ def variables(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **more}
 
 
+def before_others(folder: Path) -> str:
+    """Return a PYTHONPATH in which the modules of a folder come first."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
 def command(*words: str | Path, **more: str) -> Outcome:
     """Run Python with these words in the repository."""
     done = subprocess.run(

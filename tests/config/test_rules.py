@@ -1,12 +1,14 @@
 """Rules between fields, and the world sizes that a layout accepts."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mode.config import check_world_size, load_config
+from megatron_mode.config.rules import _nearest_divisor
 from megatron_mode.errors import ConfigError
 
 PIECEWISE = "mix.mode2_fraction={shape: piecewise, points: "
@@ -17,6 +19,12 @@ BROKEN = [
     (["model.vocab_size=1000"], "model.vocab_size is 1000", "use 1024"),
     (["parallel.tensor=4"], "parallel.tensor is 4", "model.kv_heads = 2; use 2"),
     (["parallel.pipeline=5"], "parallel.pipeline is 5", "model.layers = 4"),
+    (["parallel.zero_stage=0", "run.precision=bf16"], "parallel.zero_stage is 0", "use 1"),
+    (["run.dir="], "run.dir is null", "accepted is text"),
+    (["run.dir=''"], "run.dir is ''", "not empty"),
+    (["data.root='a\tb'"], "data.root is 'a\\tb'", "control characters"),
+    (["model.name=' '"], "model.name is ' '", "not empty"),
+    (["run.steps=100000000000", "batch.global_rows=16"], "1600000000000 rows", "1000000000000"),
     (["batch.micro_rows=5"], "batch.micro_rows is 5", "use 4"),
     (["mix.mode2_fraction.shape=constant"], "mix.mode2_fraction.end is 0.5", "remove it"),
     (["mix.mode2_fraction.end=null"], "mix.mode2_fraction.end is null", "shape linear; set it"),
@@ -182,3 +190,32 @@ def test_a_world_size_works_iff_the_batch_divides(
 @pytest.fixture(scope="session")
 def tiny_config(tiny):
     return load_config(tiny)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (["batch.global_rows=16777213", "batch.micro_rows=16777212"], "use 16777213"),
+        (["model.attention_heads=16777213", "model.hidden_size=8"], "use 4"),
+        (["model.attention_heads=16777213", "model.kv_heads=16777212"], "use 16777213"),
+    ],
+)
+def test_the_nearest_divisor_of_a_large_prime_is_found_at_once(tiny, overrides, fragment):
+    """Counting down from it took seconds, and for ever where there was no bound."""
+    started = time.perf_counter()
+    with pytest.raises(ConfigError, match=fragment):
+        load_config(tiny, overrides)
+    assert time.perf_counter() - started < 2
+
+
+def test_the_nearest_world_of_a_large_batch_is_found_at_once(tiny):
+    config = load_config(tiny, ["batch.global_rows=16777213", "batch.micro_rows=1"])
+    with pytest.raises(ConfigError, match="start 1 or 16777213 processes"):
+        check_world_size(config, 3)
+
+
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_the_nearest_divisor_is_that_of_a_search(given_number, size):
+    nearest = min((d for d in range(1, size + 1) if size % d == 0),
+                  key=lambda d: (abs(d - given_number), d))  # fmt: skip
+    assert _nearest_divisor(given_number, size) == nearest

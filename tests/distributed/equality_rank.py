@@ -12,11 +12,13 @@ VOCAB_TOKENS = 117  # of 128 padded columns
 STEPS = 3
 
 
-def make_config(tensor, pipeline, accumulation, tied, data, loss=None, parallel=None):
+def make_config(
+    tensor, pipeline, accumulation, tied, data, loss=None, parallel=None, precision="auto"
+):
     from megatron_mode.config import Config
 
     fields = {
-        "run": {"dir": "unused", "steps": STEPS, "seed": 7},
+        "run": {"dir": "unused", "steps": STEPS, "seed": 7, "precision": precision},
         "model": {
             "name": "test",
             "layers": 2,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megatron_mode.config import Config, load_config
 from megatron_mode.config.presets import find_configs
 from megatron_mode.engine.deepspeed_config import accumulation_steps, deepspeed_config
+from megatron_mode.errors import ConfigError
 
 
 @functools.cache
@@ -83,3 +84,13 @@ def test_precision_chooses_the_dtype(precision, dtype):
     from megatron_mode.engine.build import choose_dtype
 
     assert choose_dtype(tiny(f"run.precision={precision}")) == dtype
+
+
+def test_auto_on_a_gpu_needs_zero(monkeypatch):
+    """DeepSpeed cannot sum bf16 gradients in fp32 without ZeRO: it raises NotImplementedError."""
+    from megatron_mode.engine.build import choose_dtype
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_dtype(tiny()) == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"parallel.zero_stage is 0: accepted is 1 for bf16"):
+        choose_dtype(tiny("parallel.zero_stage=0"))

@@ -64,7 +64,7 @@ def test_every_option_says_what_it_does(verb, capsys):
         (["scoer"], "verb is 'scoer': accepted is one of prepare, "),
         (["scoer"], "; did you mean score?"),
         (["prepare", "--vocab-sise", "3"], "did you mean --vocab-size?"),
-        (["prepare", "--vocab-size", "many"], "invalid int value: 'many'"),
+        (["prepare", "--vocab-size", "many"], "the value is 'many', accepted is a whole"),
         (["report"], "`megatron-mode report --help` shows what is accepted"),
     ],
 )  # fmt: skip
