@@ -24,6 +24,7 @@ FREE_KEYS = (
     "checkpoint.",
     "batch.micro_rows",
     "parallel.activation_checkpointing",
+    "parallel.sequence_parallel",
     "loss.check_targets",
 )
 # The order's own record judges these, by what they do to the rows.

@@ -96,6 +96,8 @@ class ParallelConfig(Section):
     """Pipeline stages (DeepSpeed)."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full recomputes each decoder layer in the backward pass."""
+    sequence_parallel: bool = False
+    """Cut norms and residuals along the row over the tensor ranks: less memory, same traffic."""
     zero_stage: Literal[0, 1] = 1
     """1 shards the optimizer state over the data-parallel ranks (ZeRO-1)."""
 

@@ -93,6 +93,22 @@ def _check_tensor(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
         )
 
 
+def _check_sequence_parallel(seq_len: int, parallel: ParallelConfig) -> Iterator[str]:
+    if not parallel.sequence_parallel:
+        return
+    if parallel.tensor == 1:
+        yield (
+            "parallel.sequence_parallel is true: accepted is false where parallel.tensor = 1, "
+            "which leaves nothing to share; remove it or raise parallel.tensor"
+        )
+    elif seq_len % parallel.tensor:
+        above = seq_len + -seq_len % parallel.tensor
+        yield (
+            f"model.seq_len is {seq_len}: accepted is a multiple of parallel.tensor = "
+            f"{parallel.tensor} with parallel.sequence_parallel; use {above}"
+        )
+
+
 def _check_pipeline(layers: int, pipeline: int) -> Iterator[str]:
     if pipeline > layers:
         yield (
@@ -140,6 +156,7 @@ RULES = (
     Rule(("model.hidden_size", "model.attention_heads", "model.kv_heads"), _check_heads),
     Rule(("model.vocab_size",), _check_vocabulary),
     Rule(("model", "parallel"), _check_tensor),
+    Rule(("model.seq_len", "parallel"), _check_sequence_parallel),
     Rule(("model.layers", "parallel.pipeline"), _check_pipeline),
     Rule(("batch",), _check_batch),
     Rule(("run.seed",), _check_seed),

@@ -76,8 +76,14 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
         vocab_tokens,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         device_type="cuda" if torch.cuda.is_available() else "cpu",
+        sequence_parallel=config.parallel.sequence_parallel,
     )
-    core = transformer_config(config.model, layout.tensor, dtype)
+    core = transformer_config(
+        config.model,
+        layout.tensor,
+        dtype,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         stage = ModePipeline(config.model, core, layout, StepLoss(mode_loss))
     coordinates = layout.coordinates(dist.get_rank())

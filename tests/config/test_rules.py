@@ -17,6 +17,12 @@ BROKEN = [
     (["model.vocab_size=1000"], "model.vocab_size is 1000", "use 1024"),
     (["parallel.tensor=4"], "parallel.tensor is 4", "model.kv_heads = 2; use 2"),
     (["parallel.pipeline=5"], "parallel.pipeline is 5", "model.layers = 4"),
+    (["parallel.sequence_parallel=true"], "sequence_parallel is true", "remove it or raise"),
+    (
+        ["parallel.sequence_parallel=true", "parallel.tensor=2", "model.seq_len=255"],
+        "model.seq_len is 255",
+        "use 256",
+    ),
     (["batch.micro_rows=5"], "batch.micro_rows is 5", "use 4"),
     (["mix.mode2_fraction.shape=constant"], "mix.mode2_fraction.end is 0.5", "remove it"),
     (["mix.mode2_fraction.end=null"], "mix.mode2_fraction.end is null", "shape linear; set it"),
