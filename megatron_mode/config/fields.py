@@ -94,6 +94,9 @@ class ParallelConfig(Section):
     """Tensor-parallel ranks (megatron-core)."""
     pipeline: Count = 1
     """Pipeline stages (DeepSpeed)."""
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    """Order of passes; dualpipev gives a rank a stage from each end of the model: a smaller bubble
+    for half a micro-batch more in memory."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full recomputes each decoder layer in the backward pass."""
     sequence_parallel: bool = False

@@ -27,17 +27,25 @@ def check_world_size(config: Config, world_size: int) -> int:
     """
     model_ranks = config.parallel.tensor * config.parallel.pipeline
     micro_batches = config.batch.global_rows // config.batch.micro_rows
+    least = least_micro_batches(config.parallel)
+    sizes = [d for d in range(1, micro_batches // least + 1) if micro_batches % d == 0]
     data, rest = divmod(world_size, model_ranks)
-    if rest == 0 and data >= 1 and micro_batches % data == 0:
+    if rest == 0 and data in sizes:
         return data
-    works = [model_ranks * d for d in range(1, micro_batches + 1) if micro_batches % d == 0]
+    works = [model_ranks * d for d in sizes]
+    each = f", at least {least} for each data rank (parallel.schedule)" if least > 1 else ""
     near = [max((w for w in works if w < world_size), default=None),
             min((w for w in works if w > world_size), default=None)]  # fmt: skip
     raise ConfigError(
         f"world size is {world_size}: accepted is parallel.tensor * parallel.pipeline = "
-        f"{model_ranks} times a divisor of batch.global_rows / batch.micro_rows = {micro_batches}; "
-        f"start {' or '.join(str(w) for w in near if w)} processes, or change the batch"
+        f"{model_ranks} times a divisor of batch.global_rows / batch.micro_rows = {micro_batches}"
+        f"{each}; start {' or '.join(str(w) for w in near if w)} processes, or change the batch"
     )
+
+
+def least_micro_batches(parallel: ParallelConfig) -> int:
+    """Return how many micro-batches a step of one data rank needs at least."""
+    return 2 * parallel.pipeline if parallel.schedule == "dualpipev" else 1
 
 
 def find_broken_rules(config: Config, is_wrong: Callable[[str], bool]) -> Iterator[str]:
@@ -117,6 +125,24 @@ def _check_pipeline(layers: int, pipeline: int) -> Iterator[str]:
         )
 
 
+def _check_schedule(layers: int, batch: BatchConfig, parallel: ParallelConfig) -> Iterator[str]:
+    pipeline, least = parallel.pipeline, least_micro_batches(parallel)
+    if parallel.schedule == "1f1b" or pipeline > layers:
+        return
+    if pipeline == 1 or layers < 2 * pipeline:
+        yield (
+            f"parallel.schedule is {parallel.schedule}: accepted with parallel.pipeline from 2 to "
+            f"model.layers / 2 = {layers // 2}, one layer in each of two stages a rank, and given "
+            f"is {pipeline}; use 1f1b or change parallel.pipeline"
+        )
+    elif batch.global_rows // batch.micro_rows < least:
+        yield (
+            f"batch.global_rows is {batch.global_rows}: accepted is at least 2 * parallel.pipeline "
+            f"* batch.micro_rows = {least * batch.micro_rows} for parallel.schedule = "
+            f"{parallel.schedule}; use {least * batch.micro_rows}"
+        )
+
+
 def _check_batch(batch: BatchConfig) -> Iterator[str]:
     if batch.global_rows % batch.micro_rows:
         yield (
@@ -158,6 +184,7 @@ RULES = (
     Rule(("model", "parallel"), _check_tensor),
     Rule(("model.seq_len", "parallel"), _check_sequence_parallel),
     Rule(("model.layers", "parallel.pipeline"), _check_pipeline),
+    Rule(("model.layers", "batch", "parallel"), _check_schedule),
     Rule(("batch",), _check_batch),
     Rule(("run.seed",), _check_seed),
     *MIX_RULES,

@@ -17,7 +17,7 @@ from megatron_mode.config import Config, check_world_size
 from megatron_mode.engine.deepspeed_config import deepspeed_config
 from megatron_mode.engine.launch import Process, cpu_threads
 from megatron_mode.engine.optimizer import adamw
-from megatron_mode.engine.pipeline import ModePipeline
+from megatron_mode.engine.pipeline import PIPELINES
 from megatron_mode.engine.step import Engine, StepLoss
 from megatron_mode.engine.topology import Coordinates, Layout
 from megatron_mode.errors import ConfigError
@@ -85,7 +85,8 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
         sequence_parallel=config.parallel.sequence_parallel,
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        stage = ModePipeline(config.model, core, layout, StepLoss(mode_loss))
+        build_stage = PIPELINES[config.parallel.schedule]
+        stage = build_stage(config.model, core, layout, StepLoss(mode_loss))
     coordinates = layout.coordinates(dist.get_rank())
     for _, module in stage.named_links():
         mark_parameters(module)

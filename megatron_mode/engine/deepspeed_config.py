@@ -18,9 +18,11 @@ def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]
     bf16 needs `grad_accum_dtype: fp32`: it selects BF16_Optimizer, which keeps fp32 master weights
     and gradients; without it DeepSpeed accumulates gradients in bf16. `use_reentrant: False` lets
     the first stage recompute from integer inputs. DeepSpeed cuts what stages exchange into a part
-    for each tensor rank, as if all had the same; under sequence parallelism each has its own.
+    for each tensor rank, as if all had the same; under sequence parallelism each has its own, and
+    DualPipeV sends whole tensors.
     """
-    same_on_tensor_ranks = not config.parallel.sequence_parallel
+    parallel = config.parallel
+    cut = parallel.schedule == "1f1b" and not parallel.sequence_parallel
     recompute = config.parallel.activation_checkpointing == "full"
     derived: dict[str, Any] = {
         "train_batch_size": config.batch.global_rows,
@@ -33,8 +35,8 @@ def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]
         "pipeline": {
             "activation_checkpoint_interval": int(recompute),
             "use_reentrant": False,
-            "pipe_partitioned": same_on_tensor_ranks,
-            "grad_partitioned": same_on_tensor_ranks,
+            "pipe_partitioned": cut,
+            "grad_partitioned": cut,
         },
     }
     if bf16:

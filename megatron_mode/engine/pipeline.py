@@ -1,4 +1,4 @@
-"""Turn the decoder's chain into a DeepSpeed PipelineModule; the only one in the project.
+"""Turn the decoder's chain into a DeepSpeed PipelineModule, the only one, for either schedule.
 
 One tensor travels between stages: hidden states with the positions written behind them as base-256
 digits, which are exact in bf16. Rotary tables and attention masks follow from positions alone, so
@@ -10,12 +10,12 @@ T row length, B rows, D hidden size, p tensor ranks, or 1 without sequence paral
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -80,13 +80,16 @@ class ModePipeline(PipelineModule):
         A tied link on the last stage goes by the name of the link that it shares.
         """
         found: dict[str, nn.Module] = {}
-        for index in range(self._local_start, self._local_stop):
+        for index, module in self.local_links():
             link = self.links[index]
-            module = self.forward_funcs[index - self._local_start]
             if link.shares is not None:
                 module = self.tied_modules[link.shares]
             found.setdefault(link.shares or link.name, module)
         return list(found.items())
+
+    def local_links(self) -> Iterator[tuple[int, Any]]:
+        """Give (index in the chain, module or function) of what stands on this rank."""
+        return enumerate(self.forward_funcs, start=self._local_start)
 
     def forward(self, forward_input: Any) -> Any:
         """Run the stage: (input_BT, position_BT) or a packed tensor in, packed or heads out."""
@@ -106,6 +109,21 @@ class ModePipeline(PipelineModule):
         group = parallel_state.get_tensor_model_parallel_group()
         partial = [(weight, group) for weight in partial_gradients(self)]
         return [*super().get_tied_weights_and_groups(), *partial]
+
+
+class DualPipeVPipeline(ModePipeline, DualPipeVModule):
+    """Hold stages r and 2*p - 1 - r of 2*p on rank r of p, the first of them active at a time.
+
+    Micro-batches run to the last rank and back: rank 0 reads the data and computes the loss.
+    """
+
+    def local_links(self) -> Iterator[tuple[int, Any]]:
+        """Give the links of both stages."""
+        for (start, _), functions in zip(self.phase_bounds, self.phase_funcs, strict=True):
+            yield from enumerate(functions, start=start)
+
+
+PIPELINES = {"1f1b": ModePipeline, "dualpipev": DualPipeVPipeline}
 
 
 def layer_spec(link: Link, tied: bool) -> LayerSpec:

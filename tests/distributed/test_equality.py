@@ -26,6 +26,8 @@ SEQUENCE_VARIANTS = [
     (4, False, {"parallel": {**SEQUENCE["parallel"], **RECOMPUTED["parallel"]}}),
     (1, True, {**SEQUENCE, **REFERENCE}),
 ]
+# DualPipeV cuts the model into two stages a rank.
+TURNING = {"parallel": {"schedule": "dualpipev"}}
 # The interpreter is slow: whole on one rank, sharded on two.
 TRITON = {"loss": {"implementation": "triton"}}
 TRITON_LAYOUTS = ((1, 1, 1), (2, 1, 1))
@@ -145,3 +147,17 @@ def test_every_gradient_arrives_in_fp32_beside_bf16_weights(layout):
 @pytest.mark.distributed
 def test_four_tensor_ranks_share_a_row():
     check_against_the_oracle((4, 1, 1), [(1, True, {**SEQUENCE, "model": {"kv_heads": 4}})])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "accumulation"), [((1, 2, 2), 4), ((2, 2, 1), 6), ((1, 4, 1), 8)]
+)
+def test_dualpipev_equals_the_fp64_oracle(layout, accumulation):
+    deep = {**TURNING, "model": {"layers": 2 * layout[1]}}
+    recomputed = {**deep, "parallel": {**TURNING["parallel"], **RECOMPUTED["parallel"]}}
+    variants = [(accumulation, True, deep), (accumulation, False, recomputed)]
+    if layout[0] > 1:
+        cut = {**deep, "parallel": {**TURNING["parallel"], **SEQUENCE["parallel"]}}
+        variants.append((accumulation, True, cut))
+    check_against_the_oracle(layout, variants)
