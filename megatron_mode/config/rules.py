@@ -131,9 +131,9 @@ def _check_schedule(layers: int, batch: BatchConfig, parallel: ParallelConfig) -
         return
     if pipeline == 1 or layers < 2 * pipeline:
         yield (
-            f"parallel.schedule is {parallel.schedule}: accepted with parallel.pipeline from 2 to "
-            f"model.layers / 2 = {layers // 2}, one layer in each of two stages a rank, and given "
-            f"is {pipeline}; use 1f1b or change parallel.pipeline"
+            f"parallel.schedule is {parallel.schedule} with parallel.pipeline = {pipeline}: "
+            f"accepted is parallel.pipeline from 2 to model.layers / 2 = {layers // 2}, as each "
+            "rank holds two stages; use 1f1b or change parallel.pipeline"
         )
     elif batch.global_rows // batch.micro_rows < least:
         yield (

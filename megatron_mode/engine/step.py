@@ -115,8 +115,12 @@ class Engine:
         self.at: Coordinates = layout.coordinates(self.rank)
         self.device: torch.device = torch.device(pipeline_engine.device)
         self.accumulation_steps = accumulation_steps(config, layout.data)
-        self.turns = config.parallel.schedule == "dualpipev"
         self.blocked_shares = BlockedShares()
+
+    @property
+    def turns(self) -> bool:
+        """Tell whether micro-batches come back from the last rank to the first (DualPipeV)."""
+        return self.config.parallel.schedule == "dualpipev"
 
     @property
     def computes_loss(self) -> bool:

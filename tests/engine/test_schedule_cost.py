@@ -1,4 +1,4 @@
-"""The clock agrees with closed forms, with a search over dependencies, and with a hand-drawn plan."""
+"""The clock agrees with closed forms, a search over dependencies, and a hand-drawn plan."""
 
 from __future__ import annotations
 
