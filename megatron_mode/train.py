@@ -21,6 +21,7 @@ from megatron_mode.config import Config, dump_config
 from megatron_mode.engine.accelerators import accelerator_table
 from megatron_mode.engine.build import build_engine, build_mesh, join_group
 from megatron_mode.engine.launch import Process
+from megatron_mode.engine.schedule_cost import pipeline_line
 from megatron_mode.engine.step import Engine
 from megatron_mode.engine.stopping import Reason, Stopping, StopRequest
 from megatron_mode.mix.corpus import (
@@ -145,6 +146,8 @@ def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
         f"{run.engine.accumulation_steps} micro-batches of {config.batch.micro_rows} rows a step\n"
         f"loss: {run.engine.step_loss.mode_loss.implementation}; {run.folder} {begin}"
     )
+    if run.engine.layout.pipeline > 1:
+        print(f"pipeline: {pipeline_line(config, run.engine.layout)}")
     print(accelerator_table(run.engine.step_loss.mode_loss.implementation))
     for note in notes:
         print(note)

@@ -28,6 +28,7 @@ FREE_KEYS = (
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.activation_checkpointing",
+    "parallel.sequence_parallel",
     "loss.check_targets",
 )
 # The order's own record judges these, by what they do to the rows.

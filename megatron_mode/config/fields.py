@@ -104,8 +104,13 @@ class ParallelConfig(Section):
     """Tensor-parallel ranks (megatron-core)."""
     pipeline: Count = 1
     """Pipeline stages (DeepSpeed)."""
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    """Order of passes; dualpipev gives a rank a stage from each end of the model: a smaller bubble
+    for half a micro-batch more in memory."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full recomputes each decoder layer in the backward pass."""
+    sequence_parallel: bool = False
+    """Cut norms and residuals along the row over the tensor ranks: less memory, same traffic."""
     zero_stage: Literal[0, 1] = 1
     """1 shards the optimizer state over the data-parallel ranks (ZeRO-1)."""
 

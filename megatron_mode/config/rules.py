@@ -30,17 +30,25 @@ def check_world_size(config: Config, world_size: int) -> int:
     """
     model_ranks = config.parallel.tensor * config.parallel.pipeline
     micro_batches = config.batch.global_rows // config.batch.micro_rows
+    least = least_micro_batches(config.parallel)
+    sizes = [size for size in _divisors(micro_batches) if size <= micro_batches // least]
     data, rest = divmod(world_size, model_ranks)
-    if rest == 0 and data >= 1 and micro_batches % data == 0:
+    if rest == 0 and data in sizes:
         return data
-    works = [model_ranks * size for size in _divisors(micro_batches)]
+    works = [model_ranks * size for size in sizes]
+    each = f", at least {least} for each data rank (parallel.schedule)" if least > 1 else ""
     near = [max((w for w in works if w < world_size), default=None),
             min((w for w in works if w > world_size), default=None)]  # fmt: skip
     raise ConfigError(
         f"world size is {world_size}: accepted is parallel.tensor * parallel.pipeline = "
-        f"{model_ranks} times a divisor of batch.global_rows / batch.micro_rows = {micro_batches}; "
-        f"start {' or '.join(str(w) for w in near if w)} processes, or change the batch"
+        f"{model_ranks} times a divisor of batch.global_rows / batch.micro_rows = {micro_batches}"
+        f"{each}; start {' or '.join(str(w) for w in near if w)} processes, or change the batch"
     )
+
+
+def least_micro_batches(parallel: ParallelConfig) -> int:
+    """Return how many micro-batches a step of one data rank needs at least."""
+    return 2 * parallel.pipeline if parallel.schedule == "dualpipev" else 1
 
 
 def find_broken_rules(config: Config, is_wrong: Callable[[str], bool]) -> Iterator[str]:
@@ -100,6 +108,22 @@ def _check_tensor(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
         )
 
 
+def _check_sequence_parallel(seq_len: int, parallel: ParallelConfig) -> Iterator[str]:
+    if not parallel.sequence_parallel:
+        return
+    if parallel.tensor == 1:
+        yield (
+            "parallel.sequence_parallel is true: accepted is false where parallel.tensor = 1, "
+            "which leaves nothing to share; remove it or raise parallel.tensor"
+        )
+    elif seq_len % parallel.tensor:
+        above = seq_len + -seq_len % parallel.tensor
+        yield (
+            f"model.seq_len is {seq_len}: accepted is a multiple of parallel.tensor = "
+            f"{parallel.tensor} with parallel.sequence_parallel; use {above}"
+        )
+
+
 def _check_pipeline(layers: int, pipeline: int) -> Iterator[str]:
     if pipeline > layers:
         yield (
@@ -114,6 +138,24 @@ def _check_zero(precision: str, zero_stage: int) -> Iterator[str]:
         yield (
             "parallel.zero_stage is 0: accepted is 1 for run.precision bf16; use 1, or precision "
             "fp32"
+        )
+
+
+def _check_schedule(layers: int, batch: BatchConfig, parallel: ParallelConfig) -> Iterator[str]:
+    pipeline, least = parallel.pipeline, least_micro_batches(parallel)
+    if parallel.schedule == "1f1b" or pipeline > layers:
+        return
+    if pipeline == 1 or layers < 2 * pipeline:
+        yield (
+            f"parallel.schedule is {parallel.schedule} with parallel.pipeline = {pipeline}: "
+            f"accepted is parallel.pipeline from 2 to model.layers / 2 = {layers // 2}, as each "
+            "rank holds two stages; use 1f1b or change parallel.pipeline"
+        )
+    elif batch.global_rows // batch.micro_rows < least:
+        yield (
+            f"batch.global_rows is {batch.global_rows}: accepted is at least 2 * parallel.pipeline "
+            f"* batch.micro_rows = {least * batch.micro_rows} for parallel.schedule = "
+            f"{parallel.schedule}; use {least * batch.micro_rows}"
         )
 
 
@@ -192,8 +234,10 @@ RULES = (
     Rule(("model.hidden_size", "model.attention_heads", "model.kv_heads"), _check_heads),
     Rule(("model.vocab_size",), _check_vocabulary),
     Rule(("model", "parallel"), _check_tensor),
+    Rule(("model.seq_len", "parallel"), _check_sequence_parallel),
     Rule(("model.layers", "parallel.pipeline"), _check_pipeline),
     Rule(("run.precision", "parallel.zero_stage"), _check_zero),
+    Rule(("model.layers", "batch", "parallel"), _check_schedule),
     Rule(("batch",), _check_batch),
     Rule(("run.time_limit_seconds", "run.time_margin_seconds"), _check_time_limit),
     Rule(("run.dir", "data.root", "model.name"), _check_places),

@@ -17,7 +17,7 @@ from megatron_mode.config import Config, check_world_size
 from megatron_mode.engine.deepspeed_config import deepspeed_config
 from megatron_mode.engine.launch import Process, cpu_threads
 from megatron_mode.engine.optimizer import adamw
-from megatron_mode.engine.pipeline import ModePipeline
+from megatron_mode.engine.pipeline import PIPELINES, ModePipeline
 from megatron_mode.engine.step import Engine, StepLoss
 from megatron_mode.engine.topology import Layout
 from megatron_mode.errors import ConfigError
@@ -95,12 +95,19 @@ def build_stage(
         vocab_tokens,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         device_type="cuda" if torch.cuda.is_available() else "cpu",
+        sequence_parallel=config.parallel.sequence_parallel,
     )
-    core = transformer_config(config.model, layout.tensor, dtype)
+    core = transformer_config(
+        config.model,
+        layout.tensor,
+        dtype,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
     core.use_cpu_initialization |= shapes_only  # else megatron-core names the GPU itself
     place = torch.device("meta") if shapes_only else contextlib.nullcontext()
     with place, contextlib.redirect_stdout(io.StringIO()):
-        stage = ModePipeline(config.model, core, layout, StepLoss(mode_loss))
+        pipeline = PIPELINES[config.parallel.schedule]
+        stage = pipeline(config.model, core, layout, StepLoss(mode_loss))
     for _, module in stage.named_links():
         mark_parameters(module)
     check_groups(layout, stage.mpu())

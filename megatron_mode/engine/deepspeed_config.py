@@ -16,9 +16,15 @@ def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]
     """Return DeepSpeed's dict for `data` data-parallel ranks.
 
     bf16 needs `grad_accum_dtype: fp32`: it selects BF16_Optimizer, which keeps fp32 master weights
-    and gradients; without it DeepSpeed accumulates gradients in bf16. `use_reentrant: False` lets
-    the first stage recompute from integer inputs.
+    and gradients; without it DeepSpeed accumulates gradients in bf16. `immediate_grad_update` adds
+    each gradient up as it arrives. Without it DeepSpeed clears bf16 gradients when that of the last
+    stage's hidden states arrives, those of both heads with them, which the loss has just made.
+    `use_reentrant: False` lets the first stage recompute from integer inputs. DeepSpeed cuts what
+    stages exchange into a part for each tensor rank, as if all had the same; under sequence
+    parallelism each has its own, and DualPipeV sends whole tensors.
     """
+    parallel = config.parallel
+    cut = parallel.schedule == "1f1b" and not parallel.sequence_parallel
     recompute = config.parallel.activation_checkpointing == "full"
     derived: dict[str, Any] = {
         "train_batch_size": config.batch.global_rows,
@@ -31,9 +37,11 @@ def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]
         "pipeline": {
             "activation_checkpoint_interval": int(recompute),
             "use_reentrant": False,
+            "pipe_partitioned": cut,
+            "grad_partitioned": cut,
         },
     }
     if bf16:
-        derived["bf16"] = {"enabled": True}
+        derived["bf16"] = {"enabled": True, "immediate_grad_update": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     return derived

@@ -1,47 +1,54 @@
-"""Turn the decoder's chain into a DeepSpeed PipelineModule; the only one in the project.
+"""Turn the decoder's chain into a DeepSpeed PipelineModule, the only one, for either schedule.
 
 One tensor travels between stages: hidden states with the positions written behind them as base-256
 digits, which are exact in bf16. Rotary tables and attention masks follow from positions alone, so
-every stage builds its own.
+every stage builds its own. Under sequence parallelism a rank's T/p hidden states carry the
+positions of all T tokens, p of them each.
 
-T row length, B rows, D hidden size.
+T row length, B rows, D hidden size, p tensor ranks, or 1 without sequence parallelism.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+import torch.distributed as dist
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.engine.topology import Layout
 from megatron_mode.model.decoder import Context, Link, decoder_links
+from megatron_mode.model.sequence_parallel import partial_gradients
 
 POSITION_DIGITS = 3
 DIGIT_BASE = 256
 
 
 def pack(hidden_TBD: Tensor, position_BT: Tensor) -> Tensor:
-    """Append the positions' base-256 digits to the hidden states: [T, B, D + 3]."""
-    rest_TB1 = position_BT.t().unsqueeze(-1)
+    """Append the positions' base-256 digits to hidden states [T/p, B, D]: [T/p, B, D + 3p]."""
+    length, rows, _ = hidden_TBD.shape
+    rest_TBX = position_BT.t().reshape(-1, length, rows).permute(1, 2, 0)
     digits = []
     for _ in range(POSITION_DIGITS):
-        digits.append(rest_TB1 % DIGIT_BASE)
-        rest_TB1 = rest_TB1 // DIGIT_BASE
+        digits.append(rest_TBX % DIGIT_BASE)
+        rest_TBX = rest_TBX // DIGIT_BASE
     return torch.cat((hidden_TBD, torch.cat(digits, dim=-1).to(hidden_TBD.dtype)), dim=-1)
 
 
-def unpack(packed_TBX: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo `pack`: hidden states [T, B, D] and int64 positions [B, T]."""
-    hidden_TBD = packed_TBX[..., :-POSITION_DIGITS]
-    digits_TBX = packed_TBX[..., -POSITION_DIGITS:].detach().long()
+def unpack(packed_TBX: Tensor, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """Undo `pack` for p = `parts`: hidden states [T/p, B, D] and int64 positions [B, T]."""
+    hidden_TBD = packed_TBX[..., : -POSITION_DIGITS * parts]
+    digits_TBX = packed_TBX[..., -POSITION_DIGITS * parts :].detach().long()
     scale_X = DIGIT_BASE ** torch.arange(POSITION_DIGITS, device=packed_TBX.device)
-    return hidden_TBD, (digits_TBX * scale_X).sum(dim=-1).t()
+    digits_TBXp = digits_TBX.view(*digits_TBX.shape[:-1], POSITION_DIGITS, parts)
+    position_TBp = (digits_TBXp * scale_X.unsqueeze(-1)).sum(dim=-2)
+    return hidden_TBD, position_TBp.permute(1, 2, 0).flatten(1)
 
 
 class ModePipeline(PipelineModule):
@@ -56,6 +63,7 @@ class ModePipeline(PipelineModule):
     ) -> None:
         self.links = decoder_links(model, config)
         self.context = Context(model, config)
+        self.sequence_parts = layout.tensor if config.sequence_parallel else 1
         super().__init__(
             layers=[layer_spec(link, model.tied_embeddings) for link in self.links],
             topology=PipeModelDataParallelTopology(
@@ -79,21 +87,50 @@ class ModePipeline(PipelineModule):
         A tied link on the last stage goes by the name of the link that it shares.
         """
         found: dict[str, nn.Module] = {}
-        for index in range(self._local_start, self._local_stop):
+        for index, module in self.local_links():
             link = self.links[index]
-            module = self.forward_funcs[index - self._local_start]
             if link.shares is not None:
                 module = self.tied_modules[link.shares]
             found.setdefault(link.shares or link.name, module)
         return list(found.items())
 
+    def local_links(self) -> Iterator[tuple[int, Any]]:
+        """Give (index in the chain, module or function) of what stands on this rank."""
+        return enumerate(self.forward_funcs, start=self._local_start)
+
     def forward(self, forward_input: Any) -> Any:
         """Run the stage: (input_BT, position_BT) or a packed tensor in, packed or heads out."""
         packed = isinstance(forward_input, Tensor)
-        state_B, position_BT = unpack(forward_input) if packed else forward_input
+        parts = self.sequence_parts
+        state_B, position_BT = unpack(forward_input, parts) if packed else forward_input
         state = super().forward((state_B, *self.context(position_BT)))
         last = self._local_stop == len(self.links)
         return state if last else pack(state[0], position_BT)
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
+        """List the weights whose gradients DeepSpeed sums over a group before the data ranks'.
+
+        Tied weights by DeepSpeed's own rule; under sequence parallelism also those that saw only
+        this rank's tokens, which DeepSpeed would leave as they are.
+        """
+        group = parallel_state.get_tensor_model_parallel_group()
+        partial = [(weight, group) for weight in partial_gradients(self)]
+        return [*super().get_tied_weights_and_groups(), *partial]
+
+
+class DualPipeVPipeline(ModePipeline, DualPipeVModule):
+    """Hold stages r and 2*p - 1 - r of 2*p on rank r of p, the first of them active at a time.
+
+    Micro-batches run to the last rank and back: rank 0 reads the data and computes the loss.
+    """
+
+    def local_links(self) -> Iterator[tuple[int, Any]]:
+        """Give the links of both stages."""
+        for (start, _), functions in zip(self.phase_bounds, self.phase_funcs, strict=True):
+            yield from enumerate(functions, start=start)
+
+
+PIPELINES = {"1f1b": ModePipeline, "dualpipev": DualPipeVPipeline}
 
 
 def layer_spec(link: Link, tied: bool) -> LayerSpec:

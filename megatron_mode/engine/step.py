@@ -1,7 +1,8 @@
 """Run one training step or one evaluation through DeepSpeed's pipeline.
 
-Only the last stage computes the loss; it keeps the detached per-token outputs of every micro-batch
-for metrics. `Engine.sum_over_ranks` adds what the ranks hold with a single all-reduce.
+Only the last stage computes the loss, which stands on the last rank of a 1F1B pipeline and on the
+first of a DualPipeV one; it keeps the detached per-token outputs of every micro-batch for metrics.
+`Engine.sum_over_ranks` adds what the ranks hold with a single all-reduce.
 
 T row length, B rows.
 """
@@ -133,13 +134,18 @@ class Engine:
         install_gate(pipeline_engine, self._lets_through)
 
     @property
+    def turns(self) -> bool:
+        """Tell whether micro-batches come back from the last rank to the first (DualPipeV)."""
+        return self.config.parallel.schedule == "dualpipev"
+
+    @property
     def computes_loss(self) -> bool:
-        """Tell whether this rank is in the last stage."""
-        return self.at.pipeline == self.layout.pipeline - 1
+        """Tell whether this rank holds the last stage."""
+        return self.at.pipeline == (0 if self.turns else self.layout.pipeline - 1)
 
     @property
     def reads_data(self) -> bool:
-        """Tell whether this rank needs batches: the first and the last stage do."""
+        """Tell whether this rank needs batches: those with the first or the last stage do."""
         return self.at.pipeline == 0 or self.computes_loss
 
     def train_step(self, step: int, micro_batches: list[MicroBatch]) -> StepResult:
@@ -164,12 +170,25 @@ class Engine:
         return StepResult(float(loss), norm, rate, self.step_loss.outputs, self._verdict)
 
     def evaluate(self, micro_batches: list[MicroBatch], count: int) -> list[TokenOutputs]:
-        """Run `count` micro-batches forward only; per-token outputs on the last stage, else []."""
+        """Run `count` micro-batches forward only; per-token outputs on the last stage, else [].
+
+        DualPipeV takes at least twice as many as there are pipeline ranks: the last one is repeated
+        and what it gives left out.
+        """
         self.step_loss.start(LossScales(0.0, 0.0), blocking_active=False)
-        self.deepspeed.eval_batch(
-            _pairs(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=count
-        )
-        return self.step_loss.outputs
+        runs = max(count, 2 * self.layout.pipeline) if self.turns and count else count
+        padded = micro_batches + micro_batches[-1:] * (runs - count)
+        training = self.deepspeed.micro_batches
+        # DualPipeV's engine finds a buffer's second half by the count of a training step.
+        self.deepspeed.micro_batches = runs
+        try:
+            if count:
+                self.deepspeed.eval_batch(
+                    _pairs(padded), reduce_output=None, bcast_loss=False, num_micro_batches=runs
+                )
+        finally:
+            self.deepspeed.micro_batches = training
+        return self.step_loss.outputs[:count]
 
     @contextmanager
     def other_row_length(self) -> Iterator[None]:

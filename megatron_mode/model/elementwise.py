@@ -17,13 +17,15 @@ from torch.nn import functional
 class RMSNorm(nn.Module):
     """Scale the last dimension to unit root mean square (Zhang and Sennrich, 2019, eq. 4).
 
-    megatron-core builds it as `RMSNorm(config, hidden_size, eps)`.
+    megatron-core builds it as `RMSNorm(config, hidden_size, eps)`; under sequence parallelism the
+    weight carries megatron-core's mark, which says that its gradient is a part of the sum.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
 
     def forward(self, hidden_D: Tensor) -> Tensor:
         """Normalise [..., D]; torch's fused kernel where there is one (GPUs)."""

@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.model.attention import AttentionContext, DocumentAttention
 from megatron_mode.model.elementwise import RMSNorm, swiglu
+from megatron_mode.model.sequence_parallel import (
+    GatheringLinear,
+    ScatteringEmbedding,
+    ScatteringLinear,
+)
 
 
-def transformer_config(model: ModelConfig, tensor: int, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, tensor: int, dtype: torch.dtype, *, sequence_parallel: bool = False
+) -> TransformerConfig:
     """Translate our model config into megatron-core's; DeepSpeed owns the pipeline, so it is 1.
 
     Weights are left unset here (`perform_initialization=False`): `init.initialise` fills them.
@@ -33,6 +40,7 @@ def transformer_config(model: ModelConfig, tensor: int, dtype: torch.dtype) -> T
         num_query_groups=model.kv_heads,
         kv_channels=model.hidden_size // model.attention_heads,
         tensor_model_parallel_size=tensor,
+        sequence_parallel=sequence_parallel,
         pipeline_model_parallel_size=1,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
@@ -58,8 +66,10 @@ class GatedMLP(MLP):
     """Run megatron-core's local MLP with SwiGLU as one operation."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        local = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.mlp
-        super().__init__(config, local.submodules, ffn_hidden_size=config.ffn_hidden_size)
+        parts = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.mlp.submodules
+        if config.sequence_parallel:
+            parts.linear_fc1, parts.linear_fc2 = GatheringLinear, ScatteringLinear
+        super().__init__(config, parts, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden_TBD: Tensor, **_: Any) -> tuple[Tensor, None]:
         """Return (output [T, B, D], no bias)."""
@@ -68,11 +78,14 @@ class GatedMLP(MLP):
         return output_TBD, None
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Take megatron-core's local layer spec; put our attention core, norms and SwiGLU into it."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = spec.submodules
-    parts.self_attention.submodules.core_attention = DocumentAttention
+    attention = parts.self_attention.submodules
+    attention.core_attention = DocumentAttention
+    if config.sequence_parallel:
+        attention.linear_qkv, attention.linear_proj = GatheringLinear, ScatteringLinear
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     parts.mlp = GatedMLP
     return spec
@@ -85,7 +98,9 @@ class Embedding(nn.Module):
         super().__init__()
         if model.vocab_size is None:
             raise ValueError("model.vocab_size is unset; resolve it from the data first")
-        self.word = VocabParallelEmbedding(
+        self.scatters = config.sequence_parallel
+        build = ScatteringEmbedding if self.scatters else VocabParallelEmbedding
+        self.word = build(
             model.vocab_size, model.hidden_size, init_method=nn.init.zeros_, config=config
         )
 
@@ -98,6 +113,8 @@ class Embedding(nn.Module):
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Turn (input_BT, *context) into (hidden_TBD, *context)."""
         input_BT, *context = inputs
+        if self.scatters:
+            return (self.word(input_BT), *context)
         return (self.word(input_BT).transpose(0, 1).contiguous(), *context)
 
 
@@ -106,7 +123,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig, number: int) -> None:
         super().__init__()
-        self.layer: Any = build_module(layer_spec(), config=config, layer_number=number)
+        self.layer: Any = build_module(layer_spec(config), config=config, layer_number=number)
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Turn (hidden_TBD, *context) into the same with the next hidden states."""

@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_mode.config import check_world_size, load_config
@@ -25,6 +25,23 @@ BROKEN = [
     (["data.root='a\tb'"], "data.root is 'a\\tb'", "control characters"),
     (["model.name=' '"], "model.name is ' '", "not empty"),
     (["run.steps=100000000000", "batch.global_rows=16"], "1600000000000 rows", "1000000000000"),
+    (["parallel.sequence_parallel=true"], "sequence_parallel is true", "remove it or raise"),
+    (
+        ["parallel.sequence_parallel=true", "parallel.tensor=2", "model.seq_len=255"],
+        "model.seq_len is 255",
+        "use 256",
+    ),
+    (["parallel.schedule=dualpipev"], "parallel.schedule is dualpipev", "use 1f1b or change"),
+    (
+        ["parallel.schedule=dualpipev", "parallel.pipeline=3"],
+        "parallel.schedule is dualpipev",
+        "model.layers / 2 = 2",
+    ),
+    (
+        ["parallel.schedule=dualpipev", "parallel.pipeline=2", "batch.micro_rows=8"],
+        "batch.global_rows is 16",
+        "use 32",
+    ),
     (["batch.micro_rows=5"], "batch.micro_rows is 5", "use 4"),
     (["mix.mode2_fraction.shape=constant"], "mix.mode2_fraction.end is 0.5", "remove it"),
     (["mix.mode2_fraction.end=null"], "mix.mode2_fraction.end is null", "shape linear; set it"),
@@ -159,11 +176,16 @@ def test_what_keeps_the_rules_loads(tiny, overrides):
     micro_rows=st.integers(1, 4),
     micro_batches=st.integers(1, 24),
     world_size=st.integers(0, 99),
+    turns=st.booleans(),
 )
 def test_a_world_size_works_iff_the_batch_divides(
-    tiny_config, tensor, pipeline, micro_rows, micro_batches, world_size
+    tiny_config, tensor, pipeline, micro_rows, micro_batches, world_size, turns
 ):
-    parallel = tiny_config.parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline})
+    least = 2 * pipeline if turns else 1
+    assume(micro_batches >= least)
+    sizes = {"tensor": tensor, "pipeline": pipeline}
+    schedule = {"schedule": "dualpipev" if turns else "1f1b"}
+    parallel = tiny_config.parallel.model_copy(update=sizes | schedule)
     rows = {"micro_rows": micro_rows, "global_rows": micro_rows * micro_batches}
     config = tiny_config.model_copy(
         update={"parallel": parallel, "batch": tiny_config.batch.model_copy(update=rows)}
@@ -172,7 +194,7 @@ def test_a_world_size_works_iff_the_batch_divides(
     fits = {
         tensor * pipeline * data: data
         for data in range(1, 100)
-        if any(data * accumulation == micro_batches for accumulation in range(1, 100))
+        if any(data * accumulation == micro_batches for accumulation in range(least, 100))
     }
     if world_size in fits:
         assert check_world_size(config, world_size) == fits[world_size]

@@ -12,13 +12,11 @@ VOCAB_TOKENS = 117  # of 128 padded columns
 STEPS = 3
 
 
-def make_config(
-    tensor, pipeline, accumulation, tied, data, loss=None, parallel=None, precision="auto"
-):
+def make_config(tensor, pipeline, accumulation, tied, data, **changes):
     from megatron_mode.config import Config
 
     fields = {
-        "run": {"dir": "unused", "steps": STEPS, "seed": 7, "precision": precision},
+        "run": {"dir": "unused", "steps": STEPS, "seed": 7, "precision": "fp32"},
         "model": {
             "name": "test",
             "layers": 2,
@@ -33,11 +31,13 @@ def make_config(
             "init_std": 0.2,
         },
         "mix": {"mode2_fraction": {"start": "0"}},
-        "loss": {"mode_weight": 0.3, **(loss or {})},
-        "parallel": {"tensor": tensor, "pipeline": pipeline, **(parallel or {})},
+        "loss": {"mode_weight": 0.3},
+        "parallel": {"tensor": tensor, "pipeline": pipeline},
         "batch": {"global_rows": 2 * accumulation * data, "micro_rows": 2},
         "optimizer": {"learning_rate": 1e-4, "schedule": "constant", "clip_grad_norm": 0.5},
     }
+    for section, keys in changes.items():
+        fields[section] |= keys
     return Config.model_validate(fields)
 
 
@@ -120,8 +120,20 @@ def capture_gradients(engine, store):
     }
 
 
+def note_lengths(engine, lengths):
+    """Note how many tokens of a row the norms see."""
+    from megatron_mode.model.elementwise import RMSNorm
+
+    for module in engine.deepspeed.module.modules():
+        if isinstance(module, RMSNorm):
+            module.register_forward_hook(lambda _, inputs, __: lengths.add(len(inputs[0])))
+
+
 def three_steps(process, layout_sizes, variants):
-    """Run each variant of a layout; return [(losses, norms, gradients, cuts, coordinates)]."""
+    """Run each variant of a layout.
+
+    Returns [(losses, norms, gradients, cuts, coordinates, row lengths that norms saw)].
+    """
     from megatron_mode.engine.build import build_engine, build_mesh, join_group
     from megatron_mode.model.sharding import parameter_cuts
 
@@ -133,8 +145,9 @@ def three_steps(process, layout_sizes, variants):
         if layout is None:
             layout = build_mesh(config, process.world_size)
         engine = build_engine(config, layout, VOCAB_TOKENS)
-        store, losses, norms = [], [], []
+        store, losses, norms, lengths = [], [], [], set()
         capture_gradients(engine, store)
+        note_lengths(engine, lengths)
         batches = make_batches(config.batch.global_rows, config.model.seq_len)
         for step, batch in enumerate(batches):
             mine = micro_batches_of(batch, layout, engine.at, config.batch.micro_rows)
@@ -146,5 +159,5 @@ def three_steps(process, layout_sizes, variants):
             for link, module in engine.deepspeed.module.named_links()
             for name, cut in parameter_cuts(module).items()
         }
-        results.append((losses, norms, store, cuts, engine.at))
+        results.append((losses, norms, store, cuts, engine.at, lengths))
     return results

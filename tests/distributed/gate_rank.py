@@ -56,10 +56,9 @@ def make_engine(sections, layout, **health):
     from megatron_mode.engine.build import build_engine
 
     base = equality_rank.make_config(
-        layout.tensor, layout.pipeline, 2, True, layout.data, parallel=sections.get("parallel")
+        layout.tensor, layout.pipeline, 2, True, layout.data, **sections
     )
-    fields = {**base.model_dump(), "run": {**base.run.model_dump(), **sections.get("run", {})}}
-    config = type(base).model_validate({**fields, "health": health})
+    config = type(base).model_validate({**base.model_dump(), "health": health})
     engine = build_engine(config, layout, equality_rank.VOCAB_TOKENS)
     batches = equality_rank.make_batches(config.batch.global_rows, config.model.seq_len)
     mine = [

@@ -19,22 +19,37 @@ VARIANTS = [
     (4, True, RECOMPUTED),
     (1, True, REFERENCE),
 ]
+SEQUENCE = {"parallel": {"sequence_parallel": True}}
+SEQUENCE_VARIANTS = [
+    (4, True, SEQUENCE),
+    (1, False, SEQUENCE),
+    (4, False, {"parallel": {**SEQUENCE["parallel"], **RECOMPUTED["parallel"]}}),
+    (1, True, {**SEQUENCE, **REFERENCE}),
+]
+# DualPipeV cuts the model into two stages a rank.
+TURNING = {"parallel": {"schedule": "dualpipev"}}
 # The interpreter is slow: whole on one rank, sharded on two.
 TRITON = {"loss": {"implementation": "triton"}}
 TRITON_LAYOUTS = ((1, 1, 1), (2, 1, 1))
 TOLERANCE = 1e-5
+# bf16 keeps 8 bits: gradients of a two-layer model are off by up to 3 %, a lost one by 100 %.
+BF16_RATIO = 5e3
 
 
 def variants_of(layout):
-    return [*VARIANTS, (1, False, TRITON)] if layout in TRITON_LAYOUTS else VARIANTS
+    triton = [(1, False, TRITON)] if layout in TRITON_LAYOUTS else []
+    return [*VARIANTS, *(SEQUENCE_VARIANTS if layout[0] > 1 else []), *triton]
 
 
 @functools.cache
-def oracle_history(accumulation, tied, data):
-    """Train the oracle on the rows that a layout with `data` data ranks takes."""
+def oracle_history(accumulation, tied, data, model=()):
+    """Train the oracle on the rows that a layout with `data` data ranks takes.
+
+    `model` holds (key, value) pairs of the model that differ from the default.
+    """
     from megatron_mode.model.init import draw
 
-    config = equality_rank.make_config(1, 1, accumulation, tied, data)
+    config = equality_rank.make_config(1, 1, accumulation, tied, data, model=dict(model))
     model = config.model
     D, F, V = model.hidden_size, model.ffn_hidden_size, model.vocab_size
     K = D // model.attention_heads
@@ -70,7 +85,7 @@ def join(results, variant, step):
     found: dict[str, dict[tuple, torch.Tensor]] = {}
     cuts = {}
     for rank in results:
-        _, _, store, rank_cuts, at = rank[variant]
+        store, rank_cuts, at = rank[variant][2:5]
         cuts |= rank_cuts
         for name, grad in store[step].items():
             found.setdefault(name, {})[at] = grad
@@ -88,21 +103,61 @@ def join(results, variant, step):
     return full
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda sizes: "tp{}-pp{}-dp{}".format(*sizes))
-def test_loss_and_gradients_equal_the_fp64_oracle(layout):
+def check_against_the_oracle(layout, variants):
     world_size = layout[0] * layout[1] * layout[2]
-    variants = variants_of(layout)
     results = gloo_world.run_world(world_size, equality_rank.three_steps, layout, variants)
-    for index, variant in enumerate(variants):
-        history = oracle_history(variant[0], variant[1], layout[2])
+    for index, (accumulation, tied, changes) in enumerate(variants):
+        cut = changes.get("parallel", {}).get("sequence_parallel", False)
+        seen = {length for rank in results for length in rank[index][5]}
+        assert seen == {24 // layout[0] if cut else 24}
+        bf16 = changes.get("run", {}).get("precision") == "bf16"
+        coarse = BF16_RATIO if bf16 else 1.0
+        model = tuple(changes.get("model", {}).items())
+        history = oracle_history(accumulation, tied, layout[2], model)
         for step in range(equality_rank.STEPS):
+            case = (variants[index], step)
             loss, norm, grads = history[step]
             for rank in results:
-                assert rank[index][0][step] == pytest.approx(loss, rel=1e-6), (variant, step)
-                assert rank[index][1][step] == pytest.approx(norm, rel=1e-5), (variant, step)
+                assert rank[index][0][step] == pytest.approx(loss, rel=1e-6 * coarse), case
+                assert rank[index][1][step] == pytest.approx(norm, rel=1e-5 * coarse), case
             ours = join(results, index, step)
             assert ours.keys() == grads.keys()
             for name, expected in grads.items():
                 error = float((ours[name] - expected).norm() / expected.norm())
-                assert error <= TOLERANCE, (variant, step, name, error)
+                assert error <= TOLERANCE * coarse, (*case, name, error)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda sizes: "tp{}-pp{}-dp{}".format(*sizes))
+def test_loss_and_gradients_equal_the_fp64_oracle(layout):
+    check_against_the_oracle(layout, variants_of(layout))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1)])
+def test_every_gradient_arrives_in_fp32_beside_bf16_weights(layout):
+    """DeepSpeed's BF16_Optimizer lost those of both heads once, and nothing crashed."""
+    bf16 = {"run": {"precision": "bf16"}}
+    variants = [(4, True, bf16), (4, False, bf16)]
+    if layout[0] > 1:
+        variants.append((4, True, {**SEQUENCE, **bf16}))
+    check_against_the_oracle(layout, variants)
+
+
+@pytest.mark.distributed
+def test_four_tensor_ranks_share_a_row():
+    check_against_the_oracle((4, 1, 1), [(1, True, {**SEQUENCE, "model": {"kv_heads": 4}})])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "accumulation"), [((1, 2, 2), 4), ((2, 2, 1), 6), ((1, 4, 1), 8)]
+)
+def test_dualpipev_equals_the_fp64_oracle(layout, accumulation):
+    deep = {**TURNING, "model": {"layers": 2 * layout[1]}}
+    recomputed = {**deep, "parallel": {**TURNING["parallel"], **RECOMPUTED["parallel"]}}
+    variants = [(accumulation, True, deep), (accumulation, False, recomputed)]
+    if layout[0] > 1:
+        cut = {**deep, "parallel": {**TURNING["parallel"], **SEQUENCE["parallel"]}}
+        variants.append((accumulation, True, cut))
+    check_against_the_oracle(layout, variants)

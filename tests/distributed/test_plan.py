@@ -11,7 +11,7 @@ from megatron_mode.engine.plan import checkpoint_files
 from megatron_mode.engine.plan import plan_rank as plan_of
 from megatron_mode.engine.topology import Layout
 
-FP32, BF16 = {}, {"precision": "bf16"}
+FP32, BF16 = {}, {"run": {"precision": "bf16"}}
 PLAIN = {"parallel": {"zero_stage": 0}}
 
 

@@ -62,6 +62,19 @@ def test_options_arrive(stage, clip, recompute):
     assert parsed.scheduler_name is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "cut"),
+    [
+        ((), True),
+        (("parallel.sequence_parallel=true", "parallel.tensor=2"), False),
+        (("parallel.schedule=dualpipev", "parallel.pipeline=2", "batch.micro_rows=1"), False),
+    ],
+)
+def test_stages_exchange_parts_only_of_what_all_tensor_ranks_hold(changes, cut):
+    parsed = parse(deepspeed_config(tiny(*changes), 1, bf16=False), 1)
+    assert parsed.pipeline["pipe_partitioned"] is parsed.pipeline["grad_partitioned"] is cut
+
+
 def test_bf16_accumulates_in_fp32():
     """Without `grad_accum_dtype` DeepSpeed would add gradients up in bf16."""
     parsed = parse(deepspeed_config(tiny(), 1, bf16=True), 1)

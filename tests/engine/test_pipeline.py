@@ -37,6 +37,20 @@ def test_unpack_undoes_pack(dtype, data):
 
 
 @DTYPES
+@given(st.data())
+def test_each_part_of_a_row_carries_the_whole_rows_positions(dtype, data):
+    parts, own, B, D = (data.draw(st.integers(1, 4)) for _ in range(4))
+    row = st.lists(POSITIONS, min_size=parts * own, max_size=parts * own)
+    position_BT = torch.tensor(data.draw(st.lists(row, min_size=B, max_size=B)))
+    hidden_TBD = torch.randn(own, B, D).to(dtype)
+    packed = pack(hidden_TBD, position_BT)
+    assert packed.shape == (own, B, D + POSITION_DIGITS * parts)
+    hidden, position = unpack(packed, parts)
+    assert torch.equal(hidden, hidden_TBD)
+    assert torch.equal(position, position_BT)
+
+
+@DTYPES
 def test_every_digit_is_exact(dtype):
     digits = torch.arange(DIGIT_BASE)
     for scale in (1, DIGIT_BASE, DIGIT_BASE**2):

@@ -34,7 +34,8 @@ def plain_swiglu(gate_up_F: Tensor) -> Tensor:
 
 
 def our_norm(hidden_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    norm = RMSNorm(SimpleNamespace(params_dtype=weight_D.dtype), len(weight_D), eps)
+    config = SimpleNamespace(params_dtype=weight_D.dtype, sequence_parallel=False)
+    norm = RMSNorm(config, len(weight_D), eps)
     return functional_call(norm, {"weight": weight_D}, hidden_D)
 
 

@@ -98,10 +98,12 @@ def test_no_path_of_one_machine_stands_in_the_tree(root):
 
 
 def test_functions_of_model_and_mix_know_no_process_groups(sources):
+    """Only layers derived from megatron-core's, which hold their group, communicate."""
+    derived = "megatron_mode/model/sequence_parallel.py"
     single_device = ("megatron_mode/mix/", "megatron_mode/model/", "kernels/")
     word = re.compile(r"torch\.distributed|\bdist\.|process_group|get_rank\(|deepspeed")
     assert [
         path
         for path, text in sources.items()
-        if path.startswith(single_device) and word.search(text)
+        if path.startswith(single_device) and path != derived and word.search(text)
     ] == []

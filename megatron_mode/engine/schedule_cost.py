@@ -1,0 +1,185 @@
+"""Run a pipeline schedule's own instructions against a clock: its bubble and its live activations.
+
+DeepSpeed's schedules are generators of instructions, one stream a rank. Here a rank computes for as
+long as it is told and exchanges messages at no cost; an exchange ends when both sides have come to
+it, as a send of NCCL does. What is left is the time that ranks wait for each other.
+
+Imports no torch; `instructions` imports DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from megatron_mode.config import Config
+from megatron_mode.engine.topology import Layout
+
+PASSES = {"ForwardPass": 1, "BackwardPass": -1}
+"""Computing instructions, and how many activations each leaves alive."""
+BACKWARD_COST = 2.0
+"""A backward pass takes two products where the forward pass takes one."""
+
+
+class Pass(NamedTuple):
+    """Compute for `duration`; a forward pass leaves one more activation alive, a backward fewer."""
+
+    duration: float
+    live: int
+
+
+class Message(NamedTuple):
+    """Name what goes from one rank to another."""
+
+    kind: str
+    sender: int
+    receiver: int
+
+
+Exchange = tuple[Message, ...]
+"""Messages launched together; the rank goes on when all of them have arrived."""
+
+
+class ScheduleCost(NamedTuple):
+    """State what a step costs beside its work."""
+
+    bubble_share: float
+    """Share of the ranks' time in which they wait."""
+    live_micro_batches: tuple[float, ...]
+    """Most micro-batches whose activations a rank keeps, for each rank, in those of all its
+    layers: a stage that is half of them counts half."""
+
+    def __str__(self) -> str:
+        most = max(self.live_micro_batches)
+        return f"bubble {100 * self.bubble_share:.1f} %, at most {most:g} micro-batches in flight"
+
+
+def pipeline_line(config: Config, layout: Layout) -> str:
+    """Say what a run's pipeline costs, for its start-up."""
+    schedule = config.parallel.schedule
+    micro_batches = config.batch.global_rows // (config.batch.micro_rows * layout.data)
+    recompute = config.parallel.activation_checkpointing == "full"
+    backward = BACKWARD_COST + recompute
+    return f"{schedule}, {schedule_cost(schedule, layout.pipeline, micro_batches, 1.0, backward)}"
+
+
+def schedule_cost(
+    schedule: str, ranks: int, micro_batches: int, forward: float, backward: float
+) -> ScheduleCost:
+    """Run `1f1b` or `dualpipev` with the time of one micro-batch through all layers of a rank."""
+    stages = 2 if schedule == "dualpipev" else 1
+    durations = {"ForwardPass": forward / stages, "BackwardPass": backward / stages}
+    streams = [instructions(schedule, ranks, micro_batches, rank) for rank in range(ranks)]
+    programs = [list(program(stream, rank, durations)) for rank, stream in enumerate(streams)]
+    makespan = max(finish_times(programs))
+    busy = ranks * micro_batches * (forward + backward)
+    live = tuple(_most_alive(steps) / stages for steps in programs)
+    return ScheduleCost(1 - busy / (ranks * makespan), live)
+
+
+def instructions(schedule: str, ranks: int, micro_batches: int, rank: int) -> Iterator[Any]:
+    """Give the instructions that DeepSpeed's engine executes on a rank in one training step."""
+    from deepspeed.runtime.pipe import schedule as schedules
+
+    kinds = {"1f1b": schedules.TrainSchedule, "dualpipev": schedules.DualPipeVSchedule}
+    for step in kinds[schedule](micro_batches, ranks, rank):
+        yield from step
+
+
+def program(
+    stream: Iterable[Any], rank: int, durations: dict[str, float]
+) -> Iterator[Pass | Exchange]:
+    """Turn a rank's instructions into passes and exchanges.
+
+    1F1B sends and receives at once; DualPipeV queues messages until its next CommitP2P.
+    """
+    steps = list(stream)
+    commits = any(step.name == "CommitP2P" for step in steps)
+    queued: list[Message] = []
+    for step in steps:
+        if step.name in PASSES:
+            yield Pass(durations[step.name], PASSES[step.name])
+        elif step.name.startswith(("Send", "Recv")):
+            queued.append(_message(step, rank))
+        if queued and (step.name == "CommitP2P" or not commits):
+            yield tuple(queued)
+            queued = []
+
+
+def finish_times(programs: Sequence[Sequence[Pass | Exchange]]) -> list[float]:
+    """Return when each rank is done; RuntimeError when ranks wait for each other for ever."""
+    clocks = [_Clock(rank, steps) for rank, steps in enumerate(programs)]
+    posted: Posts = defaultdict(list)
+    while any(clock.steps for clock in clocks):
+        if not sum(clock.advance(posted) for clock in clocks):
+            stuck = [clock.rank for clock in clocks if clock.steps]
+            raise RuntimeError(f"the schedule stops: ranks {stuck} wait for each other")
+    return [clock.time for clock in clocks]
+
+
+def _message(step: Any, rank: int) -> Message:
+    """Name the peers: phase 0 runs towards the last rank, phase 1 of DualPipeV back again."""
+    onward = 1 if getattr(step, "phase", 0) == 0 else -1
+    kind = "activation" if step.name.endswith("Activation") else "gradient"
+    sends = step.name.startswith("Send")
+    peer = rank + (onward if sends == (kind == "activation") else -onward)
+    return Message(kind, rank, peer) if sends else Message(kind, peer, rank)
+
+
+def _most_alive(steps: Iterable[Pass | Exchange]) -> int:
+    alive = most = 0
+    for step in steps:
+        if isinstance(step, Pass):
+            alive += step.live
+            most = max(most, alive)
+    return most
+
+
+Posts = defaultdict[tuple[int, int, bool], list[tuple[str, float]]]
+"""(sender, receiver, is the sender's side) to the (kind, time) of its messages, in order."""
+
+
+class _Clock:
+    """Walk through one rank's program."""
+
+    def __init__(self, rank: int, steps: Sequence[Pass | Exchange]) -> None:
+        self.rank, self.time = rank, 0.0
+        self.steps = list(reversed(steps))
+        self.awaited: list[tuple[int, int, int]] = []
+
+    def advance(self, posted: Posts) -> bool:
+        """Go as far as possible; tell whether anything was done."""
+        moved = False
+        while self.steps:
+            step = self.steps[-1]
+            if isinstance(step, Pass):
+                self.time += step.duration
+            else:
+                if not self.awaited:
+                    self._post(step, posted)
+                    moved = True
+                if not self._arrived(posted):
+                    return moved
+            self.steps.pop()
+            moved = True
+        return moved
+
+    def _post(self, exchange: Exchange, posted: Posts) -> None:
+        for message in exchange:
+            mine = posted[message.sender, message.receiver, message.sender == self.rank]
+            self.awaited.append((message.sender, message.receiver, len(mine)))
+            mine.append((message.kind, self.time))
+
+    def _arrived(self, posted: Posts) -> bool:
+        ends = []
+        for sender, receiver, index in self.awaited:
+            sides = [posted[sender, receiver, side] for side in (True, False)]
+            if any(len(side) <= index for side in sides):
+                return False
+            (sent, begin), (received, end) = (side[index] for side in sides)
+            if sent != received:
+                raise RuntimeError(f"rank {receiver} awaits {received}, {sender} sends {sent}")
+            ends.append(max(begin, end))
+        self.time, self.awaited = max(ends), []
+        return True
