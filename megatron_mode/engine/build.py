@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mode.config import Config, check_world_size
+from megatron_mode.engine.accelerators import choose_implementations
 from megatron_mode.engine.deepspeed_config import deepspeed_config
 from megatron_mode.engine.launch import Process, cpu_threads
 from megatron_mode.engine.optimizer import adamw
@@ -71,13 +72,22 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
     megatron-core's marks are set before DeepSpeed computes gradient norms with them.
     """
     dtype = choose_dtype(config)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = choose_implementations(config, device_type, bf16=dtype == torch.bfloat16)
     mode_loss = ModeLoss(
         config.loss,
         vocab_tokens,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        device_type=device_type,
     )
-    core = transformer_config(config.model, layout.tensor, dtype)
+    core = transformer_config(
+        config.model,
+        layout.tensor,
+        dtype,
+        attention_core=chosen.attention,
+        norm=chosen.norm,
+        recompute_attention=config.parallel.activation_checkpointing == "selective",
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         stage = ModePipeline(config.model, core, layout, StepLoss(mode_loss))
     coordinates = layout.coordinates(dist.get_rank())
@@ -95,7 +105,7 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
     with contextlib.redirect_stdout(io.StringIO()):
         pipeline_engine, *_ = deepspeed.initialize(
             model=stage,
-            optimizer=adamw(config.optimizer, named),
+            optimizer=adamw(config.optimizer, named, chosen.adamw),
             config=deepspeed_config(config, layout.data, bf16=bf16),
         )
     _check_groups(layout, pipeline_engine)

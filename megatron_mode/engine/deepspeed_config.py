@@ -16,8 +16,10 @@ def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]
     """Return DeepSpeed's dict for `data` data-parallel ranks.
 
     bf16 needs `grad_accum_dtype: fp32`: it selects BF16_Optimizer, which keeps fp32 master weights
-    and gradients; without it DeepSpeed accumulates gradients in bf16. `use_reentrant: False` lets
-    the first stage recompute from integer inputs.
+    and gradients; without it DeepSpeed accumulates gradients in bf16. `immediate_grad_update` adds
+    each gradient up as it arrives. Without it DeepSpeed clears bf16 gradients when that of the last
+    stage's hidden states arrives, those of both heads with them, which the loss has just made.
+    `use_reentrant: False` lets the first stage recompute from integer inputs.
     """
     recompute = config.parallel.activation_checkpointing == "full"
     derived: dict[str, Any] = {
@@ -34,6 +36,6 @@ def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]
         },
     }
     if bf16:
-        derived["bf16"] = {"enabled": True}
+        derived["bf16"] = {"enabled": True, "immediate_grad_update": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     return derived
