@@ -5,18 +5,23 @@ The data is made here from a seed, as plain rows, so that engine and oracle get 
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from unittest import mock
+
 import numpy as np
 import torch
+from stand_ins import FLASH_ATTN, let_flex_train_on_a_cpu
 
 VOCAB_TOKENS = 117  # of 128 padded columns
 STEPS = 3
 
 
-def make_config(tensor, pipeline, accumulation, tied, data, loss=None, parallel=None):
+def make_config(tensor, pipeline, accumulation, tied, data, **changes):
     from megatron_mode.config import Config
 
     fields = {
-        "run": {"dir": "unused", "steps": STEPS, "seed": 7},
+        "run": {"dir": "unused", "steps": STEPS, "seed": 7, "precision": "fp32"},
         "model": {
             "name": "test",
             "layers": 2,
@@ -31,11 +36,13 @@ def make_config(tensor, pipeline, accumulation, tied, data, loss=None, parallel=
             "init_std": 0.2,
         },
         "mix": {"mode2_fraction": {"start": "0"}},
-        "loss": {"mode_weight": 0.3, **(loss or {})},
-        "parallel": {"tensor": tensor, "pipeline": pipeline, **(parallel or {})},
+        "loss": {"mode_weight": 0.3},
+        "parallel": {"tensor": tensor, "pipeline": pipeline},
         "batch": {"global_rows": 2 * accumulation * data, "micro_rows": 2},
         "optimizer": {"learning_rate": 1e-4, "schedule": "constant", "clip_grad_norm": 0.5},
     }
+    for section, keys in changes.items():
+        fields[section] = {**fields.get(section, {}), **keys}
     return Config.model_validate(fields)
 
 
@@ -118,6 +125,23 @@ def capture_gradients(engine, store):
     }
 
 
+@contextlib.contextmanager
+def attention_of_a_gpu(config):
+    """Let an attention that is refused on a CPU train there, by what stands in for it."""
+    from megatron_mode.engine import build
+    from megatron_mode.engine.accelerators import Implementations
+
+    attention = config.accelerators.attention
+    if attention == "auto":
+        yield
+        return
+    sys.modules["flash_attn"] = FLASH_ATTN
+    let_flex_train_on_a_cpu(setattr)
+    chosen = Implementations(attention, "torch", "torch")
+    with mock.patch.object(build, "choose_implementations", return_value=chosen):
+        yield
+
+
 def three_steps(process, layout_sizes, variants):
     """Run each variant of a layout; return [(losses, norms, gradients, cuts, coordinates)]."""
     from megatron_mode.engine.build import build_engine, build_mesh, join_group
@@ -130,7 +154,8 @@ def three_steps(process, layout_sizes, variants):
         config = make_config(tensor, pipeline, accumulation, tied, data, **changes)
         if layout is None:
             layout = build_mesh(config, process.world_size)
-        engine = build_engine(config, layout, VOCAB_TOKENS)
+        with attention_of_a_gpu(config):
+            engine = build_engine(config, layout, VOCAB_TOKENS)
         store, losses, norms = [], [], []
         capture_gradients(engine, store)
         batches = make_batches(config.batch.global_rows, config.model.seq_len)

@@ -2,7 +2,7 @@
 
 torch has no flex kernel for gradients on a CPU: its plain form, which applies the same mask to all
 scores, stands for it here, and the blocks that the kernel would skip are held against torch's own
-`create_block_mask`. flash-attention is not installed: its function is restated below.
+`create_block_mask`. flash-attention is not installed: stand_ins.py restates its function.
 
 T row length, B rows, H query heads, G key/value groups, K head size, N tokens.
 """
@@ -10,7 +10,6 @@ T row length, B rows, H query heads, G key/value groups, K head size, N tokens.
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -25,8 +24,8 @@ from attention_by_loops import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stand_ins import FLASH_ATTN, let_flex_train_on_a_cpu
 from torch.nn.attention import flex_attention as flex
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mode.model.attention import attention_context
@@ -49,27 +48,10 @@ ROWS = {
 }
 
 
-def flash_attn_varlen_func(q, k, v, begins_q, begins_k, most_q, most_k, softmax_scale, causal):
-    """Do what flash-attention 2 documents, sequence by sequence."""
-    assert q.is_contiguous() or q.stride(-1) == 1
-    assert begins_q.dtype == begins_k.dtype == torch.int32
-    assert causal
-    pieces = []
-    for begin, end in zip(begins_q.tolist(), begins_q.tolist()[1:], strict=False):
-        assert end - begin <= min(most_q, most_k)
-        heads = [x[begin:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
-        piece = scaled_dot_product_attention(
-            *heads, is_causal=True, scale=softmax_scale, enable_gqa=True
-        )
-        pieces.append(piece.squeeze(0).transpose(0, 1))
-    return torch.cat(pieces)
-
-
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
-    stub = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
-    monkeypatch.setitem(sys.modules, "flash_attn", stub)
+    let_flex_train_on_a_cpu(monkeypatch.setattr)
+    monkeypatch.setitem(sys.modules, "flash_attn", FLASH_ATTN)
 
 
 @pytest.mark.parametrize("rows", ROWS)
