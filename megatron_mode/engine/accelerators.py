@@ -88,7 +88,7 @@ def _require(key: str, value: str, device_type: str) -> None:
     (package,) = (a for a in ACCELERATORS if (a.key, a.value) == (key, value))
     state = probe(package)
     if state != FOUND:
-        _refuse(key, value, f"needs {package.name}, which is {state}")
+        _refuse(key, value, f"needs {package.name}, here {state}")
     if device_type != "cuda":
         _refuse(key, value, f"runs on a GPU, and this run is on {device_type}")
 
