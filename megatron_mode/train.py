@@ -14,11 +14,11 @@ from tqdm import tqdm
 from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
 from megatron_mode.checkpoint.probe import Probe
-from megatron_mode.checkpoint.record import OrderRecord
+from megatron_mode.checkpoint.record import OrderRecord, precision_name
 from megatron_mode.checkpoint.resume import resume
 from megatron_mode.checkpoint.save import Checkpoints
 from megatron_mode.config import Config, dump_config
-from megatron_mode.engine.accelerators import accelerator_table
+from megatron_mode.engine.accelerators import accelerator_table, choose_implementations
 from megatron_mode.engine.build import build_engine, build_mesh, join_group
 from megatron_mode.engine.launch import Process
 from megatron_mode.engine.schedule_cost import pipeline_line
@@ -137,7 +137,11 @@ def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
     """Print what will run, once, and write it into the run folder."""
     config = run.config
     write_whole(run.folder / "config.yaml", dump_config(config))
-    write_environment(run.folder, {"layout": run.engine.layout._asdict()})
+    chosen = choose_implementations(
+        config, run.engine.device.type, bf16=precision_name(config) == "bf16"
+    )._replace(loss=run.engine.step_loss.mode_loss.implementation)
+    described = {"layout": run.engine.layout._asdict(), "implementations": chosen._asdict()}
+    write_environment(run.folder, described)
     count = parameters(config.model)
     begin = f"resumes at step {first_step}" if first_step else "starts"
     print(
@@ -148,7 +152,7 @@ def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
     )
     if run.engine.layout.pipeline > 1:
         print(f"pipeline: {pipeline_line(config, run.engine.layout)}")
-    print(accelerator_table(run.engine.step_loss.mode_loss.implementation))
+    print(accelerator_table(chosen))
     for note in notes:
         print(note)
     for warning in warnings(run.order):

@@ -107,12 +107,28 @@ class ParallelConfig(Section):
     schedule: Literal["1f1b", "dualpipev"] = "1f1b"
     """Order of passes; dualpipev gives a rank a stage from each end of the model: a smaller bubble
     for half a micro-batch more in memory."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full recomputes each decoder layer in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: selective the attention core
+    (Korthikanti et al., 2022, section 5), full each decoder layer."""
     sequence_parallel: bool = False
     """Cut norms and residuals along the row over the tensor ranks: less memory, same traffic."""
     zero_stage: Literal[0, 1] = 1
     """1 shards the optimizer state over the data-parallel ranks (ZeRO-1)."""
+
+
+class AcceleratorConfig(Section):
+    """Choose who computes what optional packages compute too.
+
+    What auto takes depends on the device alone: machines with other packages compute the same.
+    """
+
+    attention: Literal["auto", "dense", "flex", "flash"] = "auto"
+    """auto: flex on a GPU (heads of 16 or more), dense, which builds a T x T mask, elsewhere; flash
+    is flash-attention over packed documents."""
+    norm: Literal["auto", "torch", "transformer_engine"] = "auto"
+    """Whose RMSNorm runs; auto is torch."""
+    adamw: Literal["auto", "torch", "apex"] = "auto"
+    """Whose fused AdamW runs; auto is torch. The two keep different states."""
 
 
 class BatchConfig(Section):
@@ -206,6 +222,8 @@ class Config(Section):
     """The loss."""
     parallel: ParallelConfig = ParallelConfig()
     """The layout."""
+    accelerators: AcceleratorConfig = AcceleratorConfig()
+    """The optional accelerators."""
     batch: BatchConfig = BatchConfig()
     """The batch."""
     optimizer: OptimizerConfig = OptimizerConfig()

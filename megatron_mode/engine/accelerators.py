@@ -1,52 +1,111 @@
-"""Say which optional accelerators were found, and what is used instead of the others."""
+"""Choose who computes what optional packages compute too, and say at start-up what was found."""
 
 from __future__ import annotations
 
 import importlib
 from typing import NamedTuple
 
+from megatron_mode.config import Config
+from megatron_mode.errors import ConfigError
+
+FOUND = "found"
+SMALLEST_FLEX_HEAD = 16
+FLASH_HEAD_MULTIPLE, LARGEST_FLASH_HEAD = 8, 256
+
 
 class Accelerator(NamedTuple):
-    """Describe an optional package and what stands in for it."""
+    """Describe an optional package and the config key and value that take it."""
 
     name: str
     module: str
-    instead: str
+    key: str
+    value: str
 
 
+class Implementations(NamedTuple):
+    """Name who computes each part."""
+
+    attention: str
+    norm: str
+    adamw: str
+    loss: str = "chunked"
+
+
+# NVIDIA apex is told from the unrelated PyPI package of that name by its extension `amp_C`.
 ACCELERATORS = (
-    Accelerator("apex", "amp_C", "torch's fused AdamW and RMSNorm"),
-    Accelerator("TransformerEngine", "transformer_engine", "megatron-core's local layers"),
-    Accelerator("flash-attention", "flash_attn", "torch's scaled_dot_product_attention"),
-    Accelerator("triton", "triton", "the chunked loss in torch"),
+    Accelerator("apex", "amp_C", "adamw", "apex"),
+    Accelerator("TransformerEngine", "transformer_engine.pytorch", "norm", "transformer_engine"),
+    Accelerator("flash-attention", "flash_attn", "attention", "flash"),
+    Accelerator("triton", "triton", "loss", "triton"),
 )
+PARTS = {"adamw": "AdamW", "norm": "RMSNorm", "attention": "attention", "loss": "loss"}
 
 
 def probe(accelerator: Accelerator) -> str:
-    """Return "found", or why it is not usable with the true import error.
-
-    NVIDIA apex is told from the unrelated PyPI package of that name by its extension `amp_C`.
-    """
+    """Return "found", or why it is not usable with the true import error."""
     try:
         importlib.import_module(accelerator.module)
     except ModuleNotFoundError as error:
-        if error.name == accelerator.module:
+        if error.name == accelerator.module.partition(".")[0]:
             return "not installed"
         return f"broken ({error})"
     except Exception as error:
         return f"broken ({type(error).__name__}: {error})"
-    return "found, not used"
+    return FOUND
 
 
-def accelerator_table(loss_implementation: str = "chunked") -> str:
-    """Return the start-up table, one line an accelerator.
+def choose_implementations(config: Config, device_type: str, *, bf16: bool) -> Implementations:
+    """Return who computes each part of a run: the one place of choice (the loss has its own).
 
-    Triton is used where the loss is; apex and the others are only looked for.
+    `auto` looks at the device only. Raises ConfigError for a choice that cannot run here, with the
+    true import error where a package is missing or broken.
     """
-    lines = ["accelerator         state            used"]
+    asked, model = config.accelerators, config.model
+    head_size = model.hidden_size // model.attention_heads
+    flex_runs = device_type == "cuda" and head_size >= SMALLEST_FLEX_HEAD
+    attention = asked.attention
+    if attention == "auto":
+        attention = "flex" if flex_runs else "dense"
+    elif attention == "flex" and not flex_runs:
+        _refuse("attention", "flex", f"runs on a GPU with heads of at least {SMALLEST_FLEX_HEAD}")
+    elif attention == "flash":
+        _require("attention", "flash", device_type)
+        divisible = head_size % FLASH_HEAD_MULTIPLE == 0 and head_size <= LARGEST_FLASH_HEAD
+        if not (bf16 and divisible):
+            _refuse("attention", "flash", "runs in bf16 with heads of 8, 16, 24 ... 256")
+    if asked.norm == "transformer_engine":
+        _require("norm", "transformer_engine", device_type)
+    if asked.adamw == "apex":
+        _require("adamw", "apex", device_type)
+    return Implementations(
+        attention,
+        norm="torch" if asked.norm == "auto" else asked.norm,
+        adamw="torch" if asked.adamw == "auto" else asked.adamw,
+    )
+
+
+def _require(key: str, value: str, device_type: str) -> None:
+    (package,) = (a for a in ACCELERATORS if (a.key, a.value) == (key, value))
+    state = probe(package)
+    if state != FOUND:
+        _refuse(key, value, f"needs {package.name}, here {state}")
+    if device_type != "cuda":
+        _refuse(key, value, f"runs on a GPU, and this run is on {device_type}")
+
+
+def _refuse(key: str, value: str, reason: str) -> None:
+    raise ConfigError(
+        f"accelerators.{key} is {value!r}, which {reason}: set accelerators.{key}=auto"
+    )
+
+
+def accelerator_table(chosen: Implementations) -> str:
+    """Return the start-up table: each package, its state, and who computes its part."""
+    rows = [("accelerator", "state", "used")]
     for accelerator in ACCELERATORS:
-        state, used = probe(accelerator), accelerator.instead
-        if accelerator.name == loss_implementation:
-            state, used = "found", "the fused loss"
-        lines.append(f"{accelerator.name:<19} {state:<16} {used}")
-    return "\n".join(lines)
+        taken = getattr(chosen, accelerator.key)
+        state = probe(accelerator)
+        if state == FOUND and taken != accelerator.value:
+            state = "found, not used"
+        rows.append((accelerator.name, state, f"{taken} {PARTS[accelerator.key]}"))
+    return "\n".join(f"{name:<19} {state:<16} {used}" for name, state, used in rows)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mode.config import Config, check_world_size
+from megatron_mode.engine.accelerators import choose_implementations
 from megatron_mode.engine.deepspeed_config import deepspeed_config
 from megatron_mode.engine.launch import Process, cpu_threads
 from megatron_mode.engine.optimizer import adamw
@@ -43,6 +44,11 @@ def choose_dtype(config: Config) -> torch.dtype:
                 "a GPU; use 1, or precision fp32"
             )
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def device_type() -> str:
+    """Return what a run computes on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def join_group(process: Process, threads: int, stall_seconds: float = 0.0) -> None:
@@ -94,14 +100,18 @@ def build_stage(
         config.loss,
         vocab_tokens,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        device_type=device_type(),
         sequence_parallel=config.parallel.sequence_parallel,
     )
+    chosen = choose_implementations(config, device_type(), bf16=dtype == torch.bfloat16)
     core = transformer_config(
         config.model,
         layout.tensor,
         dtype,
         sequence_parallel=config.parallel.sequence_parallel,
+        attention_core=chosen.attention,
+        norm=chosen.norm,
+        recompute_attention=config.parallel.activation_checkpointing == "selective",
     )
     core.use_cpu_initialization |= shapes_only  # else megatron-core names the GPU itself
     place = torch.device("meta") if shapes_only else contextlib.nullcontext()
@@ -130,12 +140,13 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
         part=coordinates.tensor,
         parts=layout.tensor,
     )
+    chosen = choose_implementations(config, device_type(), bf16=dtype == torch.bfloat16)
     named = [(f"{link}.{n}", p) for link, m in stage.named_links() for n, p in m.named_parameters()]
     bf16 = dtype == torch.bfloat16
     with contextlib.redirect_stdout(io.StringIO()):
         pipeline_engine, *_ = deepspeed.initialize(
             model=stage,
-            optimizer=adamw(config.optimizer, named),
+            optimizer=adamw(config.optimizer, named, chosen.adamw),
             config=deepspeed_config(config, layout.data, bf16=bf16),
         )
     return Engine(config, layout, pipeline_engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -55,12 +56,21 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def adamw(config: OptimizerConfig, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
-    """Return torch's fused AdamW over both groups; the learning rate is set before each step."""
-    return torch.optim.AdamW(
-        parameter_groups(named, config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
-    )
+def adamw(
+    config: OptimizerConfig,
+    named: Iterable[tuple[str, nn.Parameter]],
+    implementation: str = "torch",
+) -> torch.optim.Optimizer:
+    """Return torch's or apex's fused AdamW over both groups.
+
+    The learning rate is set before each step.
+    """
+    groups = parameter_groups(named, config.weight_decay)
+    rate, betas = config.learning_rate, (config.beta1, config.beta2)
+    if implementation == "apex":
+        apex: Any = importlib.import_module("apex.optimizers")
+        fused: torch.optim.Optimizer = apex.FusedAdam(
+            groups, lr=rate, betas=betas, eps=config.epsilon, adam_w_mode=True
+        )
+        return fused
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.epsilon, fused=True)

@@ -1,4 +1,4 @@
-"""Attend inside documents: rotary positions and a causal mask that stops at document borders.
+"""Attend inside documents: rotary positions, then a core that stops at document borders.
 
 T row length, B rows, H query heads, G key/value groups, K head size.
 """
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-CPU_BLOCK_TOKENS = 256
+from megatron_mode.model.attention_cores import AttentionCore, attention_core
 
 
 class AttentionContext(NamedTuple):
@@ -20,16 +20,15 @@ class AttentionContext(NamedTuple):
 
     cos_TB1K: Tensor
     sin_TB1K: Tensor
-    mask_B1TT: Tensor
+    core: AttentionCore
 
 
 def attention_context(
-    position_BT: Tensor, head_size: int, rope_base: float, dtype: torch.dtype
+    position_BT: Tensor, head_size: int, rope_base: float, dtype: torch.dtype, core: str = "dense"
 ) -> AttentionContext:
-    """Derive rotary tables and the attention mask from positions alone.
+    """Derive rotary tables and the attention core of that name from positions alone.
 
-    A position of 0 opens a document, so the running count of zeros numbers the documents of a
-    row. `sin` carries the sign of rotate_half (RoFormer, eq. 34) in its first half, which saves a
+    `sin` carries the sign of rotate_half (RoFormer, eq. 34) in its first half, which saves a
     negation in each layer. Angles are taken in fp32 whatever `dtype` is.
     """
     half = torch.arange(0, head_size, 2, device=position_BT.device, dtype=torch.float32)
@@ -38,12 +37,7 @@ def attention_context(
     cos_TBK2, sin_TBK2 = angle_TBK2.cos(), angle_TBK2.sin()
     cos_TB1K = torch.cat((cos_TBK2, cos_TBK2), dim=-1).unsqueeze(2).to(dtype)
     sin_TB1K = torch.cat((-sin_TBK2, sin_TBK2), dim=-1).unsqueeze(2).to(dtype)
-    document_BT = (position_BT == 0).cumsum(dim=1)
-    allowed_BTT = (document_BT.unsqueeze(2) == document_BT.unsqueeze(1)).tril_()
-    # Additive: torch would turn a boolean mask into this form again in every layer.
-    mask_B1TT = torch.zeros(allowed_BTT.shape, dtype=dtype, device=position_BT.device)
-    mask_B1TT = mask_B1TT.masked_fill_(~allowed_BTT, float("-inf")).unsqueeze(1)
-    return AttentionContext(cos_TB1K, sin_TB1K, mask_B1TT)
+    return AttentionContext(cos_TB1K, sin_TB1K, attention_core(core, position_BT, dtype))
 
 
 class Rotate(torch.autograd.Function):
@@ -77,54 +71,39 @@ def rotate(features_TBHK: Tensor, cos_TB1K: Tensor, sin_TB1K: Tensor) -> Tensor:
 class DocumentAttention(nn.Module):
     """Serve as megatron-core's core attention: rotary positions and document-aware attention.
 
-    megatron-core hands `attention_mask` through untouched; here it is the AttentionContext.
+    megatron-core hands `attention_mask` through untouched; here it is the AttentionContext. With
+    `config.recompute_attention` nothing between queries, keys, values and the result is kept for
+    the backward pass (selective recomputation: Korthikanti et al., 2022, section 5).
     """
 
     def __init__(self, config: Any, **_: Any) -> None:
         super().__init__()
         self.scale = config.softmax_scale
+        self.recomputes = config.recompute_attention
 
     def forward(
         self, query_TBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, context: Any, /, **_: Any
     ) -> Tensor:
         """Return attended values [T, B, H*K]."""
-        cos_TB1K, sin_TB1K, mask_B1TT = context
-        turn = cast(Callable[..., Tensor], Rotate.apply)
-        query_TBHK = turn(query_TBHK, cos_TB1K, sin_TB1K)
-        key_TBGK = turn(key_TBGK, cos_TB1K, sin_TB1K)
-        blocks = []
-        for begin, end in query_blocks(query_TBHK):
-            mask_B1TS = mask_B1TT[..., begin:end, :end]
-            blocks.append(
-                self.attend(query_TBHK[begin:end], key_TBGK[:end], value_TBGK[:end], mask_B1TS)
-            )
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        if not self.recomputes:
+            return self.attend(query_TBHK, key_TBGK, value_TBGK, context)
+        # Nothing is drawn inside, so there is no random state to keep.
+        attended: Tensor = checkpoint(
+            self.attend,
+            query_TBHK,
+            key_TBGK,
+            value_TBGK,
+            context,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        return attended
 
     def attend(
-        self, query_TBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor, mask_B1TS: Tensor
+        self, query_TBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, context: AttentionContext
     ) -> Tensor:
-        """Attend from T queries to S keys; returns [T, B, H*K]."""
-        out_BHTK = scaled_dot_product_attention(
-            query_TBHK.permute(1, 2, 0, 3),
-            key_SBGK.permute(1, 2, 0, 3),
-            value_SBGK.permute(1, 2, 0, 3),
-            attn_mask=mask_B1TS,
-            scale=self.scale,
-            enable_gqa=query_TBHK.shape[2] != key_SBGK.shape[2],
-        )
-        return out_BHTK.permute(2, 0, 1, 3).flatten(2)
-
-
-def query_blocks(query_TBHK: Tensor) -> list[tuple[int, int]]:
-    """Cut the queries into blocks that see only the keys before their end.
-
-    torch's CPU kernel computes masked-out scores too: with blocks of 256 a row of 512 takes 0.82 of
-    the time; shorter blocks lose by overhead what they save. A GPU kernel gets one block.
-    """
-    length = query_TBHK.shape[0]
-    if query_TBHK.is_cuda:
-        return [(0, length)]
-    return [
-        (begin, min(begin + CPU_BLOCK_TOKENS, length))
-        for begin in range(0, length, CPU_BLOCK_TOKENS)
-    ]
+        """Turn queries and keys by their positions, then attend inside documents."""
+        turn = cast(Callable[..., Tensor], Rotate.apply)
+        query_TBHK = turn(query_TBHK, context.cos_TB1K, context.sin_TB1K)
+        key_TBGK = turn(key_TBGK, context.cos_TB1K, context.sin_TB1K)
+        return context.core.attend(query_TBHK, key_TBGK, value_TBGK, self.scale)

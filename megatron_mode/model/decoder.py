@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.model.attention import AttentionContext, attention_context
 from megatron_mode.model.heads import HeadInputs, LMHead, ModeHead, tied_lm_head
-from megatron_mode.model.layers import DecoderLayer, Embedding
+from megatron_mode.model.layers import DecoderConfig, DecoderLayer, Embedding
 
 
 class Link(NamedTuple):
@@ -28,7 +27,7 @@ class Link(NamedTuple):
     shared_forward: Callable[[Any, tuple[Tensor, ...]], Any] | None = None
 
 
-def decoder_links(model: ModelConfig, config: TransformerConfig) -> list[Link]:
+def decoder_links(model: ModelConfig, config: DecoderConfig) -> list[Link]:
     """Return the chain: embedding, layers.0 ... layers.(L-1), mode_head, lm_head."""
     links = [Link("embedding", Embedding, (model, config))]
     links += [
@@ -46,20 +45,23 @@ def decoder_links(model: ModelConfig, config: TransformerConfig) -> list[Link]:
 class Context:
     """Build the attention context from positions, for every row of a micro-batch."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: DecoderConfig) -> None:
         self.head_size = model.hidden_size // model.attention_heads
         self.rope_base = model.rope_base
         self.dtype = config.params_dtype
+        self.core: str = config.attention_core
 
     def __call__(self, position_BT: Tensor) -> AttentionContext:
-        """Return rotary tables and mask for positions that restart at 0 at each document."""
-        return attention_context(position_BT, self.head_size, self.rope_base, self.dtype)
+        """Return rotary tables and core for positions that restart at 0 at each document."""
+        return attention_context(
+            position_BT, self.head_size, self.rope_base, self.dtype, core=self.core
+        )
 
 
 class Decoder(nn.Module):
     """Run the whole chain in one process: for scoring, generation and as a test's subject."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: DecoderConfig) -> None:
         super().__init__()
         self.context = Context(model, config)
         self.links = decoder_links(model, config)

@@ -6,6 +6,7 @@ step of the tiny preset spends a tenth of its time there. D hidden size, F feed-
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -32,6 +33,17 @@ class RMSNorm(nn.Module):
         if hidden_D.is_cuda:
             return functional.rms_norm(hidden_D, self.weight.shape, self.weight, self.eps)
         return cast(Callable[..., Tensor], NormRows.apply)(hidden_D, self.weight, self.eps)
+
+
+def norm_class(name: str) -> Callable[..., nn.Module]:
+    """Return the RMSNorm of that name: ours, or TransformerEngine's through megatron-core.
+
+    A class, not a function: megatron-core's specs build classes only.
+    """
+    if name == "torch":
+        return RMSNorm
+    extension = importlib.import_module("megatron.core.extensions.transformer_engine")
+    return cast(Callable[..., nn.Module], extension.TENorm)
 
 
 class NormRows(torch.autograd.Function):

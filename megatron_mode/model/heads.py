@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, empty, nn
 
 from megatron_mode.config.fields import ModelConfig
-from megatron_mode.model.elementwise import RMSNorm
-from megatron_mode.model.layers import Embedding
+from megatron_mode.model.elementwise import norm_class
+from megatron_mode.model.layers import DecoderConfig, Embedding
 
 
 class HeadInputs(NamedTuple):
@@ -28,10 +28,10 @@ class HeadInputs(NamedTuple):
 class ModeHead(nn.Module):
     """Normalise the last hidden states and hold the mode head (one logit a token)."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: DecoderConfig) -> None:
         super().__init__()
         dtype = config.params_dtype
-        self.norm = RMSNorm(config, model.hidden_size, eps=model.norm_epsilon)
+        self.norm = norm_class(config.norm)(config, model.hidden_size, eps=model.norm_epsilon)
         self.mode_weight = nn.Parameter(empty(model.hidden_size, dtype=dtype))
         self.mode_bias = nn.Parameter(empty(1, dtype=dtype))
 

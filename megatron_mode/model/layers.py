@@ -5,6 +5,7 @@ Every link takes and gives (hidden_TBD, *context): T row length, B rows, D hidde
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.model.attention import AttentionContext, DocumentAttention
-from megatron_mode.model.elementwise import RMSNorm, swiglu
+from megatron_mode.model.elementwise import norm_class, swiglu
 from megatron_mode.model.sequence_parallel import (
     GatheringLinear,
     ScatteringEmbedding,
@@ -25,14 +26,28 @@ from megatron_mode.model.sequence_parallel import (
 )
 
 
+@dataclass
+class DecoderConfig(TransformerConfig):
+    """Add to megatron-core's config what our own layers read."""
+
+    attention_core: str = "dense"
+    """dense, flex or flash: how `attention_cores` attends."""
+    recompute_attention: bool = False
+    """Compute the attention core again in the backward pass instead of keeping its insides."""
+    norm: str = "torch"
+    """torch or transformer_engine: whose RMSNorm runs."""
+
+
 def transformer_config(
-    model: ModelConfig, tensor: int, dtype: torch.dtype, *, sequence_parallel: bool = False
-) -> TransformerConfig:
+    model: ModelConfig, tensor: int, dtype: torch.dtype, **ours: Any
+) -> DecoderConfig:
     """Translate our model config into megatron-core's; DeepSpeed owns the pipeline, so it is 1.
 
-    Weights are left unset here (`perform_initialization=False`): `init.initialise` fills them.
+    `ours` are fields of DecoderConfig. Weights are left unset here
+    (`perform_initialization=False`): `init.initialise` fills them.
     """
-    return TransformerConfig(
+    return DecoderConfig(
+        **ours,
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -40,7 +55,6 @@ def transformer_config(
         num_query_groups=model.kv_heads,
         kv_channels=model.hidden_size // model.attention_heads,
         tensor_model_parallel_size=tensor,
-        sequence_parallel=sequence_parallel,
         pipeline_model_parallel_size=1,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
@@ -78,7 +92,7 @@ class GatedMLP(MLP):
         return output_TBD, None
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
+def layer_spec(config: DecoderConfig) -> ModuleSpec:
     """Take megatron-core's local layer spec; put our attention core, norms and SwiGLU into it."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = spec.submodules
@@ -86,7 +100,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     attention.core_attention = DocumentAttention
     if config.sequence_parallel:
         attention.linear_qkv, attention.linear_proj = GatheringLinear, ScatteringLinear
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm_class(config.norm)
     parts.mlp = GatedMLP
     return spec
 
@@ -121,11 +135,11 @@ class Embedding(nn.Module):
 class DecoderLayer(nn.Module):
     """Run one megatron-core transformer layer inside documents."""
 
-    def __init__(self, config: TransformerConfig, number: int) -> None:
+    def __init__(self, config: DecoderConfig, number: int) -> None:
         super().__init__()
         self.layer: Any = build_module(layer_spec(config), config=config, layer_number=number)
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Turn (hidden_TBD, *context) into the same with the next hidden states."""
         hidden_TBD, *context = inputs
         hidden_TBD, _ = self.layer(hidden_TBD, attention_mask=AttentionContext(*context))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -217,3 +218,15 @@ def test_training_refuses_a_file_as_run_folder(
 ) -> None:
     for place in (trained.config, trained.config / "run"):
         assert f"{trained.config} cannot be used" in refused_early(f"run.dir={place}")
+
+
+def test_an_accelerator_that_was_asked_for_and_is_broken_ends_the_run(
+    trained: Trained, tmp_path: Path
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('libcudart.so.12: no such file')\n")
+    places = (f"data.root={trained.data}", f"run.dir={tmp_path / 'run'}")
+    words = ("--config", str(trained.config), *places, "accelerators.attention=flash")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    sentence = refusal(command(PRETRAIN, *words, PYTHONPATH=os.pathsep.join(paths)))
+    assert "needs flash-attention, here broken (ImportError: libcudart.so.12: no such" in sentence
+    assert sentence.endswith("set accelerators.attention=auto\n")

@@ -5,8 +5,13 @@ The data is made here from a seed, as plain rows, so that engine and oracle get 
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from unittest import mock
+
 import numpy as np
 import torch
+from stand_ins import FLASH_ATTN, let_flex_train_on_a_cpu
 
 VOCAB_TOKENS = 117  # of 128 padded columns
 STEPS = 3
@@ -37,7 +42,7 @@ def make_config(tensor, pipeline, accumulation, tied, data, **changes):
         "optimizer": {"learning_rate": 1e-4, "schedule": "constant", "clip_grad_norm": 0.5},
     }
     for section, keys in changes.items():
-        fields[section] |= keys
+        fields[section] = {**fields.get(section, {}), **keys}
     return Config.model_validate(fields)
 
 
@@ -129,6 +134,23 @@ def note_lengths(engine, lengths):
             module.register_forward_hook(lambda _, inputs, __: lengths.add(len(inputs[0])))
 
 
+@contextlib.contextmanager
+def attention_of_a_gpu(config):
+    """Let an attention that is refused on a CPU train there, by what stands in for it."""
+    from megatron_mode.engine import build
+    from megatron_mode.engine.accelerators import Implementations
+
+    attention = config.accelerators.attention
+    if attention == "auto":
+        yield
+        return
+    sys.modules["flash_attn"] = FLASH_ATTN
+    let_flex_train_on_a_cpu(setattr)
+    chosen = Implementations(attention, "torch", "torch")
+    with mock.patch.object(build, "choose_implementations", return_value=chosen):
+        yield
+
+
 def three_steps(process, layout_sizes, variants):
     """Run each variant of a layout.
 
@@ -144,7 +166,8 @@ def three_steps(process, layout_sizes, variants):
         config = make_config(tensor, pipeline, accumulation, tied, data, **changes)
         if layout is None:
             layout = build_mesh(config, process.world_size)
-        engine = build_engine(config, layout, VOCAB_TOKENS)
+        with attention_of_a_gpu(config):
+            engine = build_engine(config, layout, VOCAB_TOKENS)
         store, losses, norms, lengths = [], [], [], set()
         capture_gradients(engine, store)
         note_lengths(engine, lengths)

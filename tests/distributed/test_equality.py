@@ -13,10 +13,15 @@ import torch
 
 LAYOUTS = list(itertools.product((1, 2), repeat=3))
 RECOMPUTED = {"parallel": {"activation_checkpointing": "full"}}
+SELECTIVE = {"parallel": {"activation_checkpointing": "selective"}}
+FLEX, FLASH = ({"accelerators": {"attention": name}} for name in ("flex", "flash"))
 REFERENCE = {"loss": {"implementation": "reference"}}
 VARIANTS = [
     *((accumulation, tied, {}) for accumulation in (1, 4) for tied in (True, False)),
     (4, True, RECOMPUTED),
+    (4, False, SELECTIVE),
+    (1, True, {**FLEX, **RECOMPUTED}),
+    (1, False, {**FLASH, **SELECTIVE}),
     (1, True, REFERENCE),
 ]
 SEQUENCE = {"parallel": {"sequence_parallel": True}}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from megatron_mode.config.fields import ModelConfig, OptimizerConfig
 from megatron_mode.engine.optimizer import adamw, decays, learning_rate, parameter_groups
@@ -173,3 +176,27 @@ def test_an_update_is_that_of_the_paper():
         update = (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 1e-3)
         weight = weight * (1 - 0.05 * config.weight_decay) - 0.05 * update
     torch.testing.assert_close(parameter.detach().double(), weight, rtol=1e-6, atol=1e-7)
+
+
+def test_apex_gets_the_same_settings(monkeypatch):
+    """FusedAdam decays weights apart from the gradient only in the mode that is asked for."""
+    given = {}
+
+    def fused_adam(groups, **settings):
+        given.update(settings, groups=groups)
+        return torch.optim.SGD(groups, lr=settings["lr"])
+
+    fake = SimpleNamespace(FusedAdam=fused_adam)
+    monkeypatch.setitem(sys.modules, "apex", SimpleNamespace(optimizers=fake))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", fake)
+    config = OptimizerConfig(
+        learning_rate=0.5, beta1=0.8, beta2=0.9, epsilon=1e-7, weight_decay=0.2
+    )
+    named = [
+        ("a.weight", nn.Parameter(torch.ones(2, 2))),
+        ("norm.weight", nn.Parameter(torch.ones(2))),
+    ]
+    adamw(config, named, "apex")
+    groups = given.pop("groups")
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
+    assert given == {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-7, "adam_w_mode": True}

@@ -40,6 +40,7 @@ def test_tiny_pretraining_in_bf16_learns(tmp_path, figure):
         f"run.dir={run_dir}",
         "run.precision=bf16",
         "loss.implementation=triton",
+        "parallel.activation_checkpointing=selective",
     ]
     script = str(ROOT / "launch/pretrain.py")
     subprocess.run([*launcher, script, *config, *overrides], check=True)

@@ -6,94 +6,19 @@ T row length, B rows, H query heads, G key/value groups, K head size.
 from __future__ import annotations
 
 import cmath
-import math
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from attention_by_loops import BASE, assert_equals_loops, core, draw, positions_of, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_mode.model import attention
-from megatron_mode.model.attention import (
-    AttentionContext,
-    DocumentAttention,
-    Rotate,
-    attention_context,
-    rotate,
-)
-
-BASE = 10_000.0
-
-
-def positions_of(starts_B: list[set[int]], length: int) -> Tensor:
-    """Return positions [B, T] of rows in which documents start at 0 and at the given tokens."""
-    rows = []
-    for starts in starts_B:
-        row: list[int] = []
-        for t in range(length):
-            row.append(0 if t == 0 or t in starts else row[-1] + 1)
-        rows.append(row)
-    return torch.tensor(rows)
-
-
-def turn(x_TBHK: Tensor, position_BT: Tensor, base: float) -> Tensor:
-    """Rotate by complex numbers: pair (i, i + K/2) times exp(1j * position * base^(-2i/K))."""
-    half = x_TBHK.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle_TB1I = position_BT.t().double()[:, :, None, None] * frequency
-    x = torch.complex(x_TBHK[..., :half], x_TBHK[..., half:])
-    x = x * torch.polar(torch.ones_like(angle_TB1I), angle_TB1I)
-    return torch.cat((x.real, x.imag), dim=-1)
-
-
-def attend_by_loops(query_TBHK, key_TBGK, value_TBGK, position_BT, scale=None):
-    """Return [T, B, H*K] in fp64: each token over the tokens of its document up to itself."""
-    T, B, H, K = query_TBHK.shape
-    scale = 1 / math.sqrt(K) if scale is None else scale
-    query = turn(query_TBHK.double(), position_BT, BASE)
-    key = turn(key_TBGK.double(), position_BT, BASE)
-    value = value_TBGK.double()
-    rows = []
-    for t in range(T):
-        for b in range(B):
-            start = t - int(position_BT[b, t])
-            for h in range(H):
-                g = h // (H // key.shape[2])
-                score_S = key[start : t + 1, b, g] @ query[t, b, h] * scale
-                rows.append(torch.softmax(score_S, 0) @ value[start : t + 1, b, g])
-    return torch.stack(rows).view(T, B, H * K)
-
-
-def draw(T, B, H, G, K, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((T, B, H, K), (T, B, G, K), (T, B, G, K))
-    return [
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for shape in shapes
-    ]
-
-
-def core(scale=None) -> DocumentAttention:
-    return DocumentAttention(SimpleNamespace(softmax_scale=scale))
-
-
-def outputs_and_gradients(output_TBX, inputs):
-    generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(output_TBX.shape, generator=generator, dtype=torch.float64)
-    gradients = torch.autograd.grad(output_TBX, inputs, upstream.to(output_TBX.dtype))
-    return [value.detach().double() for value in (output_TBX, *gradients)]
-
-
-def assert_equals_loops(inputs, position_BT, *, context, scale=None, bound):
-    found = outputs_and_gradients(core(scale)(*inputs, context), inputs)
-    wide = [value.detach().double().requires_grad_() for value in inputs]
-    truth = outputs_and_gradients(attend_by_loops(*wide, position_BT, scale), wide)
-    for one, other in zip(found, truth, strict=True):
-        assert (one - other).abs().max() <= bound * max(1.0, float(other.abs().max()))
+from megatron_mode.model import attention_cores
+from megatron_mode.model.attention import AttentionContext, Rotate, attention_context, rotate
 
 
 def exact_context(position_BT: Tensor, K: int) -> AttentionContext:
@@ -106,9 +31,9 @@ def exact_context(position_BT: Tensor, K: int) -> AttentionContext:
         ]
     )
     cos, sin = torch.from_numpy(table.real.copy()), torch.from_numpy(table.imag.copy())
-    mask = attention_context(position_BT, K, BASE, torch.float64).mask_B1TT
+    dense = attention_context(position_BT, K, BASE, torch.float64).core
     return AttentionContext(
-        torch.cat((cos, cos), -1).unsqueeze(2), torch.cat((-sin, sin), -1).unsqueeze(2), mask
+        torch.cat((cos, cos), -1).unsqueeze(2), torch.cat((-sin, sin), -1).unsqueeze(2), dense
     )
 
 
@@ -139,7 +64,7 @@ def test_attention_equals_a_loop_over_tokens(case):
     context, bound = attention_context(case.position_BT, K, BASE, case.dtype), 2e-5
     if case.dtype == torch.float64:
         context, bound = exact_context(case.position_BT, K), 1e-12
-    with mock.patch.object(attention, "CPU_BLOCK_TOKENS", case.block):
+    with mock.patch.object(attention_cores, "CPU_BLOCK_TOKENS", case.block):
         assert_equals_loops(
             inputs, case.position_BT, context=context, scale=case.scale, bound=bound
         )
@@ -164,7 +89,7 @@ def test_a_token_sees_its_own_document_up_to_itself(case):
     K = case.head_size
     inputs = draw(case.length, len(case.position_BT), case.groups, case.groups, K, torch.float32)
     context = attention_context(case.position_BT, K, BASE, torch.float32)
-    with mock.patch.object(attention, "CPU_BLOCK_TOKENS", case.block):
+    with mock.patch.object(attention_cores, "CPU_BLOCK_TOKENS", case.block):
         output_TBX = core()(*inputs, context)
     t = case.seed % case.length
     for b in range(len(case.position_BT)):

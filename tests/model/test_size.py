@@ -16,7 +16,7 @@ from megatron_mode.config.fields import LossConfig, ModelConfig
 from megatron_mode.config.presets import find_configs, read_mapping
 from megatron_mode.kernels.mode_loss import Targets
 from megatron_mode.loss.mode_loss import ModeLoss
-from megatron_mode.model.attention import CPU_BLOCK_TOKENS
+from megatron_mode.model.attention_cores import CPU_BLOCK_TOKENS
 from megatron_mode.model.size import (
     Parameters,
     TokenFlops,
