@@ -63,10 +63,7 @@ class Run:
 
 
 def train(config: Config, process: Process, request: StopRequest | None = None) -> Reason:
-    """Run a training run from its newest checkpoint to its end, or until it is asked to stop.
-
-    Returns why it stopped early, with the last step saved; Reason.NONE where it came to its end.
-    """
+    """Train from the newest checkpoint to the end; return why it stopped before, saved, or NONE."""
     run = prepare_run(config, process)
     config, engine = run.config, run.engine
     record = OrderRecord.start(config, run.corpus, run.order)
@@ -98,10 +95,7 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
             if due(done, config.run.eval_every_steps) and done < config.run.steps:
                 line.update(evaluate(run))
             if writer is not None:
-                writer.write(line)
-                shown = {"loss": f"{result.loss:.3f}", "auroc": line["mode_auroc"]}
-                progress.set_postfix(shown, refresh=False)
-                progress.update()
+                write_line(writer, progress, line)
             checkpoints.check()
             stop = stopping.after_step(done, checkpoints.save_seconds)
             if stop or due(done, config.checkpoint.every_steps) or done == config.run.steps:
@@ -113,9 +107,9 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
         checkpoints.wait()
     if writer is not None:
         writer.close()
-    summary = {} if stop else finish_run(engine, run.folder, run.corpus)
+    end = stopping.sentence(stop, done) if stop else finish(run)
     if run.reports:
-        print(stopping.sentence(stop, done) if stop else closing_lines(summary))
+        print(end)
     dist.barrier()
     return stop
 
@@ -211,8 +205,20 @@ def evaluate(run: Run) -> dict[str, object]:
     return valid_metrics(results)
 
 
-def closing_lines(summary: dict[str, object]) -> str:
-    """Return what a run says at its end: the figures one asks for first."""
+def write_line(writer: MetricsWriter, progress: tqdm[NoReturn], line: dict[str, object]) -> None:
+    """Write a step's metrics and move the bar on."""
+    writer.write(line)
+    progress.set_postfix(
+        {"loss": f"{line['loss']:.3f}", "auroc": line["mode_auroc"]}, refresh=False
+    )
+    progress.update()
+
+
+def finish(run: Run) -> str:
+    """Evaluate, write summary and report, and return the figures that one asks for first."""
+    summary = finish_run(run.engine, run.folder, run.corpus)
+    if not run.reports:
+        return ""
     keys = ("valid_lm_loss", "unigram_entropy", "valid_mode_auroc", "valid_mode_auroc_chat")
     figures = [f"{key} {summary[key]:.4f}" for key in keys if summary.get(key) is not None]
     said = ", ".join(figures) or "no held-out figures: mix.valid.sources is empty or too short"
