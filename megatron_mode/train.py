@@ -100,7 +100,7 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
                 break
             timer.stop()
         checkpoints.wait()
-    summary = {} if stop else finish_run(engine, run.folder, run.corpus)
+    end = stopping.sentence(stop, done) if stop else finish(run)
     if run.reports:
         print(end)
     dist.barrier()
@@ -185,15 +185,6 @@ def evaluate(run: Run) -> dict[str, object]:
         for index in range(len(run.corpus.valid))
     ]
     return valid_metrics(results)
-
-
-def write_line(writer: MetricsWriter, progress: tqdm[NoReturn], line: dict[str, object]) -> None:
-    """Write a step's metrics and move the bar on."""
-    writer.write(line)
-    progress.set_postfix(
-        {"loss": f"{line['loss']:.3f}", "auroc": line["mode_auroc"]}, refresh=False
-    )
-    progress.update()
 
 
 def finish(run: Run) -> str:
