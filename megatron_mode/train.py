@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
@@ -42,8 +39,9 @@ from megatron_mode.recovery import Recovery
 from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import FINAL_ROWS_FACTOR, finish_run
 from megatron_mode.report.line import StepTimer, metrics_line
+from megatron_mode.report.run_log import RunLog
 from megatron_mode.report.valid import valid_metrics
-from megatron_mode.report.writers import MetricsWriter, write_environment
+from megatron_mode.report.writers import write_environment
 
 
 @dataclass(frozen=True)
@@ -72,21 +70,19 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
     first_step, notes = resume(engine, run.folder, record, run.order, probe)
     if run.reports:
         announce(run, first_step, notes)
-    writer = MetricsWriter(run.folder, first_step or None) if run.reports else None
     timer = StepTimer()
     stopping = Stopping(
         request, config.run, engine.largest_over_ranks, finish_factor=FINAL_ROWS_FACTOR
     )
     stop, done = Reason.NONE, first_step
     recovery = Recovery(engine, run.corpus, run.order, record, probe, checkpoints)
-    with progress_bar(run, first_step) as progress, recovery.watch():
+    with RunLog(config.run, first_step, reports=run.reports) as log, recovery.watch():
         for batch in recovery.steps(lambda step: steps(run, step), first_step):
             timer.start()
             result = engine.train_step(batch.step, batch.micro_batches)
             back_to = recovery.goes_back_to(batch, result)
             if back_to is not None:
-                writer = writer and writer.rewound(back_to)
-                progress.update(back_to - batch.step)
+                log.rewind(back_to)
                 continue
             record.update(batch.step, batch.rows, left_out=result.verdict.is_left_out)
             done = batch.step + 1
@@ -94,8 +90,7 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
             line["checkpoint_stall_seconds"] = checkpoints.take_stall_seconds()
             if due(done, config.run.eval_every_steps) and done < config.run.steps:
                 line.update(evaluate(run))
-            if writer is not None:
-                write_line(writer, progress, line)
+            log.write(line)
             checkpoints.check()
             stop = stopping.after_step(done, checkpoints.save_seconds)
             if stop or due(done, config.checkpoint.every_steps) or done == config.run.steps:
@@ -105,8 +100,6 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
                 break
             timer.stop()
         checkpoints.wait()
-    if writer is not None:
-        writer.close()
     end = stopping.sentence(stop, done) if stop else finish(run)
     if run.reports:
         print(end)
@@ -158,17 +151,6 @@ def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
             )
 
 
-def progress_bar(run: Run, first_step: int) -> tqdm[NoReturn]:
-    """Show progress on rank 0; in a log, where lines pile up, every half minute."""
-    return tqdm(
-        total=run.config.run.steps,
-        initial=first_step,
-        disable=not run.reports,
-        unit="step",
-        mininterval=0.2 if sys.stderr.isatty() else 30.0,
-    )
-
-
 def steps(run: Run, first_step: int) -> Generator[StepBatch, None, None]:
     """Give the remaining steps; ranks in the middle of the pipeline get them without tokens."""
     config, engine = run.config, run.engine
@@ -203,15 +185,6 @@ def evaluate(run: Run) -> dict[str, object]:
         for index in range(len(run.corpus.valid))
     ]
     return valid_metrics(results)
-
-
-def write_line(writer: MetricsWriter, progress: tqdm[NoReturn], line: dict[str, object]) -> None:
-    """Write a step's metrics and move the bar on."""
-    writer.write(line)
-    progress.set_postfix(
-        {"loss": f"{line['loss']:.3f}", "auroc": line["mode_auroc"]}, refresh=False
-    )
-    progress.update()
 
 
 def finish(run: Run) -> str:

@@ -12,6 +12,7 @@ from megatron_mode import atomic
 from megatron_mode.checkpoint.folders import (
     clear_unfinished,
     finished_checkpoints,
+    forget_after,
     newest_checkpoint,
     prune,
     publish,
@@ -139,6 +140,19 @@ def test_a_kill_while_setting_aside_loses_nothing(checkpoints, monkeypatch):
         assert newest_checkpoint(checkpoints).name in (tag_of(4), tag_of(6))
         kept = [checkpoints / tag_of(6), checkpoints / f"{tag_of(6)}.damaged"]
         assert sum(path.is_dir() and is_whole(path) for path in kept) == 1
+
+
+def test_a_kill_while_going_back_leaves_a_good_checkpoint(checkpoints, monkeypatch):
+    """What holds a step that is to be left out goes, the newest first."""
+    assert forget_after(checkpoints, 1) is None
+    assert forget_after(checkpoints, 6) == checkpoints / tag_of(6)
+    assert len(finished_checkpoints(checkpoints)) == 3
+    for _ in every_kill(monkeypatch, checkpoints, lambda: forget_after(checkpoints, 3)):
+        assert is_whole(newest_checkpoint(checkpoints))
+        left = [path.name for path in finished_checkpoints(checkpoints)]
+        assert left == [tag_of(2), tag_of(4), tag_of(6)][: len(left)]
+    assert names(checkpoints) == ["latest", tag_of(2)]
+    assert newest_checkpoint(checkpoints) == checkpoints / tag_of(2)
 
 
 def test_permanent_checkpoints_stay(tmp_path):

@@ -92,8 +92,8 @@ def test_all_mistakes_are_reported_at_once(tiny):
         "model.layers=1.5": "model.layers is 1.5: accepted is an integer from 1 to 10000; "
         "correct it",
         "mode2_fraction.start=1": "mode2_fraction is not a key: accepted is one of run, model, "
-        "data, mix, loss, parallel, batch, optimizer, checkpoint, health; did you mean "
-        "mix.mode2_fraction?",
+        "data, mix, loss, parallel, accelerators, batch, optimizer, checkpoint, health; did you "
+        "mean mix.mode2_fraction?",
         "mix.mode1.sources.0.weight=-1": "mix.mode1.sources.0.weight is -1: accepted is an exact "
         "decimal above 0; the default is 1",
         "foo": "override 'foo' is not of the form key.path=value: accepted is for example "
