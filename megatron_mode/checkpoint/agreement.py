@@ -27,6 +27,7 @@ FREE_KEYS = (
     "batch.micro_rows",
     "parallel.tensor",
     "parallel.pipeline",
+    "parallel.schedule",
     "parallel.activation_checkpointing",
     "parallel.sequence_parallel",
     "loss.check_targets",

@@ -55,6 +55,17 @@ class UniversalManifest:
     format: str = FORMAT
 
 
+def cut_of(engine: Engine) -> str:
+    """Name what decides which parts a rank of this run holds: the layout and the schedule."""
+    return f"{engine.layout} ({engine.config.parallel.schedule})"
+
+
+def saved_cut(manifest: Manifest) -> str:
+    """Name the same of the run that saved a checkpoint."""
+    schedule = manifest.config["parallel"].get("schedule", "1f1b")
+    return f"{Layout(**manifest.layout)} ({schedule})"
+
+
 def universal_manifest(source: Path) -> UniversalManifest | None:
     """Return the manifest of a checkpoint's universal folder; None where there is none of it.
 
@@ -127,7 +138,7 @@ def reshard_together(engine: Engine, source: Path, manifest: Manifest) -> None:
 
 
 def universal_for(engine: Engine, source: Path, manifest: Manifest, run_dir: Path) -> Path:
-    """Return a sound universal folder of a checkpoint that another layout saved.
+    """Return a sound universal folder of a checkpoint whose ranks held other parts.
 
     All ranks call it. One that is there is checked and taken; else `checkpoint.reshard` decides.
     Raises CheckpointError naming both layouts and the command that makes one.
@@ -137,9 +148,9 @@ def universal_for(engine: Engine, source: Path, manifest: Manifest, run_dir: Pat
         if engine.config.checkpoint.reshard == "never":
             to = f"tensor={engine.layout.tensor},pipeline={engine.layout.pipeline}"
             raise CheckpointError(
-                f"{source} was saved at {Layout(**manifest.layout)}, this run is at "
-                f"{engine.layout}: accepted is the saved layout while checkpoint.reshard is never; "
-                "set checkpoint.reshard=auto, or make it fit with `megatron-mode reshard "
+                f"{source} was saved at {saved_cut(manifest)}, this run is at {cut_of(engine)}: "
+                "accepted is the saved layout while checkpoint.reshard is never; set "
+                "checkpoint.reshard=auto, or make it fit with `megatron-mode reshard "
                 f"{run_dir} --to {to}`"
             )
         reshard_together(engine, source, manifest)

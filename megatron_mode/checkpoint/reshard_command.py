@@ -111,7 +111,9 @@ def check_fits(manifest: Manifest, wanted: dict[str, int], source: Path) -> Conf
             "name another checkpoint or use the version that wrote it"
         ) from None
     sizes = {**manifest.layout, **wanted}
-    parallel = {axis: sizes[axis] for axis in ("tensor", "pipeline")}
+    parallel: dict[str, Any] = {axis: sizes[axis] for axis in ("tensor", "pipeline")}
+    # What needs more of a layout than to hold the model may be changed with it.
+    parallel |= {"schedule": "1f1b", "sequence_parallel": False}
     changed = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
     for broken in find_broken_rules(changed, lambda key: False):
         raise ConfigError(f"--to cannot hold the model of {source}: {broken}")

@@ -17,12 +17,11 @@ from megatron_mode.checkpoint.folders import (
 from megatron_mode.checkpoint.manifest import Manifest, read_manifest
 from megatron_mode.checkpoint.probe import Probe, check_probe
 from megatron_mode.checkpoint.record import OrderRecord, precision_name
-from megatron_mode.checkpoint.reshard import universal_for
+from megatron_mode.checkpoint.reshard import cut_of, saved_cut, universal_for
 from megatron_mode.checkpoint.sound import check_shared
 from megatron_mode.checkpoint.verify import setting_differences
 from megatron_mode.checkpoint.writer import restore
 from megatron_mode.engine.step import Engine
-from megatron_mode.engine.topology import Layout
 from megatron_mode.errors import CheckpointError
 from megatron_mode.loss.normalise import BlockedShares
 from megatron_mode.mix.order import Order
@@ -69,9 +68,9 @@ def resume(
 
 
 def _load(engine: Engine, newest: Path, manifest: Manifest, run_dir: Path) -> list[str]:
-    """Load a checkpoint, through its universal folder when another layout saved it."""
-    saved = Layout(**manifest.layout)
-    if saved == engine.layout:
+    """Load a checkpoint, through its universal folder when its ranks held other parts."""
+    saved = saved_cut(manifest)
+    if saved == cut_of(engine):
         restore(engine, newest)
         return []
     folder = universal_for(engine, newest, manifest, run_dir)

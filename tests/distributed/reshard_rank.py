@@ -18,6 +18,7 @@ class Variant(NamedTuple):
 
     tied: bool
     precision: str
+    schedule: str = "1f1b"
 
 
 VARIANTS = (Variant(True, "fp32"), Variant(False, "fp32"), Variant(True, "bf16"))
@@ -38,15 +39,16 @@ PATTERNS = {
 def make_config(sizes, variant):
     """Return a config of a layout with 4 layers and heads, so that every size of 4 can hold it."""
     tensor, pipeline, data = sizes
-    config = equality_rank.make_config(tensor, pipeline, 1, variant.tied, data)
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"precision": variant.precision}),
-            "model": config.model.model_copy(update={"layers": 4, "kv_heads": 4}),
-            "batch": config.batch.model_copy(
-                update={"global_rows": ROWS, "micro_rows": MICRO_ROWS}
-            ),
-        }
+    return equality_rank.make_config(
+        tensor,
+        pipeline,
+        1,
+        variant.tied,
+        data,
+        run={"precision": variant.precision},
+        model={"layers": 4, "kv_heads": 4},
+        parallel={"schedule": variant.schedule},
+        batch={"global_rows": ROWS, "micro_rows": MICRO_ROWS},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import gloo_world
 import pytest
@@ -33,7 +34,7 @@ def saved_weights(run_dir):
     }
 
 
-def make_config(data_root, run_dir, schedule):
+def make_config(data_root, run_dir, schedule, **checkpoint):
     """Four micro-batches a step, five an evaluation; the report's pictures take one."""
     return resume_rank.make_config(
         data_root,
@@ -43,7 +44,7 @@ def make_config(data_root, run_dir, schedule):
         loss={"blocking": {"policy": "none"}},
         parallel={"tensor": 1, "pipeline": 2, "schedule": schedule},
         batch={"global_rows": 4, "micro_rows": 1},
-        checkpoint={"every_steps": 2},
+        checkpoint={"every_steps": 2, **checkpoint},
     )
 
 
@@ -72,6 +73,13 @@ def test_dualpipev_trains_evaluates_and_resumes(small_corpus, tmp_path):
         gloo_world.run_world(2, resume_rank.run_training, broken, 3)
     other = make_config(small_corpus, tmp_path / "broken", "1f1b")
     for messages in gloo_world.run_world(2, resume_rank.refusals, broken, [other]):
-        assert "parallel.schedule is '1f1b'" in messages[0]
+        assert "was saved at tensor 1 x pipeline 2 x data 1 (dualpipev), this run is" in messages[0]
+        assert "set checkpoint.reshard=auto" in messages[0]
+    shutil.copytree(tmp_path / "broken", tmp_path / "turned")
+    turned = make_config(small_corpus, tmp_path / "turned", "1f1b", reshard="auto")
+    gloo_world.run_world(2, resume_rank.run_training, turned)
+    for line, expected_line in zip(metrics(tmp_path / "turned"), lines, strict=True):
+        for key in COMPARED:
+            assert line.get(key) == pytest.approx(expected_line.get(key), rel=ROUNDING), key
     gloo_world.run_world(2, resume_rank.run_training, broken)
     assert metrics(tmp_path / "broken") == lines, "to the last bit"

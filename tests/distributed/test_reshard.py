@@ -59,18 +59,19 @@ def convert(folder, sizes, variant):
 class Sources:
     """Train and save a layout once, in all variants, when it is first asked for."""
 
-    def __init__(self, folder):
-        self.folder, self.results, self.universal = folder, {}, {}
+    def __init__(self, folder, variants):
+        self.folder, self.variants = folder, variants
+        self.results, self.universal = {}, {}
 
     def __getitem__(self, sizes):
         if sizes not in self.results:
-            folders = [self.folder / f"{sizes}-{n}" for n in range(len(VARIANTS))]
-            cases = list(zip(VARIANTS, folders, strict=True))
+            folders = [self.folder / f"{sizes}-{n}" for n in range(len(self.variants))]
+            cases = list(zip(self.variants, folders, strict=True))
             world_size = math.prod(sizes)
             ranks = gloo_world.run_world(world_size, reshard_rank.train_and_save, sizes, cases)
             self.results[sizes] = {
                 variant: (ranks[0][n][0], whole_state([rank[n][1] for rank in ranks]))
-                for n, variant in enumerate(VARIANTS)
+                for n, variant in enumerate(self.variants)
             }
             for variant, folder in cases:
                 self.universal[sizes, variant] = convert(folder, sizes, variant)
@@ -79,7 +80,7 @@ class Sources:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    return Sources(tmp_path_factory.mktemp("sources"))
+    return Sources(tmp_path_factory.mktemp("sources"), VARIANTS)
 
 
 def whole_state(ranks):
@@ -107,11 +108,16 @@ def whole_state(ranks):
     return full, counts
 
 
-def check_targets(sources, froms, target):
-    """Load every source of `froms` at `target`: state to the bit, losses of the next steps."""
-    cases = [(sizes, variant) for sizes in froms for variant in VARIANTS]
+def check_targets(sources, froms, target, **changes):
+    """Load every source of `froms` at `target`: state to the bit, losses of the next steps.
+
+    `changes` are what the target's variants have otherwise.
+    """
+    cases = [(sizes, variant) for sizes in froms for variant in sources.variants]
     expected = [sources[sizes][variant] for sizes, variant in cases]
-    folders = [(variant, sources.universal[sizes, variant]) for sizes, variant in cases]
+    folders = [
+        (variant._replace(**changes), sources.universal[sizes, variant]) for sizes, variant in cases
+    ]
     world_size = math.prod(target)
     ranks = gloo_world.run_world(world_size, reshard_rank.load_and_train, target, folders)
     for index, (case, (losses, (state, counts))) in enumerate(zip(cases, expected, strict=True)):
@@ -131,6 +137,23 @@ def check_targets(sources, froms, target):
 @pytest.mark.parametrize("target", SAMPLE[1], ids=str)
 def test_a_checkpoint_goes_on_at_another_layout(sources, target):
     check_targets(sources, SAMPLE[0], target)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("schedule", "other", "sizes", "target"),
+    [
+        ("dualpipev", "1f1b", (1, 2, 1), (2, 1, 1)),
+        pytest.param("dualpipev", "1f1b", (1, 2, 1), (1, 2, 1), marks=pytest.mark.slow),
+        pytest.param("1f1b", "dualpipev", (1, 1, 2), (1, 2, 1), marks=pytest.mark.slow),
+        pytest.param("1f1b", "dualpipev", (2, 2, 1), (2, 2, 1), marks=pytest.mark.slow),
+        pytest.param("dualpipev", "dualpipev", (2, 2, 1), (1, 2, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_goes_on_under_another_schedule(schedule, other, sizes, target, tmp_path):
+    """DualPipeV's ranks hold a stage from each end; a rank holds a tied matrix once."""
+    variants = [reshard_rank.Variant(tied, "fp32", schedule) for tied in (True, False)]
+    check_targets(Sources(tmp_path, variants), [sizes], target, schedule=other)
 
 
 @pytest.mark.slow
