@@ -75,6 +75,7 @@ def conditions(engine: Engine) -> dict[str, Any]:
     cuda = engine.device.type == "cuda"
     return {
         "layout": engine.layout._asdict(),
+        "schedule": engine.config.parallel.schedule,
         "sequence_parallel": engine.config.parallel.sequence_parallel,
         "loss": engine.step_loss.mode_loss.implementation,
         "device": torch.cuda.get_device_name(engine.device) if cuda else _processor(),

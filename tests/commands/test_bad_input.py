@@ -109,7 +109,7 @@ def test_prepare_refuses_a_full_disk(verb: Call, tmp_path: Path, small_disk: Pat
     ("words", "fragment"),
     [
         (["--cofnig", "x"], "--cofnig is not an option; did you mean --config?"),
-        (["run.stesp=3"], "eval_rows, threads; did you mean steps?"),
+        (["run.stesp=3"], "time_margin_seconds; did you mean steps?"),
         (["parallel.tensor=3"], "parallel.tensor is 3: accepted is a divisor of "
          "model.attention_heads = 2 and of model.kv_heads = 1; use 1"),
         (["parallel.pipeline=2"], "world size is 1: accepted is parallel.tensor * "
