@@ -12,6 +12,7 @@ import os
 import random
 import re
 import runpy
+import signal
 import shutil
 import sys
 import types
@@ -109,7 +110,7 @@ def box(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Box:
 def run(box: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Call a program in this process, up to where training would begin, which returns at once."""
     trainer = types.ModuleType("megatron_mode.train")
-    vars(trainer)["train"] = lambda config, process: None
+    vars(trainer)["train"] = lambda config, process, request: None
     monkeypatch.setitem(sys.modules, "megatron_mode.train", trainer)
     monkeypatch.setattr(launch, "_is_joined", lambda: False)  # by tests before this one
     monkeypatch.chdir(box.folder)
@@ -117,6 +118,8 @@ def run(box: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         monkeypatch.delenv(name)
     pretrain = runpy.run_path(str(PRETRAIN))["main"]
     environment = dict(os.environ)
+    # The program takes both signals for itself; a test run must still end on them.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def call(program: str, words: list[str]) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
