@@ -20,7 +20,7 @@ from test_resume import metrics
 from megatron_mode.config import dump_config
 
 SCRIPT = gloo_world.ROOT / "launch" / "pretrain.py"
-DEADLINE_SECONDS = 120
+DEADLINE_SECONDS = 200
 
 
 def make_config(small_corpus, folder, **run):
@@ -66,6 +66,22 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(small_cor
     assert one["valid"] == other["valid"]
 
 
+@pytest.fixture
+def launched():
+    """Offer to start runs by a launcher; what a failed test leaves of them is killed."""
+    started = []
+
+    def start(*arguments):
+        started.append(Launched(*arguments))
+        return started[-1]
+
+    yield start
+    for run in started:
+        for process_id in run.members():
+            os.kill(process_id, signal.SIGKILL)
+        run.process.wait()
+
+
 class Launched:
     """Hold a run that a launcher started."""
 
@@ -102,15 +118,11 @@ class Launched:
             time.sleep(0.01)
 
     def wait(self):
-        """Return the launcher's exit status; nothing of it may be left."""
-        try:
-            status = self.process.wait(DEADLINE_SECONDS)
-        finally:
-            deadline = time.monotonic() + DEADLINE_SECONDS
-            while (left := self.members()) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            for process_id in left:
-                os.kill(process_id, signal.SIGKILL)
+        """Return the launcher's exit status; nothing that it started may be left."""
+        status = self.process.wait(DEADLINE_SECONDS)
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while (left := self.members()) and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert left == {}
         return status
 
@@ -137,13 +149,16 @@ def endless(small_corpus, run_dir):
     )
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.distributed
-def test_under_deepspeed_a_signalled_rank_or_launcher_loses_no_step(small_corpus, tmp_path):
+def test_under_deepspeed_a_signalled_rank_or_launcher_loses_no_step(
+    launched, small_corpus, tmp_path
+):
     run_dir = tmp_path / "run"
     config = endless(small_corpus, run_dir)
     starter = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"]
 
-    first = Launched([*starter, str(free_port())], config, run_dir, tmp_path / "first.log")
+    first = launched([*starter, str(free_port())], config, run_dir, tmp_path / "first.log")
     first.after(2)
     ranks = [pid for pid, line in first.members().items() if "launcher" not in line]
     os.kill(max(ranks), signal.SIGUSR1)
@@ -154,7 +169,7 @@ def test_under_deepspeed_a_signalled_rank_or_launcher_loses_no_step(small_corpus
     assert len(said) == 1
     assert f"stopped after step {stopped_at} of 100000 (SIGUSR1)" in said[0]
 
-    second = Launched([*starter, str(free_port())], config, run_dir, tmp_path / "second.log")
+    second = launched([*starter, str(free_port())], config, run_dir, tmp_path / "second.log")
     second.after(stopped_at + 2)
     (launcher,) = (pid for pid, line in second.members().items() if "launcher.launch " in line)
     os.kill(launcher, signal.SIGTERM)
@@ -164,19 +179,20 @@ def test_under_deepspeed_a_signalled_rank_or_launcher_loses_no_step(small_corpus
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.distributed
-def test_under_torchrun_a_signalled_rank_or_agent_loses_no_step(small_corpus, tmp_path):
+def test_under_torchrun_a_signalled_rank_or_agent_loses_no_step(launched, small_corpus, tmp_path):
     run_dir = tmp_path / "run"
     config = endless(small_corpus, run_dir)
     starter = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    first = Launched([*starter, str(free_port())], config, run_dir, tmp_path / "first.log")
+    first = launched([*starter, str(free_port())], config, run_dir, tmp_path / "first.log")
     first.after(2)
     ranks = [pid for pid, line in first.members().items() if "distributed.run" not in line]
     os.kill(max(ranks), signal.SIGUSR1)
     assert first.wait() == 1, "torchrun leaves with 1 whatever its processes say"
     assert "exitcode  : 75" in first.log.read_text()
     stopped_at = saved_step(run_dir)
-    second = Launched([*starter, str(free_port())], config, run_dir, tmp_path / "second.log")
+    second = launched([*starter, str(free_port())], config, run_dir, tmp_path / "second.log")
     second.after(stopped_at + 2)
     os.kill(second.process.pid, signal.SIGTERM)
     assert second.wait() != 0
