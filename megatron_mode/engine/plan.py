@@ -45,8 +45,8 @@ def plan_rank(config: Config, layout: Layout, rank: int, *, bf16: bool) -> RankP
         multiple = ALIGNMENT_ELEMENTS * layout.data
         padded = sum(size + -size % multiple for size in groups)
         optimizer_bytes = (1 + MOMENTS) * FP32_BYTES * padded // layout.data
-    # In bf16 the gradient of the last micro-batch stands beside the fp32 sum.
-    in_bf16 = (BF16_BYTES * padded, FP32_BYTES * padded + BF16_BYTES * parameters)
+    # A bf16 gradient is added to the fp32 sum as it arrives, and not kept.
+    in_bf16 = (BF16_BYTES * padded, FP32_BYTES * padded)
     in_fp32 = (FP32_BYTES * padded, FP32_BYTES * parameters)
     weights_bytes, gradients_bytes = in_bf16 if bf16 else in_fp32
     return RankPlan(

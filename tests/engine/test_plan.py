@@ -231,7 +231,7 @@ def test_zero_shards_the_optimizer_over_data_ranks():
     plan = plan_rank(config, layout, 3, bf16=True)
     padding = 2 * 16  # at most: two groups, each to a multiple of 2 * data
     assert 0 <= plan.weights_bytes - 2 * count <= 2 * padding
-    assert 0 <= plan.gradients_bytes - 6 * count <= 4 * padding
+    assert 0 <= plan.gradients_bytes - 4 * count <= 4 * padding
     assert 0 <= plan.optimizer_bytes - 12 * count / 8 <= 12 * padding / 8
     whole, _ = configure("tiny", layout, "parallel.zero_stage=0", "run.precision=fp32")
     plain = plan_rank(whole, layout, 3, bf16=False)
