@@ -12,8 +12,8 @@ import os
 import random
 import re
 import runpy
-import signal
 import shutil
+import signal
 import sys
 import types
 import warnings
