@@ -32,7 +32,11 @@ FLASH_ATTN = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
 
 
 def let_flex_train_on_a_cpu(set_attribute):
-    """torch's plain form has gradients on a CPU; a check in front of it says that no kernel has."""
+    """torch's plain form has gradients on a CPU; a check in front of it says that no kernel has.
+
+    Run as it is, without tracing it first, which takes seconds in every process.
+    """
     from torch.nn.attention import flex_attention
 
+    set_attribute(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     set_attribute(flex_attention, "_validate_device", lambda *_: None)

