@@ -38,6 +38,8 @@ TRITON_LAYOUTS = ((1, 1, 1), (2, 1, 1))
 # So is flex attention where there is no kernel.
 FLEX_LAYOUT = (2, 2, 1)
 TOLERANCE = 1e-5
+# The mode bias has one number, whose terms may cancel to 1e-6 of the whole gradient.
+CANCELLED = 1e-3
 # bf16 keeps 8 bits: gradients of a two-layer model are off by up to 3 %, a lost one by 100 %.
 BF16_RATIO = 5e3
 
@@ -130,7 +132,8 @@ def check_against_the_oracle(layout, variants):
             ours = join(results, index, step)
             assert ours.keys() == grads.keys()
             for name, expected in grads.items():
-                error = float((ours[name] - expected).norm() / expected.norm())
+                size = max(float(expected.norm()), CANCELLED * norm)
+                error = float((ours[name] - expected).norm()) / size
                 assert error <= TOLERANCE * coarse, (*case, name, error)
 
 
