@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside the tests
 
+from megatron_mode.__main__ import CommandParser
 from megatron_mode.tokens.prepare_command import add_arguments, run
 from megatron_mode.tokens.tokenizer import Tokenizer, train_tokenizer
 
@@ -44,10 +44,10 @@ def run_prepare(model_path: Path) -> RunPrepare:
     """Run the verb; a tokenizer is given so that only tests of training train."""
 
     def call(*arguments: str | Path, tokenizer: Path | None = model_path) -> int:
-        parser = argparse.ArgumentParser()
+        parser = CommandParser()
         add_arguments(parser)
         given = [] if tokenizer is None else ["--tokenizer", str(tokenizer)]
-        return run(parser.parse_args([*map(str, arguments), *given]))
+        return run(parser.parse([*map(str, arguments), *given]))
 
     return call
 

@@ -209,14 +209,14 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, run_prepare: RunPrepare, tra
     [
         ("--plain-share", "1.5", "0 to 1"),
         ("--valid-share", "nan", "0 to 1"),
-        ("--workers", "0", "1 or more"),
+        ("--workers", "0", "1 to 1024"),
         ("--max-bad-lines", "-1", "0 or more"),
     ],
 )
 def test_numbers_out_of_range(
     tmp_path: Path, run_prepare: RunPrepare, option: str, value: str, accepted: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{option} is .*accepted is {accepted}"):
+    with pytest.raises(ConfigError, match=f"{option}.* is .*accepted is .*{accepted}"):
         run_prepare("--out", tmp_path / "d", "--sample", option, value)
 
 
