@@ -11,12 +11,12 @@ import torch.distributed as dist
 from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
 from megatron_mode.checkpoint.probe import Probe
-from megatron_mode.checkpoint.record import OrderRecord, precision_name
+from megatron_mode.checkpoint.record import OrderRecord
 from megatron_mode.checkpoint.resume import resume
 from megatron_mode.checkpoint.save import Checkpoints
 from megatron_mode.config import Config, dump_config
-from megatron_mode.engine.accelerators import accelerator_table, choose_implementations
-from megatron_mode.engine.build import build_engine, build_mesh, join_group
+from megatron_mode.engine.accelerators import accelerator_table
+from megatron_mode.engine.build import build_engine, build_mesh, implementations, join_group
 from megatron_mode.engine.launch import Process
 from megatron_mode.engine.schedule_cost import pipeline_line
 from megatron_mode.engine.step import Engine
@@ -33,6 +33,7 @@ from megatron_mode.mix.forecast import warnings
 from megatron_mode.mix.loader import Loader, StepBatch
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.packing import rows_in_stream
+from megatron_mode.mix.rows import RowReader
 from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.model.size import parameters
 from megatron_mode.recovery import Recovery
@@ -52,6 +53,7 @@ class Run:
     folder: Path
     corpus: Corpus
     order: Order
+    reader: RowReader
     engine: Engine
 
     @property
@@ -65,7 +67,7 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
     run = prepare_run(config, process)
     config, engine = run.config, run.engine
     record = OrderRecord.start(config, run.corpus, run.order)
-    probe = Probe(run.order, build_train_reader(config, run.corpus, run.order))
+    probe = Probe(run.order, run.reader)
     checkpoints = Checkpoints(engine, run.folder, run.corpus.root / TOKENIZER_NAME, probe)
     first_step, notes = resume(engine, run.folder, record, run.order, probe)
     if run.reports:
@@ -112,21 +114,20 @@ def prepare_run(config: Config, process: Process) -> Run:
     corpus = open_corpus(config)
     config = resolve_vocabulary(config, corpus)
     order = build_order(config, corpus)
+    reader = build_train_reader(config, corpus, order)
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     join_group(process, config.run.threads, config.health.stall_seconds)
     layout = build_mesh(config, process.world_size)
     engine = build_engine(config, layout, corpus.vocabulary.vocab_size)
-    return Run(config, folder, corpus, order, engine)
+    return Run(config, folder, corpus, order, reader, engine)
 
 
 def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
     """Print what will run, once, and write it into the run folder."""
     config = run.config
     write_whole(run.folder / "config.yaml", dump_config(config))
-    chosen = choose_implementations(
-        config, run.engine.device.type, bf16=precision_name(config) == "bf16"
-    )._replace(loss=run.engine.step_loss.mode_loss.implementation)
+    chosen = implementations(config)._replace(loss=run.engine.step_loss.mode_loss.implementation)
     described = {"layout": run.engine.layout._asdict(), "implementations": chosen._asdict()}
     write_environment(run.folder, described)
     count = parameters(config.model)
@@ -162,7 +163,7 @@ def steps(run: Run, first_step: int) -> Generator[StepBatch, None, None]:
         return
     loader = Loader(
         run.order,
-        build_train_reader(config, run.corpus, run.order),
+        run.reader,
         global_rows=global_rows,
         micro_rows=config.batch.micro_rows,
         first_step=first_step,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file
 
 # Without a GPU the Triton kernels run in their interpreter; Triton reads this when it is imported.
 if not os.path.exists("/dev/nvidiactl"):

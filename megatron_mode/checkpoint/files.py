@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO, cast
 import torch
 
 HASHING_THREADS = 4
+# torch's writers say a failed write so; the last where it fails while the file is closed.
+TORN_FILE_SIGNS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,24 @@ def save_tensors(state: Any, path: Path) -> FileRecord:
     return stream.record
 
 
+def is_write_failure(error: BaseException) -> bool:
+    """Tell whether the disk refused a write; torch's own writer says so with a RuntimeError."""
+    torn = isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORN_FILE_SIGNS)
+    return torn or isinstance(error, OSError)
+
+
+def write_failure(folder: Path, error: BaseException, remedy: str) -> str:
+    """Say that a folder cannot be written, why, and what to do."""
+    if not is_write_failure(error):
+        return f"{folder} cannot be written ({type(error).__name__}: {error}): {remedy}"
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else "a write failed"
+    free_bytes = shutil.disk_usage(folder.parent).free
+    return (
+        f"{folder} cannot be written ({reason}): the disk has {free_bytes} bytes left; free space "
+        f"and {remedy}"
+    )
+
+
 def describe(path: Path) -> FileRecord:
     """Hash a file as it lies on the disk."""
     with path.open("rb") as file:
@@ -84,6 +105,12 @@ def copy_durably(source: Path, target: Path) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return stream.record
+
+
+def fair_share(files: Mapping[str, FileRecord], index: int, count: int) -> Sequence[str]:
+    """Deal files out to `count` processes, largest first, in turns."""
+    by_size = sorted(files, key=lambda name: (-files[name].bytes, name))
+    return by_size[index::count]
 
 
 def differences(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, newest_checkpoint
-from megatron_mode.checkpoint.manifest import Manifest, read_manifest
+from megatron_mode.checkpoint.manifest import Manifest, read_manifest, saved_config
 from megatron_mode.checkpoint.safe import load_tensors
 from megatron_mode.checkpoint.sound import check_files
 from megatron_mode.config import Config
@@ -37,13 +37,7 @@ def load_decoder(path: Path) -> tuple[Decoder, Config, Manifest]:
     """Build the whole model of a checkpoint in this process, in fp32, whatever its layout was."""
     folder = resolve_folder(path)
     manifest = read_manifest(folder)
-    try:
-        config = Config.model_validate(manifest.config)
-    except ValueError as error:
-        raise CheckpointError(
-            f"the manifest of {folder} holds no config of this version ({type(error).__name__}): "
-            "name another checkpoint or use the version that wrote it"
-        ) from None
+    config = saved_config(manifest, folder)
     join_alone()
     decoder = Decoder(config.model, transformer_config(config.model, 1, torch.float32))
     with torch.no_grad():

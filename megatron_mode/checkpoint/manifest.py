@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.files import FileRecord
+from megatron_mode.config import Config
 from megatron_mode.errors import CheckpointError
 
 FORMAT = 2
@@ -126,3 +127,14 @@ def _checked(manifest: Manifest) -> Manifest:
     if not manifest.recent_digests or manifest.recent_digests[-1][0] != manifest.step:
         raise ValueError(f"recent_digests do not end with step {manifest.step}")
     return manifest
+
+
+def saved_config(manifest: Manifest, folder: Path) -> Config:
+    """Return the config of the run that saved a checkpoint."""
+    try:
+        return Config.model_validate(manifest.config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the manifest of {folder} holds no config of this version ({type(error).__name__}): "
+            "name another checkpoint or use the version that wrote it"
+        ) from None

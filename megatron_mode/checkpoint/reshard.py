@@ -8,7 +8,7 @@ manifest it was made from and is used for no other. The checkpoint itself is onl
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +16,23 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_mode.atomic import rename_durably
-from megatron_mode.checkpoint.files import FileRecord, describe, differences
+from megatron_mode.checkpoint.files import (
+    FileRecord,
+    describe,
+    differences,
+    fair_share,
+    is_write_failure,
+    write_failure,
+)
 from megatron_mode.checkpoint.folders import PARTIAL, remove, universal_of
-from megatron_mode.checkpoint.manifest import MANIFEST_NAME, Manifest, read_sealed, write_sealed
+from megatron_mode.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    read_sealed,
+    saved_config,
+    write_sealed,
+)
 from megatron_mode.checkpoint.native import NativeCheckpoint
-from megatron_mode.checkpoint.save import TORN_FILE_SIGNS
 from megatron_mode.checkpoint.universal import (
     Records,
     check_parameters,
@@ -29,7 +41,6 @@ from megatron_mode.checkpoint.universal import (
     write_common,
     write_parameters,
 )
-from megatron_mode.config import Config
 from megatron_mode.engine.parameter_names import checkpoint_parameters
 from megatron_mode.engine.step import Engine
 from megatron_mode.engine.topology import Layout
@@ -88,8 +99,7 @@ def universal_manifest(source: Path) -> UniversalManifest | None:
 
 def open_native(source: Path, manifest: Manifest, tensor: int) -> NativeCheckpoint:
     """Open a checkpoint for reading by name; `tensor` is this process's tensor-parallel size."""
-    config = Config.model_validate(manifest.config)
-    wholes = checkpoint_parameters(config.model, tensor)
+    wholes = checkpoint_parameters(saved_config(manifest, source).model, tensor)
     return NativeCheckpoint(source, Layout(**manifest.layout), wholes)
 
 
@@ -161,12 +171,6 @@ def universal_for(engine: Engine, source: Path, manifest: Manifest, run_dir: Pat
     return folder
 
 
-def unsound_files(folder: Path, manifest: UniversalManifest, names: Sequence[str]) -> list[str]:
-    """Say of each of the named files that is not what the manifest says what is wrong with it."""
-    found = differences(folder, manifest.files, names)
-    return [f"{name} {what}" for name, what in found.items()]
-
-
 def partial_of(source: Path) -> Path:
     """Return the folder that becomes the universal folder of a checkpoint."""
     folder = universal_of(source)
@@ -210,9 +214,9 @@ def _told_manifest(engine: Engine, source: Path) -> UniversalManifest | None:
 def _is_sound(folder: Path, manifest: UniversalManifest) -> bool:
     """Check every file of a folder, each rank its share; the same answer on every rank."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
-    answers: list[list[str]] = [[] for _ in range(ranks)]
-    dist.all_gather_object(answers, unsound_files(folder, manifest, by_size[rank::ranks]))
+    answers: list[dict[str, str]] = [{} for _ in range(ranks)]
+    mine = differences(folder, manifest.files, fair_share(manifest.files, rank, ranks))
+    dist.all_gather_object(answers, mine)
     return not any(answers)
 
 
@@ -237,17 +241,6 @@ def _agreed(source: Path) -> Iterator[None]:
         raise CheckpointError(said[0])
 
 
-def is_write_failure(error: BaseException) -> bool:
-    """Tell whether the disk refused a write; torch's own writer says so with a RuntimeError."""
-    torn = isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORN_FILE_SIGNS)
-    return torn or isinstance(error, OSError)
-
-
 def told(source: Path, error: BaseException) -> str:
     """Say in a sentence why a checkpoint could not be rewritten."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    free_bytes = shutil.disk_usage(source.parent).free
-    return (
-        f"{universal_of(source)} cannot be written ({reason}): the disk has {free_bytes} bytes "
-        f"left; free space and try again, {source.name} is as it was"
-    )
+    return write_failure(universal_of(source), error, f"try again, {source.name} is as it was")

@@ -81,7 +81,12 @@ def parse_layout(text: str) -> dict[str, int]:
 
 def find_checkpoint(path: Path, step: int | None) -> Path:
     """Return the checkpoint folder that a path and --step name."""
-    from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, finished_checkpoints, tag_of
+    from megatron_mode.checkpoint.folders import (
+        CHECKPOINTS_NAME,
+        finished_checkpoints,
+        step_of,
+        tag_of,
+    )
     from megatron_mode.checkpoint.load import resolve_folder
 
     if step is None:
@@ -90,7 +95,7 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
     there = finished_checkpoints(checkpoints)
     folder = checkpoints / tag_of(step)
     if folder not in there:
-        names = ", ".join(str(int(found.name.removeprefix("step-"))) for found in there)
+        names = ", ".join(str(step_of(found)) for found in there)
         raise CheckpointError(
             f"--step is {step}: {checkpoints} has no finished {folder.name}, accepted is one of "
             f"{names or 'none, for it has no checkpoint'}"
@@ -100,16 +105,11 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 
 def check_fits(manifest: Manifest, wanted: dict[str, int], source: Path) -> Config:
     """Raise ConfigError where the layout asked for cannot hold the model of a checkpoint."""
-    from megatron_mode.config import Config, check_world_size
+    from megatron_mode.checkpoint.manifest import saved_config
+    from megatron_mode.config import check_world_size
     from megatron_mode.config.rules import find_broken_rules
 
-    try:
-        config = Config.model_validate(manifest.config)
-    except ValueError as error:
-        raise CheckpointError(
-            f"the manifest of {source} holds no config of this version ({type(error).__name__}): "
-            "name another checkpoint or use the version that wrote it"
-        ) from None
+    config = saved_config(manifest, source)
     sizes = {**manifest.layout, **wanted}
     parallel: dict[str, Any] = {axis: sizes[axis] for axis in ("tensor", "pipeline")}
     # What needs more of a layout than to hold the model may be changed with it.
@@ -127,6 +127,7 @@ def rewrite(source: Path, manifest: Manifest, threads: int, quiet: bool) -> dict
     from tqdm import tqdm
 
     from megatron_mode.checkpoint import reshard
+    from megatron_mode.checkpoint.files import differences
     from megatron_mode.checkpoint.folders import universal_of
     from megatron_mode.checkpoint.load import join_alone
     from megatron_mode.checkpoint.sound import check_files
@@ -137,7 +138,8 @@ def rewrite(source: Path, manifest: Manifest, threads: int, quiet: bool) -> dict
     if folder.exists():
         wrong = ["it was not made from this checkpoint"]
         if found is not None:
-            wrong = reshard.unsound_files(folder, found, list(found.files))
+            unsound = differences(folder, found.files, found.files)
+            wrong = [f"{name} {what}" for name, what in unsound.items()]
         if wrong:
             raise CheckpointError(
                 f"{folder} is there already and is not sound ({wrong[0]}): delete it to make it "

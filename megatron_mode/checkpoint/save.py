@@ -18,7 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_mode.checkpoint.files import FileRecord, copy_durably
+from megatron_mode.checkpoint.files import (
+    FileRecord,
+    copy_durably,
+    is_write_failure,
+    write_failure,
+)
 from megatron_mode.checkpoint.folders import (
     CHECKPOINTS_NAME,
     PARTIAL,
@@ -33,8 +38,7 @@ from megatron_mode.checkpoint.writer import use_writer
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 
-# torch's writers say a failed write so; the last where it fails while the file is closed.
-TORN_FILE_SIGNS = ("PytorchStreamWriter", "inline_container", "iostream error")
+REMEDY = "start the run again, it goes on from the checkpoint before this one"
 LONGEST_PAUSE_SECONDS = 0.25
 
 
@@ -112,7 +116,7 @@ class Checkpoints:
         error: Exception | None,
     ) -> None:
         """Tell rank 0 what was written; rank 0 makes a checkpoint of it. Runs on the thread."""
-        failure = write_failure(partial, error) if error else None
+        failure = failure_of(partial, error) if error else None
         self._failure = failure
         records = {name: asdict(record) for name, record in files.items()}
         self._store.set(
@@ -122,7 +126,7 @@ class Checkpoints:
             try:
                 self._finish(partial, manifest)
             except Exception as error:  # told by the training loop, as above
-                self._failure = write_failure(partial, error)
+                self._failure = failure_of(partial, error)
                 shutil.rmtree(partial, ignore_errors=True)
             self.save_seconds = time.perf_counter() - self._began
             self._store.set(self._key("end"), self._failure or "")
@@ -132,6 +136,7 @@ class Checkpoints:
         failures = []
         for rank in range(self._engine.layout.world_size):
             told = json.loads(self._await(self._key(rank)))
+            self._store.delete_key(self._key(rank))  # else they pile up in rank 0's memory
             files |= {name: FileRecord(**record) for name, record in told["files"].items()}
             failures += [told["failure"]] if told["failure"] else []
         if failures:
@@ -152,33 +157,23 @@ class Checkpoints:
 
 
 @contextmanager
-def told_in_a_sentence(folder: Path) -> Iterator[None]:
+def told_in_a_sentence(partial: Path) -> Iterator[None]:
     """Turn what torch raises on a full disk, a RuntimeError, into CheckpointError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        is_torn_file = any(sign in str(error) for sign in TORN_FILE_SIGNS)
-        if isinstance(error, RuntimeError) and not is_torn_file:
+        if not is_write_failure(error):
             raise  # a peer is gone, or a bug of ours
-        failure = write_failure(folder, error)
-        shutil.rmtree(folder, ignore_errors=True)
+        failure = failure_of(partial, error)
+        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(failure) from error
 
 
-def write_failure(folder: Path, error: Exception) -> str:
-    """Say that a checkpoint cannot be written, why, and what to do."""
+def failure_of(partial: Path, error: Exception) -> str:
+    """Say what became of the checkpoint that was being written."""
     if isinstance(error, CheckpointError):
         return str(error)
-    is_torn_file = any(sign in str(error) for sign in TORN_FILE_SIGNS)
-    if isinstance(error, OSError):
-        reason = error.strerror or str(error)
-    else:
-        reason = "a write failed" if is_torn_file else f"{type(error).__name__}: {error}"
-    free_bytes = shutil.disk_usage(folder.parent).free
-    return (
-        f"{folder.with_suffix('')} cannot be written ({reason}): the disk has {free_bytes} bytes "
-        "left; free space and start the run again, it goes on from the checkpoint before this one"
-    )
+    return write_failure(partial.with_suffix(""), error, REMEDY)
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_mode.checkpoint.files import differences, unlisted
+from megatron_mode.checkpoint.files import differences, fair_share, unlisted
 from megatron_mode.checkpoint.manifest import (
     MANIFEST_NAME,
     SEAL_NAME,
@@ -33,8 +33,7 @@ def check_files(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
 def check_shared(folder: Path, manifest: Manifest) -> None:
     """Check all files of a checkpoint, each rank its share; every rank raises or none."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    mine = _fair_share(manifest, rank, ranks)
-    found = differences(folder, manifest.files, mine)
+    found = differences(folder, manifest.files, fair_share(manifest.files, rank, ranks))
     if rank == 0:
         extra = unlisted(folder, manifest.files, NOT_LISTED)
         found |= dict.fromkeys(extra, f"is not among those of {MANIFEST_NAME}")
@@ -45,12 +44,6 @@ def check_shared(folder: Path, manifest: Manifest) -> None:
         {name: what for part in gathered for name, what in part.items()},
         "bring the files back, or set checkpoint.fallback=true to go on from the checkpoint before",
     )
-
-
-def _fair_share(manifest: Manifest, rank: int, ranks: int) -> list[str]:
-    """Deal the files out, largest first, in turns."""
-    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
-    return by_size[rank::ranks]
 
 
 def _refuse(folder: Path, found: dict[str, str], remedy: str) -> None:

@@ -5,8 +5,8 @@ and `mp_rank_KK_model_states.pt` what is common. DeepSpeed's loader cuts them fo
 
 The folder is the one that `deepspeed.checkpoint.ds_to_universal` makes, to the last byte of every
 tensor (a test compares them), but not made by it: it joins a parameter that matches none of its
-patterns along dimension 0 without a word, writes every fragment to a file of its own first (245,000
-for a 70b model on 1,024 ranks), and takes the folder's name for a regular expression.
+patterns along dimension 0 without a word, writes every fragment of every rank to a file of its own
+first, and takes the folder's name for a regular expression.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mode.config import Config, check_world_size
-from megatron_mode.engine.accelerators import choose_implementations
+from megatron_mode.engine.accelerators import Implementations, choose_implementations
 from megatron_mode.engine.deepspeed_config import deepspeed_config
 from megatron_mode.engine.launch import Process, cpu_threads
 from megatron_mode.engine.optimizer import adamw
@@ -49,6 +49,12 @@ def choose_dtype(config: Config) -> torch.dtype:
 def device_type() -> str:
     """Return what a run computes on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def implementations(config: Config) -> Implementations:
+    """Return who computes each part of a run on this machine; the loss chooses for itself."""
+    bf16 = choose_dtype(config) == torch.bfloat16
+    return choose_implementations(config, device_type(), bf16=bf16)
 
 
 def join_group(process: Process, threads: int, stall_seconds: float = 0.0) -> None:
@@ -103,7 +109,7 @@ def build_stage(
         device_type=device_type(),
         sequence_parallel=config.parallel.sequence_parallel,
     )
-    chosen = choose_implementations(config, device_type(), bf16=dtype == torch.bfloat16)
+    chosen = implementations(config)
     core = transformer_config(
         config.model,
         layout.tensor,
@@ -140,13 +146,12 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
         part=coordinates.tensor,
         parts=layout.tensor,
     )
-    chosen = choose_implementations(config, device_type(), bf16=dtype == torch.bfloat16)
     named = [(f"{link}.{n}", p) for link, m in stage.named_links() for n, p in m.named_parameters()]
     bf16 = dtype == torch.bfloat16
     with contextlib.redirect_stdout(io.StringIO()):
         pipeline_engine, *_ = deepspeed.initialize(
             model=stage,
-            optimizer=adamw(config.optimizer, named, chosen.adamw),
+            optimizer=adamw(config.optimizer, named, implementations(config).adamw),
             config=deepspeed_config(config, layout.data, bf16=bf16),
         )
     return Engine(config, layout, pipeline_engine)

@@ -37,23 +37,24 @@ def build(model: str, data: Path, run_dir: Path) -> Run:
     prepare_environment(process, ROOT / ".cache" / "torch_extensions")
     quiet_libraries()
     from megatron_mode.engine.build import build_engine, build_mesh, join_group
-    from megatron_mode.mix.corpus import build_order, open_corpus
+    from megatron_mode.mix.corpus import build_order, build_train_reader, open_corpus
     from megatron_mode.train import Run
 
     corpus = open_corpus(config)
     join_group(process, 0)
     # The model keeps its own vocabulary, of which the data uses the beginning.
     engine = build_engine(config, build_mesh(config, 1), corpus.vocabulary.vocab_size)
-    return Run(config, run_dir, corpus, build_order(config, corpus), engine)
+    order = build_order(config, corpus)
+    reader = build_train_reader(config, corpus, order)
+    return Run(config, run_dir, corpus, order, reader, engine)
 
 
 def parts_of(run: Run):
     from megatron_mode.checkpoint.probe import Probe
     from megatron_mode.checkpoint.record import OrderRecord
-    from megatron_mode.mix.corpus import build_train_reader
     from megatron_mode.train import steps
 
-    probe = Probe(run.order, build_train_reader(run.config, run.corpus, run.order))
+    probe = Probe(run.order, run.reader)
     return probe, OrderRecord.start(run.config, run.corpus, run.order), steps
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mode.checkpoint.save import told_in_a_sentence
+from megatron_mode.checkpoint.save import failure_of, told_in_a_sentence
 from megatron_mode.errors import CheckpointError
 
 
@@ -30,3 +30,9 @@ def test_another_error_is_left_alone(tmp_path):
     told = pytest.raises(RuntimeError, match="Connection closed by peer")
     with told, told_in_a_sentence(tmp_path):
         raise RuntimeError("Connection closed by peer")
+
+
+def test_a_fault_of_the_program_is_not_called_a_full_disk(tmp_path):
+    said = failure_of(tmp_path / "step-00000001.partial", TypeError("no such state"))
+    assert "step-00000001 cannot be written (TypeError: no such state): start the run" in said
+    assert "disk" not in said

@@ -12,16 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from run_files import metrics
 
-CLOCK_AND_MEMORY = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "memory_bytes")
 STALL_SECONDS = 3
-
-
-def metrics(run):
-    """Return the lines of a run without what a clock or the system says."""
-    path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in line.items() if not k.endswith(CLOCK_AND_MEMORY)} for line in lines]
 
 
 def events(run):

@@ -32,11 +32,10 @@ def attempts(process, config, damages):
     from megatron_mode.checkpoint.record import OrderRecord
     from megatron_mode.checkpoint.resume import resume
     from megatron_mode.errors import CheckpointError
-    from megatron_mode.mix.corpus import build_train_reader
     from megatron_mode.train import prepare_run
 
     run = prepare_run(config, process)
-    probe = Probe(run.order, build_train_reader(run.config, run.corpus, run.order))
+    probe = Probe(run.order, run.reader)
     said = []
     for damage in [*damages, None]:
         undo = None

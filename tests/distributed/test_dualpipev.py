@@ -9,19 +9,11 @@ import gloo_world
 import pytest
 import resume_rank
 import torch
+from run_files import metrics
 
 # Both schedules add the same micro-batches, a tied embedding in another order.
 ROUNDING = 1e-5
 COMPARED = ("loss", "grad_norm", "valid_lm_loss", "valid_mode_loss", "valid_mode_auroc")
-VARYING = ("seconds", "per_second", "mfu", "bytes")
-
-
-def metrics(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if not any(v in key for v in VARYING)}
-        for line in lines
-    ]
 
 
 def saved_weights(run_dir):

@@ -9,7 +9,7 @@ import health_rank
 import pytest
 import resume_rank
 import torch
-from test_resume import metrics
+from run_files import metrics
 
 from megatron_mode.__main__ import run_verb
 

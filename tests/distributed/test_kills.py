@@ -18,17 +18,9 @@ import gloo_world
 import pytest
 import resume_rank
 import torch
+from run_files import metrics
 
 STEPS = 30
-CLOCK_AND_MEMORY = {
-    "checkpoint_stall_seconds",
-    "step_seconds",
-    "tokens_per_second",
-    "data_wait_seconds",
-    "model_flops_per_second",
-    "mfu",
-    "peak_memory_bytes",
-}
 
 
 def make_config(corpus, run):
@@ -53,11 +45,6 @@ def undisturbed(small_corpus, tmp_path_factory):
     begin = time.monotonic()
     gloo_world.run_world(4, resume_rank.run_training, make_config(small_corpus, run))
     return run, time.monotonic() - begin
-
-
-def lines_of(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCK_AND_MEMORY} for line in lines]
 
 
 def is_good(folder):
@@ -128,7 +115,7 @@ def kill_until(kills, undisturbed, corpus, folder, seed):
             if not was_alive:
                 break
         gloo_world.run_world(4, resume_rank.run_training, config)
-        assert lines_of(run) == lines_of(whole)
+        assert metrics(run) == metrics(whole)
         same_weights(run, whole)
         assert check_left(run) == (STEPS, [])
         runs += 1

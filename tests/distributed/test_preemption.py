@@ -15,7 +15,7 @@ import gloo_world
 import preemption_rank
 import pytest
 import resume_rank
-from test_resume import metrics
+from run_files import metrics
 
 from megatron_mode.config import dump_config
 

@@ -13,6 +13,7 @@ import pytest
 import reshard_rank
 import torch
 from reshard_rank import VARIANTS
+from run_files import assert_same
 
 TAG = "step-00000002"
 LAYOUTS = [
@@ -190,17 +191,6 @@ def test_the_folder_is_the_one_that_deepspeed_makes(sources, variant, tmp_path):
     for name in names:
         one, other = (torch.load(root / name, weights_only=False) for root in (ours, theirs))
         assert_same(one, other, name)
-
-
-def assert_same(one, other, where):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], (where, key))
-    elif not hasattr(one, "cur_scale"):  # the loss scaler has no equality
-        assert one == other, where
 
 
 @pytest.mark.distributed

@@ -9,22 +9,9 @@ import gloo_world
 import pytest
 import resume_rank
 import torch
+from run_files import metrics
 
 SHARED_MEMORY_BEFORE = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
-CLOCK_AND_MEMORY = {
-    "checkpoint_stall_seconds",
-    "step_seconds",
-    "tokens_per_second",
-    "data_wait_seconds",
-    "model_flops_per_second",
-    "mfu",
-    "peak_memory_bytes",
-}
-
-
-def metrics(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCK_AND_MEMORY} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 
 from megatron_mode.config.fields import ModelConfig
 
-# The loops that attention is judged by stand beside its tests, what stands for a GPU above them.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+# The loops that attention is judged by stand beside its tests.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def model_config(**changes: Any) -> ModelConfig:

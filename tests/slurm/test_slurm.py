@@ -7,6 +7,7 @@ import re
 import time
 
 import pytest
+from run_files import metrics
 
 from megatron_mode.engine.stopping import STOPPED
 
@@ -16,12 +17,6 @@ BATCH = "launch/slurm/pretrain.sbatch"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=1G")
 ONE_TASK = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=1G")
 STEPS = 150
-CLOCK_AND_MEMORY = re.compile(r"seconds|per_second|mfu|memory")
-
-
-def metrics(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not CLOCK_AND_MEMORY.search(k)} for line in lines]
 
 
 def after_steps(cluster, job, run_dir, steps):
