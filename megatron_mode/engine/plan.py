@@ -22,7 +22,7 @@ class RankPlan(NamedTuple):
     """Say what one rank holds between two steps; activations come on top."""
 
     links: tuple[str, ...]
-    """Names of the links of its stage, in the order in which it runs them."""
+    """Names of the links of its stages, in the order of the chain."""
     parameters: int
     weights_bytes: int
     gradients_bytes: int
@@ -35,7 +35,7 @@ class RankPlan(NamedTuple):
 def plan_rank(config: Config, layout: Layout, rank: int, *, bf16: bool) -> RankPlan:
     """Work out what a rank holds."""
     at = layout.coordinates(rank)
-    links = stage_links(config.model, layout.pipeline)[at.pipeline]
+    links = held_links(config, layout.pipeline)[at.pipeline]
     sizes = link_parameters(config.model, layout.tensor)
     owned = [sizes[link] for link in links if not _is_shared(config.model, link, links)]
     groups = [sum(size) for size in zip(*owned, strict=True)]
@@ -55,7 +55,7 @@ def plan_rank(config: Config, layout: Layout, rank: int, *, bf16: bool) -> RankP
         weights_bytes,
         gradients_bytes,
         optimizer_bytes,
-        _tied_ranks(config.model, layout, rank),
+        _tied_ranks(config, layout, rank),
     )
 
 
@@ -64,10 +64,20 @@ def _is_shared(model: ModelConfig, link: str, stage: tuple[str, ...]) -> bool:
     return model.tied_embeddings and link == "lm_head" and "embedding" in stage
 
 
-def _tied_ranks(model: ModelConfig, layout: Layout, rank: int) -> tuple[int, ...]:
+def _tied_ranks(config: Config, layout: Layout, rank: int) -> tuple[int, ...]:
     ranks = layout.pipeline_ranks(rank)
     ends = (ranks[0], ranks[-1])
-    return ends if model.tied_embeddings and layout.pipeline > 1 and rank in ends else ()
+    # DualPipeV holds both ends of the chain on one rank, which adds up by itself.
+    apart = layout.pipeline > 1 and config.parallel.schedule == "1f1b"
+    return ends if config.model.tied_embeddings and apart and rank in ends else ()
+
+
+def held_links(config: Config, pipeline: int) -> list[tuple[str, ...]]:
+    """Return the links of every pipeline rank: its stage, or under DualPipeV r and 2*p - 1 - r."""
+    if config.parallel.schedule == "1f1b":
+        return stage_links(config.model, pipeline)
+    stages = stage_links(config.model, 2 * pipeline)
+    return [stages[rank] + stages[-1 - rank] for rank in range(pipeline)]
 
 
 def stage_links(model: ModelConfig, pipeline: int) -> list[tuple[str, ...]]:
@@ -93,15 +103,14 @@ def checkpoint_files(config: Config, layout: Layout, rank: int, *, bf16: bool) -
     under ZeRO every rank writes its share of the optimizer, else that is in the model state.
     """
     at = layout.coordinates(rank)
-    stages = stage_links(config.model, layout.pipeline)
-    first = sum(len(stage) for stage in stages[: at.pipeline])
+    chain = list(link_parameters(config.model, layout.tensor))
     model_rank = at.pipeline * layout.tensor + at.tensor
     files = []
     if at.data == 0:
         tied_head = "lm_head" if config.model.tied_embeddings else None
         files += [
-            f"layer_{index:02d}-model_{at.tensor:02d}-model_states.pt"
-            for index, link in enumerate(stages[at.pipeline], start=first)
+            f"layer_{chain.index(link):02d}-model_{at.tensor:02d}-model_states.pt"
+            for link in held_links(config, layout.pipeline)[at.pipeline]
             if link != tied_head
         ]
         files.append(f"mp_rank_{model_rank:02d}_model_states.pt")

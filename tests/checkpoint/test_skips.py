@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from smallest import MODEL
 
 from megatron_mode.checkpoint.agreement import check_resumable
 from megatron_mode.checkpoint.manifest import Manifest
@@ -21,15 +22,7 @@ def config_with(**health):
     return Config.model_validate(
         {
             "run": {"steps": STEPS},
-            "model": {
-                "name": "t",
-                "layers": 1,
-                "hidden_size": 8,
-                "ffn_hidden_size": 8,
-                "attention_heads": 1,
-                "kv_heads": 1,
-                "seq_len": 16,
-            },
+            "model": MODEL,
             "mix": {
                 "mode1": {"sources": [{"name": "web"}]},
                 "mode2": {"sources": [{"name": "chat"}]},

@@ -68,7 +68,7 @@ def facts_of(config, rank, world_size):
                          parallel_state.get_pipeline_model_parallel_group()],
             "data": [grid.get_data_parallel_group(), parallel_state.get_data_parallel_group()],
         }  # fmt: skip
-        chain = range(stage._local_start, stage._local_stop)
+        chain = [index for index, _ in stage.local_links()]
         parameters = dict(stage.named_parameters())
         assert all(parameter.is_meta for parameter in parameters.values())
         return {

@@ -8,6 +8,7 @@ import statistics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from smallest import MODEL
 
 from megatron_mode.config import Config
 from megatron_mode.config.health import HealthConfig
@@ -141,15 +142,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     def broken(**health: object) -> str:
         fields = {
             "run": {"steps": 10},
-            "model": {
-                "name": "t",
-                "layers": 1,
-                "hidden_size": 8,
-                "ffn_hidden_size": 8,
-                "attention_heads": 1,
-                "kv_heads": 1,
-                "seq_len": 16,
-            },
+            "model": MODEL,
             "mix": {"mode2_fraction": {"start": "0"}},
             "health": health,
         }

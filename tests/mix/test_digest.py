@@ -9,6 +9,7 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+from smallest import MODEL
 
 from megatron_mode.config import Config
 from megatron_mode.errors import CheckpointError
@@ -34,15 +35,7 @@ def config_with(**fraction: object) -> Config:
     return Config.model_validate(
         {
             "run": {"steps": 20, "seed": 3},
-            "model": {
-                "name": "t",
-                "layers": 1,
-                "hidden_size": 8,
-                "ffn_hidden_size": 8,
-                "attention_heads": 1,
-                "kv_heads": 1,
-                "seq_len": 16,
-            },
+            "model": MODEL,
             "mix": {
                 "mode1": {"sources": [{"name": "web"}]},
                 "mode2": {"sources": [{"name": "chat", "weight": "0.5"}]},
