@@ -8,8 +8,6 @@ COMPILE := $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The repository root stays off sys.path: its kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
-# DeepSpeed's CPU op is compiled here once, by `install`; runs leave it out (engine/build.py says why).
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 # The first Python >= 3.11 that can make a virtual environment; set PYTHON to choose another.
 PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python3.13 python3; do \
@@ -18,7 +16,7 @@ PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python
 
 .PHONY: install dev pretrain pretrain-3d test test-slow test-faults test-slurm slurm lint format gpu-check aot bench docs clean
 
-install: $(VENV)/.installed $(TORCH_EXTENSIONS_DIR)/.built
+install: $(VENV)/.installed
 dev: install $(VENV)/.installed-dev
 
 $(VENV)/bin/python:
@@ -33,13 +31,6 @@ $(VENV)/.installed: setup.py $(VENV)/bin/python
 $(VENV)/.installed-dev: setup.py $(VENV)/.installed
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
 	$(COMPILE)
-	touch $@
-
-# A build that was killed leaves a lock on which the next one would wait for ever.
-$(TORCH_EXTENSIONS_DIR)/.built: $(VENV)/.installed
-	rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
-	mkdir -p $(TORCH_EXTENSIONS_DIR)
-	$(VENV)/bin/python launch/build_ops.py
 	touch $@
 
 data/tiny/tokenizer.json: | install

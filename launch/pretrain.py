@@ -13,19 +13,18 @@ import sys
 import warnings
 from pathlib import Path
 
-from megatron_mode.__main__ import BAD_INPUT, CommandParser, exit_status
-from megatron_mode.engine.job_end import job_end_seconds
-from megatron_mode.engine.launch import (
-    has_peer_failed,
-    identify,
+from megatron_mode.__main__ import CommandParser, exit_status
+from megatron_mode.engine.failures import (
+    FAULT,
+    note_failure,
     outlast_peers,
-    prepare_environment,
-    quiet_libraries,
+    peers_status,
     wait_to_speak,
 )
+from megatron_mode.engine.job_end import job_end_seconds
+from megatron_mode.engine.launch import identify, prepare_environment, quiet_libraries
 from megatron_mode.engine.stopping import STOPPED, Reason, StopRequest
-
-ROOT = Path(__file__).resolve().parent.parent
+from megatron_mode.errors import MegatronModeError
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -54,7 +53,7 @@ def run(arguments: list[str], request: StopRequest) -> int:
     check_world_size(config, process.world_size)
     check_corpus(config)
     check_writable(Path(config.run.dir))
-    prepare_environment(process, ROOT / ".cache" / "torch_extensions")
+    prepare_environment(process)
     quiet_libraries()
     # Third-party imports warn about optional packages; our table says what was found.
     warnings.simplefilter("ignore")
@@ -66,19 +65,25 @@ def run(arguments: list[str], request: StopRequest) -> int:
         # A write to a full disk names no file; whatever a run writes lies in its folder.
         error.filename = error.filename or config.run.dir
         raise
+    except MegatronModeError:
+        raise
     except RuntimeError:
-        if has_peer_failed(os.environ):
-            return BAD_INPUT
+        status = peers_status(os.environ)
+        if status is None:
+            raise
+        return status
+    except Exception:
+        note_failure(FAULT)
         raise
     return STOPPED if stop else 0
 
 
 def main(arguments: list[str]) -> int:
-    """Run; return 0 done, 75 stopped and saved, 2 for a mistake that one process names."""
+    """Run; return one of the statuses in README.md's table."""
     request = StopRequest().listen()
     status = exit_status(
         lambda: run(arguments, request),
-        lambda error: wait_to_speak(os.environ, lambda: request.reason is Reason.SIGTERM),
+        lambda status: wait_to_speak(os.environ, status, lambda: request.reason is Reason.SIGTERM),
     )
     if status not in (0, STOPPED):
         outlast_peers(os.environ)

@@ -128,28 +128,27 @@ def run_verb(arguments: Sequence[str]) -> int:
 
 
 def exit_status(
-    program: Callable[[], int], speaks: Callable[[BaseException], bool] = lambda error: True
+    program: Callable[[], int], speaks: Callable[[int], bool] = lambda status: True
 ) -> int:
     """Run a program and return its exit status; a user's mistake is one sentence, no traceback.
 
     Bad input, a full disk or a read-only target give 2, a stop by a policy of `health` 3, Ctrl-C
-    130, a closed pipe 141. Our own bugs keep their traceback. `speaks(error)` is false in a process
-    whose peers print the sentence.
+    130, a closed pipe 141. Our own bugs keep their traceback. `speaks(status)` is false in a
+    process whose peers print the sentence.
     """
 
-    def say(sentence: str, error: BaseException) -> None:
-        if speaks(error):
+    def say(sentence: str, status: int) -> int:
+        if speaks(status):
             print(sentence, file=sys.stderr)
+        return status
 
     try:
         status = program()
         sys.stdout.flush()
     except MegatronModeError as error:
-        say(f"error: {error}", error)
-        return error.exit_status
-    except KeyboardInterrupt as error:
-        say("interrupted", error)
-        return INTERRUPTED
+        return say(f"error: {error}", error.exit_status)
+    except KeyboardInterrupt:
+        return say("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # Python flushes stdout once more at exit: give it a place that accepts the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -157,13 +156,12 @@ def exit_status(
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        say(
+        return say(
             f"error: {error.filename or 'the target'} cannot be used: {error.strerror}; accepted "
             "is a path that exists where it is read and a folder with write permission and room "
             "where it is written",
-            error,
+            BAD_INPUT,
         )
-        return BAD_INPUT
     return status
 
 

@@ -2,7 +2,7 @@
 
 
 class MegatronModeError(Exception):
-    """Report a mistake that the user can mend; programs print one sentence and exit with 2."""
+    """Report what a user can mend; programs print one sentence and leave with `exit_status`."""
 
     exit_status = 2
 
@@ -17,6 +17,12 @@ class DataError(MegatronModeError):
 
 class CheckpointError(MegatronModeError):
     """Report a checkpoint that is missing, damaged or belongs to another run."""
+
+
+class StallError(MegatronModeError):
+    """Report processes that wait for others in vain; `engine/watchdog` ends a run alike."""
+
+    exit_status = 4
 
 
 class HealthError(MegatronModeError):

@@ -23,6 +23,7 @@ from megatron_mode.checkpoint.probe import Probe
 from megatron_mode.checkpoint.record import OrderRecord
 from megatron_mode.checkpoint.rollback import roll_back
 from megatron_mode.checkpoint.save import Checkpoints
+from megatron_mode.engine.failures import is_first_to_tell
 from megatron_mode.engine.health import Verdict
 from megatron_mode.engine.step import Engine, StepResult
 from megatron_mode.engine.watchdog import Watchdog
@@ -48,13 +49,12 @@ class Recovery:
     record: OrderRecord
     probe: Probe
     checkpoints: Checkpoints
+    watchdog: Watchdog
     step: int = 0
 
     def __post_init__(self) -> None:
         self._back_to: int | None = None
         self.folder = Path(self.engine.config.run.dir)
-        stall_seconds = self.engine.config.health.stall_seconds
-        self.watchdog = Watchdog(self.folder, stall_seconds, self._tell_stall)
 
     def steps(self, steps_from: Callable[[int], Batches], first_step: int) -> Iterator[StepBatch]:
         """Give the steps from `first_step` on, and again from where the run went back to."""
@@ -63,7 +63,8 @@ class Recovery:
             self.step = start
             with contextlib.closing(steps_from(start)) as batches:
                 for batch in batches:
-                    self.watchdog.beat(f"step {batch.step}")
+                    # The first compiles kernels, and meets the groups of others for the first time.
+                    self.watchdog.beat(f"step {batch.step}", is_long=batch.step == start)
                     yield batch
                     self.step = batch.step + 1
                     if self._back_to is not None:
@@ -72,14 +73,18 @@ class Recovery:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """End the run where it stalls, and write down what breaks it, while inside."""
-        with self.watchdog:
-            try:
-                yield
-            except (DataError, CheckpointError, OSError) as error:
+        """Write down what breaks the run while inside, and a stall with the rows of its step."""
+        before, self.watchdog.report = self.watchdog.report, self._tell_stall
+        try:
+            yield
+        except (DataError, CheckpointError, OSError) as error:
+            # Of what all ranks raise, one writes it down.
+            if is_first_to_tell():
                 kind = next(name for kind, name in KINDS.items() if isinstance(error, kind))
                 self._append(kind, str(error), "stop", cause="".join(_cause(error)))
-                raise
+            raise
+        finally:
+            self.watchdog.report = before
 
     def goes_back_to(self, batch: StepBatch, result: StepResult) -> int | None:
         """Act on the step's verdict; return the step that the run went back to, None if it goes on.
@@ -93,6 +98,7 @@ class Recovery:
         if verdict.action == "stop":
             # What is being written is from before this step, and good.
             self.checkpoints.wait()
+            dist.barrier()  # none leaves while another still waits at rank 0
             raise HealthError(self._stop_sentence(verdict))
         note = "its update is left out" if verdict.is_left_out else "it is only reported"
         if verdict.action == "rollback":
@@ -145,21 +151,37 @@ class Recovery:
         )
 
     def _tell_stall(self, sentence: str) -> None:
-        print(f"\nerror: {sentence}", file=sys.stderr, flush=True)  # below the progress bar
+        say_stall(sentence)
         self._append("stall", sentence, "stop")
 
     def _append(self, kind: str, reason: str, action: str, **more: object) -> None:
-        """Write an event; a full disk, which may be what it tells of, is no further error."""
-        event = {"time": time.time(), "step": self.step, "kind": kind, "action": action}
+        """Write an event of the step in work."""
         if "rows" not in more:
             global_rows = self.engine.config.batch.global_rows
             rows = self.order.rows(self.step * global_rows, (self.step + 1) * global_rows)
             more["rows"] = self._described(rows)
-        with contextlib.suppress(OSError):
-            append_event(self.folder, {**event, "reason": reason, **more})
+        write_event(self.folder, kind, reason, action, step=self.step, **more)
 
     def _described(self, rows: Rows) -> list[dict[str, Any]]:
         return describe_rows(self.engine.config, self.corpus, self.order, rows)
+
+
+def tell_stall(folder: Path, sentence: str) -> None:
+    """Say that a run has stalled where no step is in work: at its start or its end."""
+    say_stall(sentence)
+    write_event(folder, "stall", sentence, "stop")
+
+
+def say_stall(sentence: str) -> None:
+    """Print the sentence below the progress bar."""
+    print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
+
+
+def write_event(folder: Path, kind: str, reason: str, action: str, **more: object) -> None:
+    """Write an event; a full disk, which may be what it tells of, is no further error."""
+    event = {"time": time.time(), "kind": kind, "action": action, "reason": reason}
+    with contextlib.suppress(OSError):
+        append_event(folder, {**event, **more})
 
 
 def row_losses(

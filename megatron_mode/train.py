@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from megatron_mode.engine.launch import Process
 from megatron_mode.engine.schedule_cost import pipeline_line
 from megatron_mode.engine.step import Engine
 from megatron_mode.engine.stopping import Reason, Stopping, StopRequest
+from megatron_mode.engine.watchdog import Watchdog
 from megatron_mode.mix.corpus import (
     Corpus,
     build_order,
@@ -36,7 +38,7 @@ from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.mix.rows import RowReader
 from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.model.size import parameters
-from megatron_mode.recovery import Recovery
+from megatron_mode.recovery import Recovery, tell_stall
 from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import FINAL_ROWS_FACTOR, finish_run
 from megatron_mode.report.line import StepTimer, metrics_line
@@ -46,14 +48,20 @@ from megatron_mode.report.writers import write_environment
 
 
 @dataclass(frozen=True)
-class Run:
-    """Hold what the loop works with; made once, in `prepare_run`."""
+class Data:
+    """Hold what a run reads and where it writes; made by `open_data`."""
 
     config: Config
     folder: Path
     corpus: Corpus
     order: Order
     reader: RowReader
+
+
+@dataclass(frozen=True)
+class Run(Data):
+    """Hold what the loop works with; made by `build_run`."""
+
     engine: Engine
 
     @property
@@ -64,7 +72,22 @@ class Run:
 
 def train(config: Config, process: Process, request: StopRequest | None = None) -> Reason:
     """Train from the newest checkpoint to the end; return why it stopped before, saved, or NONE."""
-    run = prepare_run(config, process)
+    data = open_data(config)
+    join_group(process, config.run.threads, config.health)
+    with Watchdog(data.folder, config.health, partial(tell_stall, data.folder)) as watchdog:
+        run = build_run(data, process)
+        stop, end = take_steps(run, request, watchdog)
+        if not stop:
+            watchdog.beat("the final report", is_long=True)
+            end = finish(run)
+        if run.reports:
+            print(end)
+        dist.barrier()
+    return stop
+
+
+def take_steps(run: Run, request: StopRequest | None, watchdog: Watchdog) -> tuple[Reason, str]:
+    """Resume and take the steps that are left; return why they stopped early, and say so."""
     config, engine = run.config, run.engine
     record = OrderRecord.start(config, run.corpus, run.order)
     probe = Probe(run.order, run.reader)
@@ -77,7 +100,7 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
         request, config.run, engine.largest_over_ranks, finish_factor=FINAL_ROWS_FACTOR
     )
     stop, done = Reason.NONE, first_step
-    recovery = Recovery(engine, run.corpus, run.order, record, probe, checkpoints)
+    recovery = Recovery(engine, run.corpus, run.order, record, probe, checkpoints, watchdog)
     with RunLog(config.run, first_step, reports=run.reports) as log, recovery.watch():
         for batch in recovery.steps(lambda step: steps(run, step), first_step):
             timer.start()
@@ -102,25 +125,25 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
                 break
             timer.stop()
         checkpoints.wait()
-    end = stopping.sentence(stop, done) if stop else finish(run)
-    if run.reports:
-        print(end)
-    dist.barrier()
-    return stop
+    return stop, stopping.sentence(stop, done) if stop else ""
 
 
-def prepare_run(config: Config, process: Process) -> Run:
-    """Open the data and build this rank, checking everything cheap before anything is built."""
+def open_data(config: Config) -> Data:
+    """Open the data and make the run folder: what is cheap to check, before anything is built."""
     corpus = open_corpus(config)
     config = resolve_vocabulary(config, corpus)
     order = build_order(config, corpus)
     reader = build_train_reader(config, corpus, order)
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    join_group(process, config.run.threads, config.health.stall_seconds)
-    layout = build_mesh(config, process.world_size)
-    engine = build_engine(config, layout, corpus.vocabulary.vocab_size)
-    return Run(config, folder, corpus, order, reader, engine)
+    return Data(config, folder, corpus, order, reader)
+
+
+def build_run(data: Data, process: Process) -> Run:
+    """Build this rank's part of the model and its engine, in a group that has been joined."""
+    layout = build_mesh(data.config, process.world_size)
+    engine = build_engine(data.config, layout, data.corpus.vocabulary.vocab_size)
+    return Run(**vars(data), engine=engine)
 
 
 def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:

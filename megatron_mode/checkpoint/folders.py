@@ -98,11 +98,16 @@ def forget_after(checkpoints: Path, step: int) -> Path | None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, which keeps it but counts it no more; return its new name."""
-    aside = folder.with_name(folder.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Rename a damaged checkpoint, which keeps it but counts it no more; return its new name.
+
+    What was made from it is renamed too: it may be all that is whole of that step.
+    """
     (folder.parent / LATEST_NAME).unlink(missing_ok=True)
-    rename_durably(folder, aside)
+    for path in (universal_of(folder), folder):
+        aside = path.with_name(path.name + DAMAGED)
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            rename_durably(path, aside)
     return aside
 
 

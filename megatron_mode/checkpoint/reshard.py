@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from megatron_mode.checkpoint.manifest import (
     write_sealed,
 )
 from megatron_mode.checkpoint.native import NativeCheckpoint
+from megatron_mode.checkpoint.together import agreed, from_rank_0
 from megatron_mode.checkpoint.universal import (
     Records,
     check_parameters,
@@ -153,7 +155,7 @@ def universal_for(engine: Engine, source: Path, manifest: Manifest, run_dir: Pat
     All ranks call it. One that is there is checked and taken; else `checkpoint.reshard` decides.
     Raises CheckpointError naming both layouts and the command that makes one.
     """
-    folder, found = universal_of(source), _told_manifest(engine, source)
+    folder, found = universal_of(source), from_rank_0(partial(universal_manifest, source))
     if found is None or not _is_sound(folder, found):
         if engine.config.checkpoint.reshard == "never":
             to = f"tensor={engine.layout.tensor},pipeline={engine.layout.pipeline}"
@@ -164,7 +166,7 @@ def universal_for(engine: Engine, source: Path, manifest: Manifest, run_dir: Pat
                 f"{run_dir} --to {to}`"
             )
         reshard_together(engine, source, manifest)
-        found = _told_manifest(engine, source)
+        found = from_rank_0(partial(universal_manifest, source))
     if found is None:
         raise CheckpointError(f"{folder} was just made and is not sound: check the disk")
     check_parameters(engine, found.parameters, folder)
@@ -204,13 +206,6 @@ def finish(source: Path, native: NativeCheckpoint, records: Records) -> Path:
     return folder
 
 
-def _told_manifest(engine: Engine, source: Path) -> UniversalManifest | None:
-    """Let rank 0 read the universal folder's manifest, so that all ranks know the same."""
-    found = [universal_manifest(source) if engine.rank == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
 def _is_sound(folder: Path, manifest: UniversalManifest) -> bool:
     """Check every file of a folder, each rank its share; the same answer on every rank."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -222,23 +217,14 @@ def _is_sound(folder: Path, manifest: UniversalManifest) -> bool:
 
 @contextmanager
 def _agreed(source: Path) -> Iterator[None]:
-    """Raise on every rank what is raised on one inside, so that none waits for the others."""
-    failure = None
+    """Raise on every rank what is raised on one inside, and clear away what was written."""
     try:
-        yield
-    except CheckpointError as error:
-        failure = str(error)
-    except (OSError, RuntimeError) as error:
-        if not is_write_failure(error):
-            raise  # a peer is gone, or a bug of ours
-        failure = told(source, error)
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    said = [text for text in failures if text is not None]
-    if said:
+        with agreed(partial(told, source)):
+            yield
+    except CheckpointError:
         if dist.get_rank() == 0:
             shutil.rmtree(partial_of(source), ignore_errors=True)
-        raise CheckpointError(said[0])
+        raise
 
 
 def told(source: Path, error: BaseException) -> str:

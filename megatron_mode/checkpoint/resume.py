@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from megatron_mode.checkpoint.probe import Probe, check_probe
 from megatron_mode.checkpoint.record import OrderRecord, precision_name
 from megatron_mode.checkpoint.reshard import cut_of, saved_cut, universal_for
 from megatron_mode.checkpoint.sound import check_shared
+from megatron_mode.checkpoint.together import from_rank_0
 from megatron_mode.checkpoint.verify import setting_differences
 from megatron_mode.checkpoint.writer import restore
 from megatron_mode.engine.step import Engine
@@ -33,14 +35,14 @@ def resume(
     """Load the run's newest checkpoint into engine and record; return its step and notes to print.
 
     The step is 0 for a run without a checkpoint. Raises CheckpointError when the checkpoint belongs
-    to another config, layout or order, before anything is loaded, and when a file of it is not what
-    was written or its probe differs; with `checkpoint.fallback` the ones before it are then tried,
-    and a note says so.
+    to another config or order, or while `checkpoint.reshard` is never to another layout, before
+    anything is loaded, and when a file of it is not what was written or its probe differs; with
+    `checkpoint.fallback` the ones before it are then tried, and a note says so.
     """
     notes: list[str] = []
-    while (newest := _choose(engine, folder / CHECKPOINTS_NAME)) is not None:
+    while (newest := from_rank_0(partial(_choose, folder / CHECKPOINTS_NAME))) is not None:
         try:
-            manifest = read_manifest(newest)
+            manifest = from_rank_0(partial(read_manifest, newest))
             check_shared(newest, manifest)
         except CheckpointError as error:
             notes.append(_fall_back(engine, newest, error))
@@ -78,27 +80,16 @@ def _load(engine: Engine, newest: Path, manifest: Manifest, run_dir: Path) -> li
     return [f"note: {newest.name} was saved at {saved} and is loaded from {folder.name}"]
 
 
-def _choose(engine: Engine, checkpoints: Path) -> Path | None:
-    """Let rank 0 clear up and choose the newest checkpoint, so that all ranks take the same."""
-    chosen: list[Path | None] = [None]
-    refusal: list[str | None] = [None]
-    if engine.rank == 0:
-        try:
-            clear_unfinished(checkpoints)
-            chosen = [newest_checkpoint(checkpoints)]
-        except CheckpointError as error:
-            refusal = [str(error)]
-    both = [chosen[0], refusal[0]]
-    dist.broadcast_object_list(both, src=0)
-    if both[1] is not None:
-        raise CheckpointError(str(both[1]))
-    return both[0]  # type: ignore[return-value]  # the list holds a path and a text
+def _choose(checkpoints: Path) -> Path | None:
+    """Clear up and return the newest checkpoint."""
+    clear_unfinished(checkpoints)
+    return newest_checkpoint(checkpoints)
 
 
 def _fall_back(engine: Engine, folder: Path, error: CheckpointError) -> str:
     """Set a checkpoint aside that is not sound and return the note; raise where that is not asked.
 
-    All ranks come here together: what they found wrong was shared, or read from the same files.
+    All ranks come here together: what one of them finds wrong, all of them raise.
     """
     if not engine.config.checkpoint.fallback:
         raise error

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, forget_after
 from megatron_mode.checkpoint.probe import Probe
 from megatron_mode.checkpoint.record import OrderRecord
 from megatron_mode.checkpoint.resume import resume
+from megatron_mode.checkpoint.together import from_rank_0
 from megatron_mode.engine.health import Verdict
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import HealthError
@@ -24,11 +24,8 @@ def roll_back(
     Newer ones hold what is to be left out: they are removed, and written again when the run comes
     there. Raises HealthError where no checkpoint is old enough. All ranks call it.
     """
-    step, found = verdict.first_left_out, [True]
-    if engine.rank == 0:
-        found = [forget_after(folder / CHECKPOINTS_NAME, step) is not None]
-    dist.broadcast_object_list(found, src=0)
-    if not found[0]:
+    step = verdict.first_left_out
+    if from_rank_0(partial(forget_after, folder / CHECKPOINTS_NAME, step)) is None:
         raise HealthError(
             f"step {step} is to be left out, but {folder} has no checkpoint from before it to roll "
             f"back to: set health.leave_out_steps to [{step}], or start with a smaller "

@@ -7,6 +7,7 @@ Training goes on meanwhile; the next save first waits for this one to end.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -40,6 +41,8 @@ from megatron_mode.errors import CheckpointError
 
 REMEDY = "start the run again, it goes on from the checkpoint before this one"
 LONGEST_PAUSE_SECONDS = 0.25
+# Ranks make their `Checkpoints` alike, so that each gets the same number on all of them.
+RUNS_OF_GROUP = itertools.count()
 
 
 class Checkpoints:
@@ -55,9 +58,9 @@ class Checkpoints:
         self._checkpoints = run_dir / CHECKPOINTS_NAME
         self._writer = use_writer(engine)
         self._store = dist.distributed_c10d._get_default_store()
-        self._saves = 0
+        self._saves, self._run = 0, next(RUNS_OF_GROUP)
         self._failure: str | None = None
-        self._began = 0.0
+        self._began_seconds = 0.0
 
     def save(self, step: int, record: OrderRecord) -> None:
         """Save the state after `step` steps; returns when the state is copied.
@@ -67,7 +70,7 @@ class Checkpoints:
         """
         begin = time.perf_counter()
         self.wait()
-        self._began = time.perf_counter()
+        self._began_seconds = time.perf_counter()
         manifest = make_manifest(self._engine, record, step, self._probe.measure(self._engine))
         self._saves += 1
         partial = self._checkpoints / (tag_of(step) + PARTIAL)
@@ -106,7 +109,7 @@ class Checkpoints:
         self.check()
 
     def _key(self, name: object) -> str:
-        return f"checkpoint/{self._saves}/{name}"
+        return f"checkpoint/{self._run}/{self._saves}/{name}"
 
     def _end_of_writing(
         self,
@@ -128,7 +131,7 @@ class Checkpoints:
             except Exception as error:  # told by the training loop, as above
                 self._failure = failure_of(partial, error)
                 shutil.rmtree(partial, ignore_errors=True)
-            self.save_seconds = time.perf_counter() - self._began
+            self.save_seconds = time.perf_counter() - self._began_seconds
             self._store.set(self._key("end"), self._failure or "")
 
     def _finish(self, partial: Path, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -98,6 +99,13 @@ def _write_all(pending: list[tuple[Path, Any]], finish: Finish) -> None:
     finish(records, failure)
 
 
+def _refuse_by_name(folder: Path) -> None:
+    """Raise CheckpointError naming the first file of a folder that is not safe to load."""
+    with weights_only():
+        for path in sorted(folder.rglob("*.pt")):
+            load_tensors(path, mmap=True)
+
+
 def restore(engine: Engine, folder: Path, *, universal: bool = False) -> None:
     """Load every rank's share of a checkpoint, weights, optimizer and generators.
 
@@ -112,6 +120,8 @@ def restore(engine: Engine, folder: Path, *, universal: bool = False) -> None:
     except CheckpointError:
         raise
     except Exception as error:
+        if isinstance(error, UnpicklingError):
+            _refuse_by_name(folder)  # DeepSpeed reads universal files by itself
         raise CheckpointError(
             f"{folder} cannot be loaded ({type(error).__name__}: {error}): its files do not belong "
             "to this model and layout; name another checkpoint"

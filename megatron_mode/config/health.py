@@ -28,4 +28,8 @@ class HealthConfig(Section):
     leave_out_steps: tuple[CountOrZero, ...] = ()
     """Steps (from 0) whose updates are left out from the start: repeats what a run chose."""
     stall_seconds: NonNegative = 600.0
-    """Seconds without progress after which a run writes its stacks and ends; 0 waits for ever."""
+    """Seconds without progress after which a run writes its stacks and ends; 0: nobody watches, and
+    only the collectives' own time limit of ten minutes and more is left."""
+    start_stall_seconds: Positive = 900.0
+    """The same for the start with its resume, the first step and the final report, which may take
+    longer."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_mode.config import Config, check_world_size
+from megatron_mode.config.health import HealthConfig
 from megatron_mode.engine.accelerators import Implementations, choose_implementations
 from megatron_mode.engine.deepspeed_config import deepspeed_config
 from megatron_mode.engine.launch import Process, cpu_threads
@@ -21,7 +22,7 @@ from megatron_mode.engine.optimizer import adamw
 from megatron_mode.engine.pipeline import PIPELINES, ModePipeline
 from megatron_mode.engine.step import Engine, StepLoss
 from megatron_mode.engine.topology import Layout
-from megatron_mode.errors import ConfigError
+from megatron_mode.errors import ConfigError, MegatronModeError, StallError
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.model.init import initialise
 from megatron_mode.model.layers import transformer_config
@@ -57,10 +58,11 @@ def implementations(config: Config) -> Implementations:
     return choose_implementations(config, device_type(), bf16=bf16)
 
 
-def join_group(process: Process, threads: int, stall_seconds: float = 0.0) -> None:
+def join_group(process: Process, threads: int, health: HealthConfig | None = None) -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs) and take this process's device.
 
-    Collectives wait longer than `stall_seconds`, after which the watchdog says who is missing.
+    Collectives wait longer than `health` lets the run stall, so that the watchdog speaks first.
+    Raises ConfigError where the port is taken, StallError where the others do not come.
     """
     torch.set_num_threads(cpu_threads(threads, process.local_world_size))
     backend = "gloo"
@@ -71,11 +73,33 @@ def join_group(process: Process, threads: int, stall_seconds: float = 0.0) -> No
     # inference calls it: 300 leftovers filled a machine's memory.
     torch_backend = importlib.import_module("deepspeed.comm.torch")
     vars(torch_backend)["build_shm_op"] = lambda: None
-    timeout = GROUP_TIMEOUT + timedelta(seconds=2 * stall_seconds)
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(
-            backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+    health = health or HealthConfig()
+    patience_seconds = max(health.stall_seconds, health.start_stall_seconds)
+    timeout = GROUP_TIMEOUT + timedelta(seconds=patience_seconds)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(
+                backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+            )
+    except dist.DistError as error:
+        raise meeting_failure(process, error) from error
+
+
+def meeting_failure(process: Process, error: RuntimeError) -> MegatronModeError:
+    """Say in a sentence why the processes could not meet."""
+    where = f"{process.master_addr}:{process.master_port}"
+    if "EADDRINUSE" in str(error):
+        return ConfigError(
+            f"MASTER_PORT is {process.master_port}: another program on this machine uses it, "
+            "accepted is a free port; start with another (deepspeed --master_port, torchrun "
+            "--master-port, MASTER_PORT under srun)"
         )
+    first_line = str(error).partition("\n")[0].rstrip(".")
+    return StallError(
+        f"rank {process.rank} of {process.world_size} processes did not meet all others at {where} "
+        f"({first_line}): look for one that ended before, or a MASTER_ADDR that cannot be reached "
+        "from here, and start the run again"
+    )
 
 
 def build_mesh(config: Config, world_size: int) -> Layout:

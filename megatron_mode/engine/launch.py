@@ -1,4 +1,4 @@
-"""Start a process of a run: read who we are from the launcher, join the group, choose the device.
+"""Start a process of a run: read who we are from the launcher, and tell the libraries.
 
 Only this file and `job_end` read launcher variables. `deepspeed` and `torchrun` set RANK,
 WORLD_SIZE and LOCAL_RANK; `srun` sets SLURM_* instead; plain `python` sets nothing and is alone.
@@ -10,16 +10,10 @@ import logging
 import os
 import re
 import socket
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_mode.errors import ConfigError
-
-FAILURES_KEY = "failures"
-OUTLAST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -157,13 +151,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def prepare_environment(process: Process, extensions_dir: Path) -> None:
-    """Export what torch and DeepSpeed read, before either is imported.
-
-    `extensions_dir` is where `make install` built DeepSpeed's CPU op; naming it here means that no
-    run compiles under a lock.
-    """
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir))
+def prepare_environment(process: Process) -> None:
+    """Export what torch and DeepSpeed read, before either is imported."""
     os.environ.update(
         RANK=str(process.rank),
         WORLD_SIZE=str(process.world_size),
@@ -185,66 +174,3 @@ def quiet_libraries() -> None:
 def cpu_threads(requested: int, local_world_size: int) -> int:
     """Return CPU threads for one process: as asked, else an equal share of this machine's cores."""
     return requested or max(1, len(os.sched_getaffinity(0)) // local_world_size)
-
-
-def wait_to_speak(environment: Mapping[str, str], is_sent_away: Callable[[], bool]) -> bool:
-    """Wait for this process's turn to say what went wrong; False where a peer says it.
-
-    Before the group is joined all processes meet the same mistake, and launchers end a run as soon
-    as one leaves it: rank 0 speaks at once, the others stay, and after a while the first of each
-    machine speaks, which may lack what rank 0 has; unless the launcher, which saw rank 0 leave, has
-    sent this process away by SIGTERM. Afterwards the first that fails speaks: the mistake may be
-    that of one process, such as a full disk.
-    """
-    if _is_joined():
-        failures = _add_failures(1)
-        return _is_rank_0(environment) if failures is None else failures == 1
-    if _is_rank_0(environment):
-        return True
-    deadline = time.monotonic() + OUTLAST_SECONDS
-    while time.monotonic() < deadline:
-        if is_sent_away():
-            return False
-        time.sleep(0.02)
-    return environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID")) == "0"
-
-
-def has_peer_failed(environment: Mapping[str, str]) -> bool:
-    """Tell whether another process has said what went wrong, so that this one need not.
-
-    A process that fails tears its peers out of their collectives, with errors of their own.
-    """
-    if not _is_joined():
-        return False
-    failures = _add_failures(1)
-    # Rank 0 holds the counter: where that is gone, rank 0 has failed and said so.
-    return not _is_rank_0(environment) if failures is None else failures > 1
-
-
-def outlast_peers(environment: Mapping[str, str]) -> None:
-    """Let rank 0 stay until its peers have read the counter that it holds, or some seconds."""
-    if not _is_joined() or not _is_rank_0(environment):
-        return
-    deadline = time.monotonic() + OUTLAST_SECONDS
-    world_size = int(environment["WORLD_SIZE"])
-    while (_add_failures(0) or world_size) < world_size and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-
-def _is_rank_0(environment: Mapping[str, str]) -> bool:
-    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
-
-
-def _is_joined() -> bool:
-    torch = sys.modules.get("torch")  # not imported for this: a process without it is not joined
-    return torch is not None and bool(torch.distributed.is_initialized())
-
-
-def _add_failures(count: int) -> int | None:
-    """Count failures of the group's processes and return their sum; None where it is gone."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    try:
-        return int(_get_default_store().add(FAILURES_KEY, count))
-    except RuntimeError:
-        return None

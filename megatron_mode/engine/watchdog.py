@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-STALLED = 4
+from megatron_mode.config.health import HealthConfig
+from megatron_mode.errors import StallError
+
 STACKS_NAME = "stacks"
 MOST_NAMED = 8
 
@@ -34,27 +36,33 @@ class Arrival(NamedTuple):
 
 
 class Watchdog:
-    """Watch over the training loop of this rank; use it as a context on all ranks at once.
+    """Watch over this rank of a run; use it as a context on all ranks at once.
 
-    `stall_seconds` 0 watches nothing. Where the run stalls, the process ends with `STALLED`.
+    `health.stall_seconds` 0 watches nothing. Where the run stalls, one rank calls `report` with a
+    sentence, and the process ends with that of StallError.
     """
 
     def __init__(
-        self, folder: Path, stall_seconds: float, report: Callable[[str], object] = print
+        self, folder: Path, health: HealthConfig, report: Callable[[str], object] = print
     ) -> None:
-        """Write below `folder`/stacks; one rank calls `report` with the sentence before the end."""
-        self._stacks, self._report = folder / STACKS_NAME, report
-        self._stall_seconds = stall_seconds
+        """Write below `folder`/stacks; the start is watched with `health.start_stall_seconds`."""
+        self.report = report
+        self._stacks, self._health = folder / STACKS_NAME, health
+        stall_seconds = self._health.stall_seconds
         self._interval_seconds = min(max(stall_seconds / 10, 0.05), 10.0)
         # A called rank looks for the file once an interval; network file systems show it late.
         self._grace_seconds = min(max(stall_seconds / 10, 2.0), 60.0)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._at = Arrival(0, "start")
+        self._at, self._is_long = Arrival(0, "the start"), True
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def beat(self, doing: str) -> None:
-        """Note progress: this rank now begins `doing`, as its peers do."""
+    def beat(self, doing: str, *, is_long: bool = False) -> None:
+        """Note progress: this rank now begins `doing`, as its peers do.
+
+        `is_long` tells that it may take `health.start_stall_seconds`.
+        """
+        self._is_long = is_long
         self._at = Arrival(self._at.beats + 1, doing)
 
     def __enter__(self) -> Watchdog:
@@ -63,7 +71,7 @@ class Watchdog:
         dist.broadcast_object_list(number, src=0)
         self._number = number[0]
         self._call = self._stacks / f"stall-{self._number}"
-        if self._stall_seconds:
+        if self._health.stall_seconds:
             self._thread.start()
         return self
 
@@ -87,8 +95,14 @@ class Watchdog:
             before = now
             if self._at is not seen:
                 seen, idle_seconds = self._at, 0.0
-            if idle_seconds >= self._stall_seconds or self._call.exists():
+            if idle_seconds >= self._patience()[0] or self._call.exists():
                 self._end_run()
+
+    def _patience(self) -> tuple[float, str]:
+        """Return how long the work in hand may take, and the key that says so."""
+        of_step = (self._health.stall_seconds, "stall_seconds")
+        of_start = (self._health.start_stall_seconds, "start_stall_seconds")
+        return max(of_start, of_step) if self._is_long else of_step
 
     def _end_run(self) -> None:
         """Write the stacks, wait for those of the others, name who is missing, and exit."""
@@ -97,10 +111,10 @@ class Watchdog:
                 self._write_stacks()
                 arrived = self._wait_for_others()
                 if self._rank == min(arrived, default=self._rank):
-                    self._report(self._sentence(arrived))
+                    self.report(self._sentence(arrived))
                     sys.stderr.flush()
             finally:
-                os._exit(STALLED)
+                os._exit(StallError.exit_status)
 
     def _write_stacks(self) -> None:
         self._stacks.mkdir(parents=True, exist_ok=True)
@@ -146,8 +160,9 @@ class Watchdog:
         if late:
             who = f"ranks {named} have" if len(late) > 1 else f"rank {named} has"
             who += " not arrived"
+        seconds, key = self._patience()
         return (
-            f"no progress for {self._stall_seconds:g} s (health.stall_seconds) in "
+            f"no progress for {seconds:g} s (health.{key}) in "
             f"{furthest.doing}: {who}; {self._stacks} holds the stacks of those that run. Mend the "
             "cause and start the run again, it goes on from its newest checkpoint"
         )

@@ -34,7 +34,7 @@ def build(model: str, data: Path, run_dir: Path) -> Run:
     overrides += ["model.seq_len=256", "batch.global_rows=1", "batch.micro_rows=1"]
     config = load_config(ROOT / "configs/run/tiny.yaml", overrides)
     process = identify({})
-    prepare_environment(process, ROOT / ".cache" / "torch_extensions")
+    prepare_environment(process)
     quiet_libraries()
     from megatron_mode.engine.build import build_engine, build_mesh, join_group
     from megatron_mode.mix.corpus import build_order, build_train_reader, open_corpus

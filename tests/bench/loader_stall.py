@@ -29,7 +29,7 @@ def measure(config_path: Path, overrides: list[str], steps: int) -> dict[str, ob
 
     config = load_config(config_path, overrides)
     process = identify({})
-    prepare_environment(process, ROOT / ".cache" / "torch_extensions")
+    prepare_environment(process)
     quiet_libraries()
     from megatron_mode.engine.build import build_engine, build_mesh, join_group
     from megatron_mode.mix.corpus import (

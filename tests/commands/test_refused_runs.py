@@ -91,6 +91,16 @@ def test_a_disk_that_fills_while_training(pretrain: Call, small_disk: Path) -> N
     assert str(run) in last_line(pretrain(f"run.dir={run}"))
 
 
+def test_peers_leave_with_the_status_of_the_first_that_failed(
+    server: Server, trained: Trained, tmp_path: Path
+) -> None:
+    """A policy of health is 3 on all ranks, also those that were torn out of a collective."""
+    words = ("--config", trained.config, f"data.root={trained.data}", f"run.dir={tmp_path / 'r'}")
+    outcomes = server.run_world(2, *words, "optimizer.learning_rate=1e30", "run.steps=9")
+    assert [outcome.status for outcome in outcomes] == [3, 3], outcomes
+    assert "".join(outcome.err for outcome in outcomes).count("error: ") == 1
+
+
 def test_two_ranks_say_it_once(
     server: Server, trained: Trained, tmp_path: Path, small_disk: Path
 ) -> None:
@@ -102,3 +112,5 @@ def test_two_ranks_say_it_once(
     assert said.count("error: ") == 1
     assert "cannot be written" in said
     assert "Traceback" not in said
+    events = (small_disk / "r/health.jsonl").read_text().splitlines()
+    assert [json.loads(event)["kind"] for event in events] == ["checkpoint"], "written once"

@@ -31,10 +31,13 @@ def attempts(process, config, damages):
     from megatron_mode.checkpoint.probe import Probe
     from megatron_mode.checkpoint.record import OrderRecord
     from megatron_mode.checkpoint.resume import resume
+    from megatron_mode.engine.build import join_group
     from megatron_mode.errors import CheckpointError
-    from megatron_mode.train import prepare_run
+    from megatron_mode.train import build_run, open_data
 
-    run = prepare_run(config, process)
+    data = open_data(config)
+    join_group(process, config.run.threads)
+    run = build_run(data, process)
     probe = Probe(run.order, run.reader)
     said = []
     for damage in [*damages, None]:

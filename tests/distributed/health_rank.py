@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from unittest import mock
 
@@ -54,6 +55,41 @@ def run_poisoned(process, config, poison=None):
             train(config, process)
         except HealthError as error:
             return str(error)
+    return None
+
+
+def run_hanging(process, config, inside):
+    """Train with a second rank that hangs where `inside` says: a function of train.py."""
+    import time
+
+    from megatron_mode import train
+
+    def hangs(*words):
+        time.sleep(600)
+
+    with contextlib.ExitStack() as stack:
+        if process.rank == 1:
+            stack.enter_context(mock.patch.object(train, inside, hangs))
+        train.train(config, process)
+
+
+def wait_in_vain(process, port):
+    """Join a group of two alone; return the error."""
+    from datetime import timedelta
+
+    from megatron_mode.config.health import HealthConfig
+    from megatron_mode.engine import build
+    from megatron_mode.engine.launch import prepare_environment
+    from megatron_mode.errors import MegatronModeError
+
+    lonely = dataclasses.replace(process, world_size=2, master_port=port)
+    prepare_environment(lonely)
+    health = HealthConfig(stall_seconds=1, start_stall_seconds=1)
+    with mock.patch.object(build, "GROUP_TIMEOUT", timedelta(0)):
+        try:
+            build.join_group(lonely, 1, health)
+        except MegatronModeError as error:
+            return type(error).__name__, str(error)
     return None
 
 

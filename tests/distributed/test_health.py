@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 
 import gloo_world
 import health_rank
@@ -18,6 +20,8 @@ RANKS = {"tensor": 2, "pipeline": 2}, {"tensor": 1, "pipeline": 1}
 SKIP = {"non_finite": "skip"}
 SPIKE = {"spike": "skip", "spike_window_steps": 3, "spike_factor": 20}
 # Starts of each run: layout, steps, what is poisoned, health, steps between checkpoints.
+NARROW = {"tensor": 1, "pipeline": 2, "schedule": "dualpipev"}
+TURNED = {**NARROW, "tensor": 2, "sequence_parallel": True}
 RUNS = {
     "planned": [(RANKS[0], STEPS, None, {**SPIKE, "leave_out_steps": [BAD]}, 3)],
     # The second start goes on after the step.
@@ -27,6 +31,10 @@ RUNS = {
     "stop": [(RANKS[0], STEPS, "nan", SPIKE, 3), (RANKS[0], STEPS, "spike", SPIKE, 3)],
     "wide": [(RANKS[1], STEPS, "nan", {"non_finite": "rollback", "rollback_steps": 2}, 2)],
     "too-many": [(RANKS[1], STEPS, "nan", {**SKIP, "max_skips": 0}, 3)],
+    "turned-planned": [(TURNED, STEPS, None, {"leave_out_steps": [BAD]}, 3)],
+    "turned": [(TURNED, STEPS, "nan", {"non_finite": "rollback"}, 3)],
+    # The second start has another layout and schedule.
+    "moved": [(RANKS[0], 6, "nan", SKIP, 3), (NARROW, STEPS, None, SPIKE, 3)],
     "too-early": [(RANKS[1], STEPS, "nan", {"non_finite": "rollback"}, 5)],
 }
 
@@ -43,12 +51,14 @@ def runs(small_corpus, tmp_path_factory):
                 folder / name,
                 run={"dir": str(folder / name), "steps": steps, "eval_every_steps": 0},
                 health=health,
-                checkpoint={"every_steps": every_steps},
+                checkpoint={"every_steps": every_steps, "reshard": "auto"},
                 parallel=layout,
+                model={"layers": 4},
+                batch={"micro_rows": 1 if "schedule" in layout else 2},
             )
             size = layout["tensor"] * layout["pipeline"]
             # The first rank of the last stage, whose loss is the one that is reported.
-            poison = what and (size // 2, (BAD,), what)
+            poison = what and (0 if "schedule" in layout else size // 2, (BAD,), what)
             told = gloo_world.run_world(size, health_rank.run_poisoned, config, poison)
             assert len(set(told)) == 1, "all ranks end alike"
             ends[name].append(told[0])
@@ -98,6 +108,30 @@ def check_same(folder, one, other, but=()):
         assert manifest(folder / one)[key] == manifest(folder / other)[key], key
     summaries = [json.loads((folder / n / "summary.json").read_text()) for n in (one, other)]
     assert summaries[0]["valid"] == summaries[1]["valid"]
+
+
+@pytest.mark.distributed
+def test_a_rollback_under_the_other_schedule_is_one_to_the_same_bits(runs):
+    """Sequence parallelism beside it; the poisoned stage comes back to the first rank."""
+    folder, ends = runs
+    assert ends["turned"] == [None]
+    assert manifest(folder / "turned")["skips"] == [BAD]
+    check_same(folder, "turned", "turned-planned", but=[BAD])
+
+
+@pytest.mark.distributed
+def test_a_skip_goes_along_to_another_layout(runs, capsys):
+    folder, ends = runs
+    assert ends["moved"] == [None, None]
+    assert (folder / "moved/checkpoints/step-00000006-universal").is_dir()
+    for key in ("skips", "order_digest"):
+        assert manifest(folder / "moved")[key] == manifest(folder / "planned")[key]
+    one, other = metrics(folder / "moved")[-1], metrics(folder / "planned")[-1]
+    assert one["step"] == other["step"] == STEPS
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    run = str(folder / "moved")
+    assert run_verb(["order", run, "--verify", run, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["skips"] == [BAD]
 
 
 def left_out(folder):
@@ -194,6 +228,47 @@ def test_the_order_is_verified_with_what_was_left_out(runs, capsys):
         assert json.loads(capsys.readouterr().out)["skips"] == skips
     assert run_verb(["order", run, "--verify", run]) == 0
     assert "updates left out: steps 3, 4" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("inside", "said"), [("resume", "the start"), ("finish", "the final report")]
+)
+def test_a_rank_that_hangs_outside_the_steps_ends_the_run_too(inside, said, small_corpus, tmp_path):
+    run = tmp_path / "run"
+    config = resume_rank.make_config(
+        small_corpus,
+        run,
+        parallel={"tensor": 2, "pipeline": 1},
+        run={"dir": str(run), "steps": 2, "eval_every_steps": 0},
+        health={"stall_seconds": 5, "start_stall_seconds": 6},
+    )
+    workers, _ = gloo_world.start_world(2, health_rank.run_hanging, config, inside)
+    begin = time.monotonic()
+    for worker in workers:
+        worker.join(90)
+    assert [worker.exitcode for worker in workers] == [4, 4]
+    assert time.monotonic() - begin < 60
+    (event,) = events(run)
+    assert (event["kind"], event["action"]) == ("stall", "stop")
+    # Both are there: it is the stacks that tell who does not move.
+    assert f"no progress for 6 s (health.start_stall_seconds) in {said}: " in event["reason"]
+    assert "all ranks are inside it" in event["reason"]
+    stacks = [(run / f"stacks/rank-{rank:05d}.txt").read_text() for rank in range(2)]
+    assert ["in hangs\n" in text for text in stacks] == [False, True]
+
+
+@pytest.mark.distributed
+def test_a_process_whose_peers_do_not_come_says_where_it_waited():
+    port = gloo_world.free_port()
+    ((kind, sentence),) = gloo_world.run_world(1, health_rank.wait_in_vain, port)
+    assert kind == "StallError"
+    assert sentence.startswith(f"rank 0 of 2 processes did not meet all others at 127.0.0.1:{port}")
+    assert "1/2 clients joined" in sentence
+    with socket.create_server(("0.0.0.0", port)):
+        ((kind, sentence),) = gloo_world.run_world(1, health_rank.wait_in_vain, port)
+    assert kind == "ConfigError"
+    assert sentence.startswith(f"MASTER_PORT is {port}: another program on this machine uses it")
 
 
 @pytest.mark.distributed

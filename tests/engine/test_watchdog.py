@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mode.config.health import HealthConfig
 from megatron_mode.engine import watchdog
 from megatron_mode.engine.watchdog import Arrival, Watchdog
 
 STALL_SECONDS = 0.5
+
+
+def make_dog(
+    folder: Path, stall_seconds: float = STALL_SECONDS, start_stall_seconds: float = 0.1
+) -> Watchdog:
+    health = HealthConfig(stall_seconds=stall_seconds, start_stall_seconds=start_stall_seconds)
+    return Watchdog(folder, health)
 
 
 @pytest.fixture
@@ -32,7 +40,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def test_beats_keep_a_run_alive_and_silence_ends_it(ended: threading.Event, tmp_path: Path) -> None:
-    with Watchdog(tmp_path, STALL_SECONDS) as dog:
+    with make_dog(tmp_path) as dog:
         begin = time.monotonic()
         while time.monotonic() - begin < 3 * STALL_SECONDS:
             dog.beat("step 1")
@@ -41,8 +49,19 @@ def test_beats_keep_a_run_alive_and_silence_ends_it(ended: threading.Event, tmp_
         assert ended.wait(20)
 
 
+def test_a_start_and_long_work_may_take_longer(ended: threading.Event, tmp_path: Path) -> None:
+    with make_dog(tmp_path, STALL_SECONDS, 60.0) as dog:
+        assert not ended.wait(3 * STALL_SECONDS)
+        dog.beat("step 0", is_long=True)
+        assert not ended.wait(3 * STALL_SECONDS)
+        assert "no progress for 60 s (health.start_stall_seconds) in step 0" in dog._sentence({})
+        dog.beat("step 1")
+        assert ended.wait(20)
+        assert "no progress for 0.5 s (health.stall_seconds) in step 1" in dog._sentence({})
+
+
 def test_a_call_of_another_rank_ends_it_at_once(ended: threading.Event, tmp_path: Path) -> None:
-    with Watchdog(tmp_path, 1000.0) as dog:
+    with make_dog(tmp_path, 1000.0) as dog:
         dog._interval_seconds = 0.01
         dog._call.parent.mkdir()
         dog._call.touch()
@@ -50,7 +69,7 @@ def test_a_call_of_another_rank_ends_it_at_once(ended: threading.Event, tmp_path
 
 
 def test_zero_watches_nothing(ended: threading.Event, tmp_path: Path) -> None:
-    with Watchdog(tmp_path, 0.0) as dog:
+    with make_dog(tmp_path, 0.0) as dog:
         assert not dog._thread.is_alive()
 
 
@@ -61,7 +80,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(
     clock: Callable[[], float] = time.monotonic
     jump = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock() + jump[0])
-    with Watchdog(tmp_path, 5.0):
+    with make_dog(tmp_path, 5.0):
         jump[0] = 3600.0
         assert not ended.wait(2.0)
 
@@ -69,7 +88,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(
 def test_the_sentence_names_who_is_missing_or_behind(
     ended: threading.Event, tmp_path: Path
 ) -> None:
-    dog = Watchdog(tmp_path, 3.0)
+    dog = make_dog(tmp_path, 3.0)
     there = {rank: Arrival(7, "step 6") for rank in range(20)}
     assert "in step 6: all ranks are inside it" in dog._sentence(there)
     behind = {**there, 4: Arrival(6, "step 5")}
