@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from spoilt_checkpoints import seal
 from tiny_run import Outcome, Trained, refusal
 
 from megatron_mode.tokens.tokenizer import train_tokenizer
@@ -82,18 +82,7 @@ def sealed(spoil: Callable[[Path], object]) -> Callable[[Path], None]:
 
     def apply(checkpoint: Path) -> None:
         spoil(checkpoint)
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        for name in list(manifest["files"]):
-            data = (checkpoint / name).read_bytes() if (checkpoint / name).exists() else None
-            if data is None:
-                del manifest["files"][name]
-            else:
-                digest = hashlib.sha256(data).hexdigest()
-                manifest["files"][name] = {"bytes": len(data), "sha256": digest}
-        text = json.dumps(manifest)
-        (checkpoint / "manifest.json").write_text(text)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        (checkpoint / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
+        seal(checkpoint)
 
     return apply
 

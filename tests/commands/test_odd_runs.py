@@ -8,19 +8,15 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from forked_pretrain import Server
+from run_files import metrics
 from tiny_run import Outcome, Trained, tree
 
 Call = Callable[..., Outcome]
 ONLY_MODE_1 = ("mix.mode2.sources=[]", "mix.mode2_fraction.start=0")
 ONLY_MODE_2 = ("mix.mode1.sources=[]", "mix.mode2_fraction.start=1")
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def trained_steps(outcome: Outcome, run: Path) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from spoilt_checkpoints import Bomb, seal
 from tiny_run import ROOT, Outcome, Trained, refusal, tree, variables
 
 pytestmark = pytest.mark.usefixtures("alone")  # rewriting joins a group of one and never leaves
@@ -79,32 +79,10 @@ def test_bad_input_is_one_sentence(verb: Call, run: Path, words: list[str], frag
     assert not list((run / "checkpoints").glob("*universal*"))
 
 
-class Bomb:
-    """Leave a mark where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.mark),)
-
-
 def flip_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-
-
-def seal_again(checkpoint: Path, *names: str) -> None:
-    """Write digests anew, as someone would who means it."""
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    for name in names:
-        data = (checkpoint / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    text = json.dumps(manifest)
-    (checkpoint / "manifest.json").write_text(text)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    (checkpoint / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
 
 
 def test_a_damaged_checkpoint_is_named_and_left(verb: Call, run: Path) -> None:
@@ -122,7 +100,7 @@ def test_a_file_that_would_run_code_is_refused_by_name(
 ) -> None:
     checkpoint, mark = run / "checkpoints" / TAG, tmp_path / "mark"
     torch.save({"optimizer_state_dict": Bomb(mark)}, checkpoint / SHARD, pickle_module=pickle)
-    seal_again(checkpoint, SHARD)
+    seal(checkpoint)
     sentence = refusal(verb("reshard", run))
     assert f"{checkpoint / SHARD} is refused: it holds more than tensors" in sentence
     assert not mark.exists()
@@ -134,7 +112,7 @@ def test_a_checkpoint_without_names_is_refused(verb: Call, run: Path) -> None:
     checkpoint, name = run / "checkpoints" / TAG, "mp_rank_00_model_states.pt"
     state = torch.load(checkpoint / name, weights_only=True)
     torch.save({**state, "param_shapes": None}, checkpoint / name)
-    seal_again(checkpoint, name)
+    seal(checkpoint)
     sentence = refusal(verb("reshard", run))
     assert f"{checkpoint / name} does not name its parameters: parallel.zero_stage 0" in sentence
 
@@ -147,7 +125,7 @@ def test_what_stands_in_the_way_is_named(verb: Call, run: Path) -> None:
     assert verb("reshard", run).status == 0
     flip_byte(folder / "zero/1.layer.mlp.linear_fc1.weight/exp_avg.pt")
     assert "linear_fc1.weight/exp_avg.pt has SHA-256" in refusal(verb("reshard", run))
-    seal_again(run / "checkpoints" / TAG)  # the same step, another checkpoint
+    seal(run / "checkpoints" / TAG)  # the same step, another checkpoint
     assert "it was not made from this checkpoint" in refusal(verb("reshard", run))
 
 

@@ -56,10 +56,3 @@ def attempts(process, config, damages):
             undo()
         dist.barrier()
     return said
-
-
-def go_on(process, config):
-    """Train on, as a user who starts the run again does."""
-    from megatron_mode.train import train
-
-    train(config, process)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 VALID_SOURCES = ("prose-valid", "chat-valid-plain", "chat-valid-chat")
 
@@ -55,20 +56,61 @@ def make_config(data_root, run_dir, **sections):
 
 
 def run_training(process, config, die_at_step=None):
-    """Train; with `die_at_step`, leave at the beginning of that step (0-based) as kill -9 would."""
+    """Train; return the first step that was taken (0-based), None where none was left.
+
+    With `die_at_step`, leave at the beginning of that step as kill -9 would.
+    """
     from megatron_mode.engine.step import Engine
     from megatron_mode.train import train
 
-    if die_at_step is not None:
-        train_step = Engine.train_step
+    train_step, taken = Engine.train_step, []
 
-        def dying(self, step, micro_batches):
-            if step == die_at_step:
-                os._exit(9)
-            return train_step(self, step, micro_batches)
+    def noting(self, step, micro_batches):
+        if step == die_at_step:
+            os._exit(9)
+        taken.append(step)
+        return train_step(self, step, micro_batches)
 
-        Engine.train_step = dying
-    train(config, process)
+    with mock.patch.object(Engine, "train_step", noting):
+        train(config, process)
+    return taken[0] if taken else None
+
+
+def run_with_slow_writes(process, config, seconds):
+    """Train with a disk that takes `seconds` for each file.
+
+    Return the steps at whose beginning a checkpoint was being written, and the seconds that writing
+    took on this rank.
+    """
+    import time
+    from pathlib import Path
+
+    from megatron_mode.checkpoint import writer
+    from megatron_mode.engine.step import Engine
+    from megatron_mode.train import train
+
+    train_step, save_tensors = Engine.train_step, writer.save_tensors
+    checkpoints = Path(config.run.dir) / "checkpoints"
+    beside, wrote = [], [0.0]
+
+    def noting(self, step, micro_batches):
+        if list(checkpoints.glob("*.partial")):
+            beside.append(step)
+        return train_step(self, step, micro_batches)
+
+    def slowly(*args):
+        begin = time.monotonic()
+        time.sleep(seconds)
+        record = save_tensors(*args)
+        wrote[0] += time.monotonic() - begin
+        return record
+
+    with (
+        mock.patch.object(Engine, "train_step", noting),
+        mock.patch.object(writer, "save_tensors", slowly),
+    ):
+        train(config, process)
+    return beside, wrote[0]
 
 
 def refusals(process, config, changed):
@@ -91,7 +133,6 @@ def refusals(process, config, changed):
 
 
 def refused_then_trained(process, refused, config):
-    """Try to resume under `refused`, then train under `config`; return the refusal's message."""
+    """Try to resume under `refused`, then train; return the message and the first step."""
     (message,) = refusals(process, refused, [refused])
-    run_training(process, config)
-    return message
+    return message, run_training(process, config)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import math
 import random
 import shutil
 
@@ -14,8 +13,10 @@ import pytest
 import resume_rank
 import torch
 from run_files import assert_same
+from spoilt_checkpoints import Bomb, seal
 
 CHECKPOINT = "step-00000006"
+FALLBACK = {"every_steps": 3, "keep": 2, "fallback": True}
 
 
 @pytest.fixture(scope="module")
@@ -77,31 +78,6 @@ def test_500_random_flips_are_told(trained):
     check_refused(config, run, random_flips(run, 500, seed=2))
 
 
-class Bomb:
-    """Run a command when it is unpickled."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def seal(folder):
-    """Write digests anew, as an attacker would."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name in manifest["files"]:
-        data = (folder / name).read_bytes()
-        manifest["files"][name] = {
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-    text = json.dumps(manifest)
-    (folder / "manifest.json").write_text(text)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "name",
@@ -117,14 +93,54 @@ def test_a_file_that_smuggles_code_is_refused_by_name(trained, tmp_path, name):
     run = shutil.copytree(run, tmp_path / "run")
     path, mark = run / "checkpoints" / CHECKPOINT / name, tmp_path / "went off"
     state = torch.load(path, weights_only=False)
-    torch.save({**state, "bomb": Bomb(f"touch '{mark}'")}, path)
+    torch.save({**state, "bomb": Bomb(mark)}, path)
     seal(path.parent)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run)})})
-    with pytest.raises(RuntimeError, match=rf"{name} is refused: .*posix\.system"):
-        gloo_world.run_world(4, damage_rank.go_on, config)
+    with pytest.raises(RuntimeError, match=rf"{name} is refused: .*posix\.mkdir"):
+        gloo_world.run_world(4, resume_rank.run_training, config)
     assert not mark.exists()
     torch.load(path, weights_only=False)
     assert mark.exists(), "the bomb is one"
+
+
+@pytest.mark.distributed
+def test_a_bf16_shard_that_smuggles_code_is_refused_by_name(small_corpus, tmp_path):
+    run, mark = tmp_path / "run", tmp_path / "went off"
+    config = resume_rank.make_config(
+        small_corpus,
+        run,
+        run={"dir": str(run), "steps": 2, "precision": "bf16", "eval_every_steps": 0},
+        parallel={"tensor": 1, "pipeline": 1},
+        checkpoint={"every_steps": 2},
+    )
+    gloo_world.run_world(1, resume_rank.run_training, config)
+    name = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    path = run / "checkpoints/step-00000002" / name
+    torch.save({**torch.load(path, weights_only=False), "bomb": Bomb(mark)}, path)
+    seal(path.parent)
+    with pytest.raises(RuntimeError, match=rf"{name} is refused: .*posix\.mkdir"):
+        gloo_world.run_world(1, resume_rank.run_training, config)
+    assert not mark.exists()
+
+
+@pytest.mark.distributed
+def test_a_model_that_differs_from_the_saved_one_is_refused(trained, tmp_path):
+    """Every digest fits; the losses of the fixed batch do not, in the last bit."""
+    config, run = trained
+    run = shutil.copytree(run, tmp_path / "run")
+
+    def another_probe(manifest):
+        probe = manifest["probe"]
+        probe["lm_loss"] = math.nextafter(probe["lm_loss"], math.inf)
+
+    seal(run / "checkpoints" / CHECKPOINT, another_probe)
+    config = resume_rank.make_config(config.data.root, run)
+    said = f"{CHECKPOINT} is loaded, but its probe has lm_loss"
+    with pytest.raises(RuntimeError, match=said):
+        gloo_world.run_world(4, resume_rank.run_training, config)
+    config = resume_rank.make_config(config.data.root, run, checkpoint=FALLBACK)
+    assert gloo_world.run_world(4, resume_rank.run_training, config) == [3] * 4
+    assert (run / "checkpoints" / f"{CHECKPOINT}.damaged").is_dir()
 
 
 @pytest.mark.distributed
@@ -134,15 +150,47 @@ def test_fallback_goes_on_from_the_checkpoint_before_and_ends_alike(trained, tmp
     run = shutil.copytree(run, tmp_path / "run")
     path = run / "checkpoints" / CHECKPOINT / "mp_rank_00_model_states.pt"
     path.write_bytes(path.read_bytes()[:-1])
-    config = resume_rank.make_config(
-        config.data.root, run, checkpoint={"every_steps": 3, "keep": 2, "fallback": True}
-    )
-    gloo_world.run_world(4, damage_rank.go_on, config)
+    universal = path.parent.with_name(f"{CHECKPOINT}-universal")
+    universal.mkdir()
+    config = resume_rank.make_config(config.data.root, run, checkpoint=FALLBACK)
+    assert gloo_world.run_world(4, resume_rank.run_training, config) == [3] * 4
     losses = [json.loads(line)["loss"] for line in whole.splitlines()]
     again = (run / "metrics.jsonl").read_text()
     assert [json.loads(line)["loss"] for line in again.splitlines()] == losses
     assert (run / "checkpoints" / f"{CHECKPOINT}.damaged").is_dir()
     assert (run / "checkpoints" / CHECKPOINT).is_dir()
+    # It may be all that is whole of the step, and is no longer that of this name.
+    assert not universal.exists()
+    assert universal.with_name(f"{universal.name}.damaged").is_dir()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_training_goes_on_while_a_checkpoint_is_written(asynchronous, small_corpus, tmp_path):
+    """And stands still for all of it where `checkpoint.asynchronous` is off."""
+    config = resume_rank.make_config(
+        small_corpus,
+        tmp_path / "run",
+        run={"dir": str(tmp_path / "run"), "steps": 5, "eval_every_steps": 0, "threads": 1},
+        parallel={"tensor": 1, "pipeline": 1},
+        checkpoint={"every_steps": 2, "asynchronous": asynchronous},
+    )
+    arguments = (config, 0.2)
+    ((beside, seconds),) = gloo_world.run_world(1, resume_rank.run_with_slow_writes, *arguments)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    # A line is written before its step's own save, so a stall stands in the line after it.
+    stalls = {line["step"]: line["checkpoint_stall_seconds"] for line in map(json.loads, lines)}
+    of_one_save = seconds / 3  # after steps 2, 4 and 5
+    assert of_one_save > 1
+    if asynchronous:
+        assert beside == [2, 3, 4]
+        # The save after step 2 holds nobody up.
+        assert stalls[3] < 0.5 * of_one_save
+    else:
+        assert beside == []
+        assert stalls[3] > 0.8 * of_one_save
+        assert stalls[5] > 0.8 * of_one_save
+    assert stalls[1] == stalls[2] == 0
 
 
 @pytest.mark.distributed

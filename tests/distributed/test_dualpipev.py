@@ -75,7 +75,7 @@ def test_dualpipev_trains_evaluates_and_resumes(small_corpus, tmp_path):
         assert "set checkpoint.reshard=auto" in messages[0]
     shutil.copytree(tmp_path / "broken", tmp_path / "turned")
     turned = make_config(small_corpus, tmp_path / "turned", "1f1b", reshard="auto")
-    gloo_world.run_world(2, resume_rank.run_training, turned)
+    assert gloo_world.run_world(2, resume_rank.run_training, turned) == [2] * 2
     check_alike(metrics(tmp_path / "turned"), lines)
-    gloo_world.run_world(2, resume_rank.run_training, broken)
+    assert gloo_world.run_world(2, resume_rank.run_training, broken) == [2] * 2
     assert metrics(tmp_path / "broken") == lines, "to the last bit"

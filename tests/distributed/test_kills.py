@@ -114,7 +114,10 @@ def kill_until(kills, undisturbed, corpus, folder, seed):
             resumed += newest > 0
             if not was_alive:
                 break
-        gloo_world.run_world(4, resume_rank.run_training, config)
+        newest, _ = check_left(run)
+        first_step = newest if newest < STEPS else None
+        taken = gloo_world.run_world(4, resume_rank.run_training, config)
+        assert taken == [first_step] * 4, "from the newest whole checkpoint"
         assert metrics(run) == metrics(whole)
         same_weights(run, whole)
         assert check_left(run) == (STEPS, [])
@@ -133,7 +136,8 @@ def same_weights(run, whole):
 
 @pytest.mark.distributed
 def test_a_run_killed_a_few_times_ends_alike(undisturbed, small_corpus, tmp_path):
-    kill_until(4, undisturbed, small_corpus, tmp_path, seed=1)
+    _, resumed = kill_until(4, undisturbed, small_corpus, tmp_path, seed=1)
+    assert resumed > 0
 
 
 @pytest.mark.slow

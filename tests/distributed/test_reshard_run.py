@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import gloo_world
 import pytest
 import resume_rank
+import torch
+from run_files import metrics
+from spoilt_checkpoints import Bomb, seal
 
 from megatron_mode.__main__ import run_verb
 
 TAG = "step-00000003"
 # Sums over other parts round otherwise; the run is in fp32.
 RELATIVE_TOLERANCE = 1e-5
+SMUGGLERS = (
+    "zero/1.layer.mlp.linear_fc1.weight/exp_avg.pt",
+    "zero/optimizer_state.pt",
+    "mp_rank_00_model_states.pt",
+)
 KEYS = ("loss", "lm_loss", "mode_loss", "grad_norm", "tokens_seen", "learning_rate")
 
 
@@ -26,10 +33,6 @@ def runs(small_corpus, tmp_path_factory):
         config = resume_rank.make_config(small_corpus, folder / name, run=settings)
         gloo_world.run_world(4, resume_rank.run_training, config)
     return folder
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def changed(data_root, run_dir, layout, steps=6, **checkpoint):
@@ -63,13 +66,29 @@ def test_a_run_goes_on_at_another_layout_by_itself(small_corpus, runs, tmp_path)
     never = changed(small_corpus, run, (1, 2), reshard="never")
     auto = changed(small_corpus, run, (1, 2), reshard="auto", keep=2)
     results = gloo_world.run_world(4, resume_rank.refused_then_trained, never, auto)
-    for message in results:
+    for message, first_step in results:
+        assert first_step == 3
         assert f"{TAG} was saved at tensor 2 x pipeline 2 x data 1" in message
         assert "this run is at tensor 1 x pipeline 2 x data 2" in message
         assert f"`megatron-mode reshard {run} --to tensor=1,pipeline=2`" in message
         assert "checkpoint.reshard=auto" in message
     check_same_run(metrics(runs / "whole"), metrics(run))
     assert run_verb(["reshard", str(run), "--step", "3", "--json"]) == 0, "it is sound again"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SMUGGLERS)
+def test_a_made_folder_that_smuggles_code_is_refused_by_name(name, small_corpus, runs, tmp_path):
+    """DeepSpeed reads these files by itself."""
+    run, mark = shutil.copytree(runs / "short", tmp_path / "run"), tmp_path / "went off"
+    assert run_verb(["reshard", str(run), "--json"]) == 0
+    path = run / "checkpoints" / f"{TAG}-universal" / name
+    torch.save({**torch.load(path, weights_only=False), "bomb": Bomb(mark)}, path)
+    seal(run / "checkpoints" / f"{TAG}-universal")
+    config = changed(small_corpus, run, (1, 1))
+    with pytest.raises(RuntimeError, match=rf"{name} is refused: .*posix\.mkdir"):
+        gloo_world.run_world(1, resume_rank.run_training, config)
+    assert not mark.exists()
 
 
 @pytest.mark.distributed
@@ -81,10 +100,10 @@ def test_a_run_goes_on_from_what_the_command_made(small_corpus, runs, tmp_path):
     folder = run / "checkpoints" / f"{TAG}-universal"
     made = (folder / "manifest.json").stat().st_mtime
     config = changed(small_corpus, run, (1, 1), steps=4, reshard="never", keep=2)
-    gloo_world.run_world(2, resume_rank.run_training, config)
+    assert gloo_world.run_world(2, resume_rank.run_training, config) == [3] * 2
     assert (folder / "manifest.json").stat().st_mtime == made
     config = changed(small_corpus, run, (1, 1), reshard="never", keep=1)
-    gloo_world.run_world(2, resume_rank.run_training, config)
+    assert gloo_world.run_world(2, resume_rank.run_training, config) == [4] * 2
     check_same_run(metrics(runs / "whole"), metrics(run))
     names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert names == ["step-00000006"]

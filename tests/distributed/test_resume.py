@@ -24,7 +24,7 @@ def runs(small_corpus, tmp_path_factory):
     with pytest.raises(RuntimeError, match="died with 9"):
         gloo_world.run_world(4, resume_rank.run_training, broken, 4)
     cut_off = metrics(folder / "broken")
-    gloo_world.run_world(4, resume_rank.run_training, broken)
+    assert gloo_world.run_world(4, resume_rank.run_training, broken) == [3] * 4
     return folder, cut_off
 
 
@@ -120,7 +120,8 @@ def test_bf16_goes_on_to_the_same_bits(small_corpus, tmp_path):
                 gloo_world.run_world(2, resume_rank.run_training, config, 4)
             shards = (tmp_path / "broken/checkpoints/step-00000003").glob("bf16_zero_*")
             assert len(list(shards)) == 2
-        gloo_world.run_world(2, resume_rank.run_training, config)
+        first = 3 if name == "broken" else 0
+        assert gloo_world.run_world(2, resume_rank.run_training, config) == [first] * 2
         runs[name] = metrics(tmp_path / name)
     assert runs["broken"] == runs["whole"]
     losses = [

@@ -35,6 +35,8 @@ def configure(preset, layout, *changes):
         f"parallel.pipeline={layout.pipeline}",
         "batch.micro_rows=1",
         f"batch.global_rows={4 * layout.data}",
+        # The large presets have it on, where there is something to share.
+        *(["parallel.sequence_parallel=false"] if layout.tensor == 1 else []),
         *changes,
         *VOCABULARY.get(preset, []),
     ]
