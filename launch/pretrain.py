@@ -47,7 +47,7 @@ def run(arguments: list[str], request: StopRequest) -> int:
         request.job_end_seconds = job_end_seconds(os.environ)
     from megatron_mode.config import check_world_size, load_config
     from megatron_mode.mix.corpus import check_corpus
-    from megatron_mode.report.writers import check_writable
+    from megatron_mode.report.writers import check_writable, silence_tensorboard
 
     config = load_config(options.config, options.overrides)
     check_world_size(config, process.world_size)
@@ -55,6 +55,7 @@ def run(arguments: list[str], request: StopRequest) -> int:
     check_writable(Path(config.run.dir))
     prepare_environment(process)
     quiet_libraries()
+    silence_tensorboard()
     # Third-party imports warn about optional packages; our table says what was found.
     warnings.simplefilter("ignore")
     from megatron_mode.train import train

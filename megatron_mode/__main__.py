@@ -46,7 +46,8 @@ VERBS = {
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 # What the machine refuses, as opposed to what our code does wrong.
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT,
-             errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)  # fmt: skip
+             errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+             errno.EBUSY, errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENOTEMPTY)  # fmt: skip
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

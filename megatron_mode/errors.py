@@ -19,6 +19,10 @@ class CheckpointError(MegatronModeError):
     """Report a checkpoint that is missing, damaged or belongs to another run."""
 
 
+class DamagedError(CheckpointError):
+    """Report a checkpoint that is not what was written; `checkpoint.fallback` passes it over."""
+
+
 class StallError(MegatronModeError):
     """Report processes that wait for others in vain; `engine/watchdog` ends a run alike."""
 

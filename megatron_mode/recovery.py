@@ -103,14 +103,33 @@ class Recovery:
         note = "its update is left out" if verdict.is_left_out else "it is only reported"
         if verdict.action == "rollback":
             self.checkpoints.wait()
-            self._back_to = roll_back(
-                self.engine, self.folder, self.record, self.order, self.probe, verdict
-            )
-            left_out = "".join(f" {s}" for s in range(verdict.first_left_out, self.step + 1))
-            note = f"back to step {self._back_to}, to leave out the updates of{left_out}"
-        if self.engine.rank == 0:
-            tqdm.write(f"note: step {self.step}: {verdict.reason}; {note}", file=sys.stderr)
+            note = self._roll_back(verdict)
+        self._say(f"note: step {self.step}: {verdict.reason}; {note}")
         return self._back_to
+
+    def _roll_back(self, verdict: Verdict) -> str:
+        """Go back to a checkpoint and say to which."""
+        self.watchdog.beat(f"the rollback of step {self.step}", is_long=True)
+        self._back_to, notes = roll_back(
+            self.engine,
+            self.folder,
+            self.record,
+            self.order,
+            self.probe,
+            first=verdict.first_left_out,
+            last=self.step,
+        )
+        for note in notes:
+            self._say(note)
+            if self.engine.rank == 0 and note.startswith("WARNING"):
+                self._append("checkpoint", note, "fallback")
+        left_out = "".join(f" {s}" for s in range(verdict.first_left_out, self.step + 1))
+        return f"back to step {self._back_to}, to leave out the updates of{left_out}"
+
+    def _say(self, sentence: str) -> None:
+        """Print beside the progress bar, once."""
+        if self.engine.rank == 0:
+            tqdm.write(sentence, file=sys.stderr)
 
     def _report(self, batch: StepBatch, result: StepResult) -> None:
         """Gather what each rank knows of the step, and let rank 0 write it down."""
@@ -141,13 +160,15 @@ class Recovery:
         key = "spike" if verdict.kind == "loss_spike" else "non_finite"
         health = self.engine.config.health
         rule = f"health.{key} is {getattr(health, key)}"
+        other = f"health.{key} to skip or rollback"
         if getattr(health, key) != "stop":
             rule = f"health.max_skips is {health.max_skips}"
+            other = "raise health.max_skips"
+        steps = ",".join(map(str, sorted({*health.leave_out_steps, self.step})))
         return (
             f"step {self.step}: {verdict.reason}; {rule}, so the run stops and saves nothing of "
             f"this step. {self.folder / HEALTH_FILE} names its rows and documents; to go on "
-            f"without it set health.leave_out_steps=[{self.step}], or health.{key} to skip or "
-            "rollback, and start the run again"
+            f"without it set health.leave_out_steps=[{steps}], or {other}, and start the run again"
         )
 
     def _tell_stall(self, sentence: str) -> None:
@@ -156,8 +177,9 @@ class Recovery:
 
     def _append(self, kind: str, reason: str, action: str, **more: object) -> None:
         """Write an event of the step in work."""
-        if "rows" not in more:
-            global_rows = self.engine.config.batch.global_rows
+        config = self.engine.config
+        if "rows" not in more and self.step < config.run.steps:  # the last save comes after all
+            global_rows = config.batch.global_rows
             rows = self.order.rows(self.step * global_rows, (self.step + 1) * global_rows)
             more["rows"] = self._described(rows)
         write_event(self.folder, kind, reason, action, step=self.step, **more)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_mode.atomic import write_whole
+from megatron_mode.checkpoint.lock import run_lock
 from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
 from megatron_mode.checkpoint.probe import Probe
 from megatron_mode.checkpoint.record import OrderRecord
@@ -74,20 +75,25 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
     """Train from the newest checkpoint to the end; return why it stopped before, saved, or NONE."""
     data = open_data(config)
     join_group(process, config.run.threads, config.health)
-    with Watchdog(data.folder, config.health, partial(tell_stall, data.folder)) as watchdog:
+    say_stall = partial(tell_stall, data.folder)
+    with Watchdog(data.folder, config.health, say_stall) as watchdog, run_lock(data.folder):
         run = build_run(data, process)
-        stop, end = take_steps(run, request, watchdog)
+        stopping = Stopping(
+            request, run.config.run, run.engine.largest_over_ranks, finish_factor=FINAL_ROWS_FACTOR
+        )
+        stop, done = take_steps(run, stopping, watchdog)
+        end = ""
         if not stop:
             watchdog.beat("the final report", is_long=True)
-            end = finish(run)
+            stop, end = finish(run, stopping)
         if run.reports:
-            print(end)
+            print(stopping.sentence(stop, done) if stop else end)
         dist.barrier()
     return stop
 
 
-def take_steps(run: Run, request: StopRequest | None, watchdog: Watchdog) -> tuple[Reason, str]:
-    """Resume and take the steps that are left; return why they stopped early, and say so."""
+def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason, int]:
+    """Resume and take the steps that are left; return why they stopped early, and the last."""
     config, engine = run.config, run.engine
     record = OrderRecord.start(config, run.corpus, run.order)
     probe = Probe(run.order, run.reader)
@@ -96,11 +102,9 @@ def take_steps(run: Run, request: StopRequest | None, watchdog: Watchdog) -> tup
     if run.reports:
         announce(run, first_step, notes)
     timer = StepTimer()
-    stopping = Stopping(
-        request, config.run, engine.largest_over_ranks, finish_factor=FINAL_ROWS_FACTOR
-    )
     stop, done = Reason.NONE, first_step
     recovery = Recovery(engine, run.corpus, run.order, record, probe, checkpoints, watchdog)
+    stopping.begin_step()
     with RunLog(config.run, first_step, reports=run.reports) as log, recovery.watch():
         for batch in recovery.steps(lambda step: steps(run, step), first_step):
             timer.start()
@@ -108,6 +112,7 @@ def take_steps(run: Run, request: StopRequest | None, watchdog: Watchdog) -> tup
             back_to = recovery.goes_back_to(batch, result)
             if back_to is not None:
                 log.rewind(back_to)
+                stopping.begin_step()
                 continue
             record.update(batch.step, batch.rows, left_out=result.verdict.is_left_out)
             done = batch.step + 1
@@ -125,7 +130,7 @@ def take_steps(run: Run, request: StopRequest | None, watchdog: Watchdog) -> tup
                 break
             timer.stop()
         checkpoints.wait()
-    return stop, stopping.sentence(stop, done) if stop else ""
+    return stop, done
 
 
 def open_data(config: Config) -> Data:
@@ -211,15 +216,18 @@ def evaluate(run: Run) -> dict[str, object]:
     return valid_metrics(results)
 
 
-def finish(run: Run) -> str:
-    """Evaluate, write summary and report, and return the figures that one asks for first."""
-    summary = finish_run(run.engine, run.folder, run.corpus)
-    if not run.reports:
-        return ""
+def finish(run: Run, stopping: Stopping) -> tuple[Reason, str]:
+    """Evaluate, write summary and report; return the figures that one asks for first.
+
+    A run that is asked to stop meanwhile leaves the report to its next start, and says why.
+    """
+    summary, stop = finish_run(run.engine, run.folder, run.corpus, stopping.in_the_end)
+    if stop or not run.reports:
+        return stop, ""
     keys = ("valid_lm_loss", "unigram_entropy", "valid_mode_auroc", "valid_mode_auroc_chat")
     figures = [f"{key} {summary[key]:.4f}" for key in keys if summary.get(key) is not None]
     said = ", ".join(figures) or "no held-out figures: mix.valid.sources is empty or too short"
-    return f"{said}\nreport: {summary['report']}"
+    return stop, f"{said}\nreport: {summary['report']}"
 
 
 def due(step: int, every_steps: int) -> bool:

@@ -6,6 +6,7 @@ past the page cache holds what the disk kept against it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -13,11 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, cast
 
 import torch
+from pydantic import Field, NonNegativeInt
 
 HASHING_THREADS = 4
+UNREADABLE = "cannot be read"
 # torch's writers say a failed write so; the last where it fails while the file is closed.
 TORN_FILE_SIGNS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
@@ -26,8 +29,8 @@ TORN_FILE_SIGNS = ("PytorchStreamWriter", "inline_container", "iostream error")
 class FileRecord:
     """State the size and the SHA-256 of a file."""
 
-    bytes: int
-    sha256: str
+    bytes: NonNegativeInt
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class HashingFile:
@@ -82,12 +85,18 @@ def write_failure(folder: Path, error: BaseException, remedy: str) -> str:
     """Say that a folder cannot be written, why, and what to do."""
     if not is_write_failure(error):
         return f"{folder} cannot be written ({type(error).__name__}: {error}): {remedy}"
-    reason = (error.strerror or str(error)) if isinstance(error, OSError) else "a write failed"
-    free_bytes = shutil.disk_usage(folder.parent).free
-    return (
-        f"{folder} cannot be written ({reason}): the disk has {free_bytes} bytes left; free space "
-        f"and {remedy}"
-    )
+    reason, number = "a write failed", errno.ENOSPC  # torch does not say why
+    if isinstance(error, OSError):
+        reason, number = error.strerror or str(error), error.errno or 0
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{folder} cannot be written ({reason}): look at the disk and the folder, and {remedy}"
+        )
+    try:
+        left = f"the disk has {shutil.disk_usage(folder.parent).free} bytes left"
+    except OSError:
+        left = "its folder is gone"
+    return f"{folder} cannot be written ({reason}): {left}; free space and {remedy}"
 
 
 def describe(path: Path) -> FileRecord:
@@ -137,7 +146,7 @@ def _difference(path: Path, expected: FileRecord) -> str:
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"{UNREADABLE} ({error.strerror})"
     if found != expected.sha256:
         return f"has SHA-256 {found[:12]} instead of {expected.sha256[:12]}"
     return ""

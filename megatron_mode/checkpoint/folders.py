@@ -7,8 +7,11 @@ first. What a kill leaves under such a suffix is never read, and cleared away at
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mode.atomic import rename_durably, write_whole
@@ -81,9 +84,33 @@ def remove(folder: Path) -> None:
     for path in (universal_of(folder), folder):
         if path.exists():
             doomed = path.with_name(path.name + DELETING)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _delete(doomed)
             rename_durably(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, or a file or link in its place; what cannot be deleted stays."""
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def candidates(checkpoints: Path, at_most: int | None = None) -> list[Path]:
+    """List what a run may go on from, newest first, up to `at_most` steps; clear up before.
+
+    Raises CheckpointError where all that is there was set aside: nobody means to begin anew then.
+    """
+    clear_unfinished(checkpoints)
+    newest_checkpoint(checkpoints)
+    found = finished_checkpoints(checkpoints)[::-1]
+    if not found and (aside := sorted(checkpoints.glob(f"step-*{DAMAGED}*"))):
+        raise CheckpointError(
+            f"{checkpoints} has no checkpoint to go on from but {aside[-1].name}, which was set "
+            "aside as damaged: mend it and take the ending off its name, or start a new run.dir"
+        )
+    return [folder for folder in found if at_most is None or step_of(folder) <= at_most]
 
 
 def forget_after(checkpoints: Path, step: int) -> Path | None:
@@ -103,23 +130,31 @@ def set_aside(folder: Path) -> Path:
     What was made from it is renamed too: it may be all that is whole of that step.
     """
     (folder.parent / LATEST_NAME).unlink(missing_ok=True)
+    (free,) = itertools.islice(
+        (end for end in _damaged_endings() if not folder.with_name(folder.name + end).exists()), 1
+    )
     for path in (universal_of(folder), folder):
-        aside = path.with_name(path.name + DAMAGED)
         if path.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            rename_durably(path, aside)
-    return aside
+            rename_durably(path, path.with_name(path.name + free))
+    return folder.with_name(folder.name + free)
 
 
-def prune(checkpoints: Path, keep: int, permanent_every_steps: int) -> list[Path]:
+def _damaged_endings() -> Iterator[str]:
+    """Yield .damaged, .damaged-2 and so on."""
+    yield DAMAGED
+    yield from (f"{DAMAGED}-{number}" for number in itertools.count(2))
+
+
+def prune(published: Path, keep: int, permanent_every_steps: int) -> list[Path]:
     """Delete all but the newest `keep` finished checkpoints and the permanent ones.
 
-    The newest, which was read back from the disk when it was written, always stays.
+    The one just published, which was read back from the disk when it was written, always stays.
     """
     dropped = [
         folder
-        for folder in finished_checkpoints(checkpoints)[:-keep]
-        if not permanent_every_steps or step_of(folder) % permanent_every_steps
+        for folder in finished_checkpoints(published.parent)[:-keep]
+        if folder != published
+        and (not permanent_every_steps or step_of(folder) % permanent_every_steps)
     ]
     for folder in dropped:
         remove(folder)
@@ -129,6 +164,6 @@ def prune(checkpoints: Path, keep: int, permanent_every_steps: int) -> list[Path
 def clear_unfinished(checkpoints: Path) -> list[Path]:
     """Delete what a killed run left half written or half deleted."""
     left = [p for suffix in (PARTIAL, DELETING) for p in checkpoints.glob(f"step-*{suffix}")]
-    for folder in left:
-        shutil.rmtree(folder, ignore_errors=True)
+    for path in left:
+        _delete(path)
     return sorted(left)

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt, TypeAdapter, ValidationError
+
 from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.files import FileRecord
 from megatron_mode.config import Config
-from megatron_mode.errors import CheckpointError
+from megatron_mode.errors import CheckpointError, DamagedError
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
@@ -31,7 +33,7 @@ class Manifest:
     step: int
     tokens_seen: int
     config: dict[str, Any]
-    layout: dict[str, int]
+    layout: dict[str, PositiveInt]
     precision: str
     order: dict[str, Any]
     order_digest: str
@@ -67,63 +69,53 @@ def write_sealed(folder: Path, fields: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest; CheckpointError when it is missing, damaged or not ours."""
     path = folder / MANIFEST_NAME
-    fields = read_sealed(folder)
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not a manifest of format {FORMAT}: it was written by another version; "
-            "start a new run.dir or use that version"
-        )
+    data = read_sealed(folder)
     try:
-        fields["recent_digests"] = [tuple(pair) for pair in fields["recent_digests"]]
-        fields["blocked_shares"] = tuple(fields["blocked_shares"])
-        fields["files"] = {name: FileRecord(**entry) for name, entry in fields["files"].items()}
-        return _checked(Manifest(**fields))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}): name another checkpoint or delete this one"
-        ) from None
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is not a manifest of format {FORMAT}: it was written by another version; "
+                "start a new run.dir or use that version"
+            )
+        return _checked(TypeAdapter(Manifest).validate_json(data, strict=True))
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (ValueError, RecursionError) as error:
+        what = str(error)
+    raise DamagedError(f"{path} is damaged ({what}): name another checkpoint or delete this one")
 
 
-def read_sealed(folder: Path) -> Any:
-    """Read the fields of a manifest; CheckpointError where they are missing or not as sealed."""
+def read_sealed(folder: Path) -> bytes:
+    """Read a manifest's text; CheckpointError where it is missing or not as sealed."""
     path = folder / MANIFEST_NAME
     try:
         data = path.read_bytes()
-        fields = json.loads(data)
         seal = (folder / SEAL_NAME).read_bytes()
     except FileNotFoundError as error:
         missing = Path(error.filename).name
-        raise CheckpointError(
+        raise DamagedError(
             f"{folder} holds no {missing}: name a finished checkpoint folder such as "
             "RUN/checkpoints/step-00000100"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}): name another checkpoint or delete this one"
+            f"{path} cannot be read ({error.strerror}): let it be read, or name another checkpoint"
         ) from None
     if seal != f"{hashlib.sha256(data).hexdigest()}  {MANIFEST_NAME}\n".encode():
-        raise CheckpointError(
+        raise DamagedError(
             f"{path} is damaged: its SHA-256 is not the one in {SEAL_NAME}; name another "
             "checkpoint or delete this one"
         )
-    return fields
+    return data
 
 
 def _checked(manifest: Manifest) -> Manifest:
-    """Raise ValueError for fields of other kinds and for links that do not end in this step."""
-    kinds = {
-        "step": int,
-        "config": dict,
-        "layout": dict,
-        "order": dict,
-        "order_digest": str,
-        "probe": dict,
-        "skips": list,
-        "recent_losses": list,
-    }
-    for name, kind in kinds.items():
-        if not isinstance(getattr(manifest, name), kind):
-            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
+    """Raise ValueError for what the fields' types do not say."""
+    if sorted(manifest.layout) != ["data", "pipeline", "tensor"]:
+        raise ValueError(f"layout names {', '.join(manifest.layout) or 'nothing'}")
+    if not {"lm_loss", "mode_loss", "conditions"} <= manifest.probe.keys():
+        raise ValueError(f"probe names {', '.join(manifest.probe) or 'nothing'}")
     if not manifest.recent_digests or manifest.recent_digests[-1][0] != manifest.step:
         raise ValueError(f"recent_digests do not end with step {manifest.step}")
     return manifest

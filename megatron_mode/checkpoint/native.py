@@ -96,8 +96,8 @@ class NativeCheckpoint:
     def step(self, name: str) -> Tensor:
         """Return how many updates a parameter has had."""
         stage = self.stages_of(name)[0]
-        states = self._shard(stage, 0, 0)[BASE_OPTIMIZER_STATE]["state"]
-        count: Tensor = states[self._groups[stage][name]]["step"]
+        state = _optimizer_state(self._shard(stage, 0, 0), self._groups[stage][name])
+        count: Tensor = state.get("step", torch.tensor(0.0))
         return count.clone()
 
     def _join(self, stage: int, name: str, state: str) -> Tensor:
@@ -117,11 +117,11 @@ class NativeCheckpoint:
             shard = self._shard(stage, part, data)
             address = shard[PARAM_SLICE_MAPPINGS][group].get(name)
             if address is not None:
-                flat = (
-                    shard[SINGLE_PARTITION_OF_FP32_GROUPS][group]
-                    if state == WEIGHT
-                    else shard[BASE_OPTIMIZER_STATE]["state"][group][state]
-                )
+                weights = shard[SINGLE_PARTITION_OF_FP32_GROUPS][group]
+                flat = weights
+                if state != WEIGHT:
+                    moments = _optimizer_state(shard, group)
+                    flat = moments[state] if moments else torch.zeros_like(weights)
                 pieces.append(flat.narrow(0, address.start, address.numel))
         shape = part_shape(self.wholes[name], self.layout.tensor)
         if sum(piece.numel() for piece in pieces) != math.prod(shape):
@@ -187,3 +187,9 @@ class NativeCheckpoint:
 
     def _model_rank(self, stage: int, part: int) -> int:
         return stage * self.layout.tensor + part
+
+
+def _optimizer_state(shard: Mapping[str, Any], group: int) -> Mapping[str, Any]:
+    """Return moments and count of a group; {} where no update has been taken yet."""
+    state: Mapping[str, Any] = shard[BASE_OPTIMIZER_STATE]["state"].get(group, {})
+    return state

@@ -15,7 +15,7 @@ import torch
 
 from megatron_mode.engine.forward import forward_rows
 from megatron_mode.engine.step import Engine
-from megatron_mode.errors import CheckpointError
+from megatron_mode.errors import DamagedError
 from megatron_mode.mix.loader import MicroBatch, micro_batch
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.rows import RowReader
@@ -87,7 +87,7 @@ def conditions(engine: Engine) -> dict[str, Any]:
 def check_probe(saved: dict[str, Any], found: dict[str, Any], precision: str, where: str) -> bool:
     """Hold a probe against the saved one; return whether they had to agree to the last bit.
 
-    Raises CheckpointError naming both losses where they do not agree.
+    Raises DamagedError naming both losses where they do not agree.
     """
     exact = bool(saved["conditions"] == found["conditions"])
     tolerance = 0.0 if exact else RELATIVE_TOLERANCE[precision]
@@ -97,7 +97,7 @@ def check_probe(saved: dict[str, Any], found: dict[str, Any], precision: str, wh
         agrees = abs(value - expected) <= tolerance * abs(expected)
         if not agrees and not (exact and value != value and expected != expected):
             bound = "to the last bit" if exact else f"to {tolerance:g} of it"
-            raise CheckpointError(
+            raise DamagedError(
                 f"{where} is loaded, but its probe has {key} {value!r} where {expected!r} was "
                 f"saved, and they must agree {bound}: memory, device or program are not sound; "
                 "start on another machine, or set checkpoint.fallback=true to go on from the "

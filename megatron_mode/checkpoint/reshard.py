@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from megatron_mode.atomic import rename_durably
 from megatron_mode.checkpoint.files import (
@@ -38,6 +39,7 @@ from megatron_mode.checkpoint.together import agreed, from_rank_0
 from megatron_mode.checkpoint.universal import (
     Records,
     check_parameters,
+    files_of_parameters,
     share_of,
     sync_folders,
     write_common,
@@ -47,7 +49,7 @@ from megatron_mode.engine.parameter_names import checkpoint_parameters
 from megatron_mode.engine.step import Engine
 from megatron_mode.engine.topology import Layout
 from megatron_mode.errors import CheckpointError
-from megatron_mode.model.sharding import Cut, Whole
+from megatron_mode.model.sharding import Whole
 
 FORMAT = "universal 1"
 # Of each rank where all share the work: one reads while the other writes.
@@ -86,14 +88,10 @@ def universal_manifest(source: Path) -> UniversalManifest | None:
     """
     folder = universal_of(source)
     try:
-        fields = read_sealed(folder)
-        parameters = {
-            name: Whole(tuple(shape), None if cut is None else Cut(*cut))
-            for name, (shape, cut) in fields["parameters"].items()
-        }
-        files = {name: FileRecord(**record) for name, record in fields["files"].items()}
-        found = UniversalManifest(**{**fields, "parameters": parameters, "files": files})
-    except (CheckpointError, AttributeError, KeyError, TypeError, ValueError):
+        found = TypeAdapter(UniversalManifest).validate_json(read_sealed(folder), strict=True)
+    except (CheckpointError, ValueError, RecursionError):
+        return None
+    if not files_of_parameters(found.parameters) <= found.files.keys():
         return None
     made_from = (FORMAT, describe(source / MANIFEST_NAME).sha256)
     return found if (found.format, found.source_digest) == made_from else None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
+from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.agreement import check_resumable
 from megatron_mode.checkpoint.folders import (
     CHECKPOINTS_NAME,
-    DAMAGED,
-    clear_unfinished,
-    newest_checkpoint,
+    LATEST_NAME,
+    candidates,
     set_aside,
+    tag_of,
 )
 from megatron_mode.checkpoint.manifest import Manifest, read_manifest
 from megatron_mode.checkpoint.probe import Probe, check_probe
@@ -24,49 +24,87 @@ from megatron_mode.checkpoint.together import from_rank_0
 from megatron_mode.checkpoint.verify import setting_differences
 from megatron_mode.checkpoint.writer import restore
 from megatron_mode.engine.step import Engine
-from megatron_mode.errors import CheckpointError
+from megatron_mode.errors import CheckpointError, DamagedError
 from megatron_mode.loss.normalise import BlockedShares
 from megatron_mode.mix.order import Order
 
 
 def resume(
-    engine: Engine, folder: Path, record: OrderRecord, order: Order, probe: Probe
+    engine: Engine,
+    folder: Path,
+    record: OrderRecord,
+    order: Order,
+    probe: Probe,
+    *,
+    at_most: int | None = None,
 ) -> tuple[int, list[str]]:
     """Load the run's newest checkpoint into engine and record; return its step and notes to print.
 
-    The step is 0 for a run without a checkpoint. Raises CheckpointError when the checkpoint belongs
-    to another config or order, or while `checkpoint.reshard` is never to another layout, before
-    anything is loaded, and when a file of it is not what was written or its probe differs; with
-    `checkpoint.fallback` the ones before it are then tried, and a note says so.
+    `at_most` takes the newest of so many steps. The step is 0 for a run without a checkpoint.
+    Raises CheckpointError when the checkpoint belongs to another config or order, or while
+    `checkpoint.reshard` is never to another layout, before anything is loaded, and when a file of
+    it is not what was written or its probe differs; with `checkpoint.fallback` the ones before it
+    are then tried. Once one of them is loaded those that failed are set aside, and notes say so.
     """
-    notes: list[str] = []
-    while (newest := from_rank_0(partial(_choose, folder / CHECKPOINTS_NAME))) is not None:
+    failed: list[tuple[Path, DamagedError]] = []
+    checkpoints = folder / CHECKPOINTS_NAME
+    for candidate in from_rank_0(partial(candidates, checkpoints, at_most)):
         try:
-            manifest = from_rank_0(partial(read_manifest, newest))
-            check_shared(newest, manifest)
-        except CheckpointError as error:
-            notes.append(_fall_back(engine, newest, error))
+            step, notes = _resume_from(engine, candidate, folder, record, order, probe)
+        except DamagedError as error:
+            if not engine.config.checkpoint.fallback:
+                raise
+            failed.append((candidate, error))
             continue
-        config = engine.config
-        differences = setting_differences(manifest, record.settings)
-        check_resumable(manifest, config, precision_name(config), differences)
-        record.restore(manifest, order, config.batch.global_rows)
-        notes += _load(engine, newest, manifest, folder)
-        engine.blocked_shares = BlockedShares(*manifest.blocked_shares)
-        engine.judge.restore(manifest.recent_losses, manifest.skips)
-        try:
-            found = probe.measure(engine)
-            check_probe(manifest.probe, found, manifest.precision, str(newest))
-        except CheckpointError as error:
-            notes.append(_fall_back(engine, newest, error))
-            continue
-        return manifest.step, notes
-    if notes:
+        if failed:
+            aside = from_rank_0(partial(_set_aside, [path for path, _ in failed], candidate))
+            warnings = [
+                f"WARNING: {path.name} was set aside as {name}: {error}"
+                for name, (path, error) in zip(aside, failed, strict=True)
+            ]
+            notes = warnings + notes
+        return step, notes
+    if failed:
         raise CheckpointError(
-            f"no checkpoint of {folder} is left to go on from ({notes[-1]}); restore one, or start "
-            "a new run.dir"
+            f"no checkpoint of {folder} is sound ({failed[0][1]}); all stay as they are: restore "
+            "one, or start a new run.dir"
         )
     return 0, []
+
+
+def _resume_from(
+    engine: Engine, newest: Path, folder: Path, record: OrderRecord, order: Order, probe: Probe
+) -> tuple[int, list[str]]:
+    manifest = from_rank_0(partial(_read, newest))
+    check_shared(newest, manifest)
+    config = engine.config
+    differences = setting_differences(manifest, record.settings)
+    check_resumable(manifest, config, precision_name(config), differences)
+    record.restore(manifest, order, config.batch.global_rows)
+    notes = _load(engine, newest, manifest, folder)
+    engine.blocked_shares = BlockedShares(*manifest.blocked_shares)
+    engine.judge.restore(manifest.recent_losses, manifest.skips)
+    found = probe.measure(engine)
+    check_probe(manifest.probe, found, manifest.precision, str(newest))
+    return manifest.step, notes
+
+
+def _read(folder: Path) -> Manifest:
+    """Read a manifest that must be of the step in the folder's name."""
+    manifest = read_manifest(folder)
+    if folder.name != tag_of(manifest.step):
+        raise CheckpointError(
+            f"{folder} holds the checkpoint of step {manifest.step}: accepted is "
+            f"{tag_of(manifest.step)}, by which older ones are found; rename it"
+        )
+    return manifest
+
+
+def _set_aside(damaged: Sequence[Path], taken: Path) -> list[str]:
+    """Rename what is not sound, and let `latest` name what was taken instead; return new names."""
+    names = [set_aside(folder).name for folder in damaged]
+    write_whole(taken.with_name(LATEST_NAME), f"{taken.name}\n")
+    return names
 
 
 def _load(engine: Engine, newest: Path, manifest: Manifest, run_dir: Path) -> list[str]:
@@ -78,23 +116,3 @@ def _load(engine: Engine, newest: Path, manifest: Manifest, run_dir: Path) -> li
     folder = universal_for(engine, newest, manifest, run_dir)
     restore(engine, folder, universal=True)
     return [f"note: {newest.name} was saved at {saved} and is loaded from {folder.name}"]
-
-
-def _choose(checkpoints: Path) -> Path | None:
-    """Clear up and return the newest checkpoint."""
-    clear_unfinished(checkpoints)
-    return newest_checkpoint(checkpoints)
-
-
-def _fall_back(engine: Engine, folder: Path, error: CheckpointError) -> str:
-    """Set a checkpoint aside that is not sound and return the note; raise where that is not asked.
-
-    All ranks come here together: what one of them finds wrong, all of them raise.
-    """
-    if not engine.config.checkpoint.fallback:
-        raise error
-    dist.barrier()
-    if engine.rank == 0:
-        set_aside(folder)
-    dist.barrier()
-    return f"WARNING: {folder.name} was set aside as {folder.name}{DAMAGED}: {error}"

@@ -5,31 +5,49 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, forget_after
+from megatron_mode.checkpoint.folders import (
+    CHECKPOINTS_NAME,
+    candidates,
+    finished_checkpoints,
+    forget_after,
+)
 from megatron_mode.checkpoint.probe import Probe
 from megatron_mode.checkpoint.record import OrderRecord
 from megatron_mode.checkpoint.resume import resume
 from megatron_mode.checkpoint.together import from_rank_0
-from megatron_mode.engine.health import Verdict
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import HealthError
 from megatron_mode.mix.order import Order
 
 
 def roll_back(
-    engine: Engine, folder: Path, record: OrderRecord, order: Order, probe: Probe, verdict: Verdict
-) -> int:
-    """Load the newest checkpoint from before what a verdict leaves out; return its step.
+    engine: Engine,
+    folder: Path,
+    record: OrderRecord,
+    order: Order,
+    probe: Probe,
+    *,
+    first: int,
+    last: int,
+) -> tuple[int, list[str]]:
+    """Load the newest checkpoint from before steps `first` to `last`, which are left out.
 
-    Newer ones hold what is to be left out: they are removed, and written again when the run comes
-    there. Raises HealthError where no checkpoint is old enough. All ranks call it.
+    Returns the checkpoint's step and notes to print. Newer checkpoints hold what is to be left out:
+    once the older one is loaded they are removed, and written again when the run comes there.
+    Raises HealthError where no checkpoint is old enough. All ranks call it.
     """
-    step = verdict.first_left_out
-    if from_rank_0(partial(forget_after, folder / CHECKPOINTS_NAME, step)) is None:
+    checkpoints = folder / CHECKPOINTS_NAME
+    if not from_rank_0(partial(candidates, checkpoints, first)):
+        left_out = sorted({*engine.config.health.leave_out_steps, *record.skips,
+                           *range(first, last + 1)})  # fmt: skip
+        newer = from_rank_0(partial(finished_checkpoints, checkpoints))
+        without = f"delete {checkpoints}, " if newer else ""
         raise HealthError(
-            f"step {step} is to be left out, but {folder} has no checkpoint from before it to roll "
-            f"back to: set health.leave_out_steps to [{step}], or start with a smaller "
-            "checkpoint.every_steps"
+            f"step {first} is to be left out, but {folder} has no checkpoint from before it to "
+            f"roll back to: {without}set health.leave_out_steps=[{','.join(map(str, left_out))}] "
+            "and start the run again from its first step; a smaller checkpoint.every_steps or "
+            "larger checkpoint.keep would have left one"
         )
-    first_step, _ = resume(engine, folder, record, order, probe)
-    return first_step
+    step, notes = resume(engine, folder, record, order, probe, at_most=first)
+    from_rank_0(partial(forget_after, checkpoints, step))
+    return step, notes

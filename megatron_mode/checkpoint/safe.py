@@ -15,6 +15,7 @@ import torch
 from megatron_mode.errors import CheckpointError
 
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+FORCE_PICKLES = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @contextmanager
@@ -24,7 +25,8 @@ def weights_only() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    # DeepSpeed asks torch for whole pickles; only the environment overrules what it asks for.
+    before = {name: os.environ.pop(name, None) for name in (FORCE_WEIGHTS_ONLY, FORCE_PICKLES)}
     os.environ[FORCE_WEIGHTS_ONLY] = "1"
     try:
         # Python before 3.11.4 pickles a member of an enum as getattr(class, name).
@@ -32,10 +34,8 @@ def weights_only() -> Iterator[None]:
         with torch.serialization.safe_globals(classes):
             yield
     finally:
-        if before is None:
-            del os.environ[FORCE_WEIGHTS_ONLY]
-        else:
-            os.environ[FORCE_WEIGHTS_ONLY] = before
+        del os.environ[FORCE_WEIGHTS_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def load_tensors(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:

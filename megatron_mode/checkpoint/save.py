@@ -10,14 +10,16 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from megatron_mode.checkpoint.files import (
     FileRecord,
@@ -119,12 +121,14 @@ class Checkpoints:
         error: Exception | None,
     ) -> None:
         """Tell rank 0 what was written; rank 0 makes a checkpoint of it. Runs on the thread."""
-        failure = failure_of(partial, error) if error else None
-        self._failure = failure
+        self._failure = failure = failure_of(partial, error) if error else None
         records = {name: asdict(record) for name, record in files.items()}
-        self._store.set(
-            self._key(self._engine.rank), json.dumps({"files": records, "failure": failure})
-        )
+        told = json.dumps({"files": records, "failure": failure})
+        try:
+            self._store.set(self._key(self._engine.rank), told)
+        except RuntimeError as error:  # rank 0 is gone, and the run with it
+            self._failure = failure_of(partial, error)
+            return
         if self._engine.rank == 0:
             try:
                 self._finish(partial, manifest)
@@ -147,9 +151,13 @@ class Checkpoints:
         if self._tokenizer.exists():  # a corpus by Megatron's own tools has none
             files[TOKENIZER_NAME] = copy_durably(self._tokenizer, partial / TOKENIZER_NAME)
         write_manifest(partial, manifest.with_files(files))
-        publish(partial)
+        check_sizes(partial, files)
+        published = publish(partial)
         settings = self._engine.config.checkpoint
-        prune(self._checkpoints, settings.keep, settings.permanent_every_steps)
+        try:
+            prune(published, settings.keep, settings.permanent_every_steps)
+        except OSError as error:  # the checkpoint is whole all the same
+            tqdm.write(f"note: an old checkpoint could not be deleted: {error}", file=sys.stderr)
 
     def _await(self, key: str) -> bytes:
         pause_seconds = 0.001
@@ -157,6 +165,17 @@ class Checkpoints:
             time.sleep(pause_seconds)
             pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
         return bytes(self._store.get(key))
+
+
+def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Raise CheckpointError where a file that was just written is gone, by whatever hand."""
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != record.bytes:
+            raise CheckpointError(
+                f"{path} is no longer what was just written: something else changes {folder.parent}"
+                f"; let one run alone work there, and {REMEDY}"
+            )
 
 
 @contextmanager

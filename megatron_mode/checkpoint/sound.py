@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_mode.checkpoint.files import differences, fair_share, unlisted
+from megatron_mode.checkpoint.files import UNREADABLE, differences, fair_share, unlisted
 from megatron_mode.checkpoint.manifest import (
     MANIFEST_NAME,
     SEAL_NAME,
     TOKENIZER_NAME,
     Manifest,
 )
-from megatron_mode.errors import CheckpointError
+from megatron_mode.errors import CheckpointError, DamagedError
 
 MOST_NAMED = 4
 # A corpus by Megatron's own tools has no tokenizer; its user may put one there.
@@ -22,7 +22,7 @@ NOT_LISTED = (MANIFEST_NAME, SEAL_NAME, TOKENIZER_NAME)
 
 
 def check_files(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
-    """Raise CheckpointError naming those of the files that are not what the manifest says."""
+    """Raise DamagedError naming those of the files that are not what the manifest says."""
     missing = [name for name in names if name not in manifest.files]
     found = dict.fromkeys(missing, f"is not among those of {MANIFEST_NAME}")
     known = [name for name in names if name in manifest.files]
@@ -47,9 +47,14 @@ def check_shared(folder: Path, manifest: Manifest) -> None:
 
 
 def _refuse(folder: Path, found: dict[str, str], remedy: str) -> None:
+    """Raise for what was found; what cannot be read may be whole, and is not called damaged."""
     if not found:
         return
     told = [f"{name} {what}" for name, what in sorted(found.items())[:MOST_NAMED]]
     if len(found) > MOST_NAMED:
         told.append(f"and {len(found) - MOST_NAMED} more files")
-    raise CheckpointError(f"{folder} is damaged: {', '.join(told)}; {remedy}")
+    if any(what.startswith(UNREADABLE) for what in found.values()):
+        raise CheckpointError(
+            f"{folder} cannot be checked: {', '.join(told)}; let its files be read, and start again"
+        )
+    raise DamagedError(f"{folder} is damaged: {', '.join(told)}; {remedy}")

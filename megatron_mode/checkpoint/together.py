@@ -24,11 +24,12 @@ def from_rank_0(ask: Callable[[], Answer]) -> Answer:
         try:
             told[0] = ask()
         except CheckpointError as error:
-            told[1] = str(error)
+            told[1] = (type(error), str(error))
     dist.broadcast_object_list(told, src=0)
     answer, refusal = told
     if refusal is not None:
-        raise CheckpointError(refusal)
+        kind, sentence = refusal
+        raise kind(sentence)
     found: Answer = answer
     return found
 

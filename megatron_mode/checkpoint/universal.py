@@ -11,7 +11,7 @@ first, and takes the folder's name for a regular expression.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +28,7 @@ from megatron_mode.model.sharding import Cut, Whole, whole_parameters
 
 ZERO = "zero"
 COMMON = "optimizer_state.pt"
+STEP = "step"
 Records = dict[str, FileRecord]
 
 
@@ -58,6 +59,15 @@ def write_common(source: NativeCheckpoint, target: Path) -> Records:
     for file in source.model_files():
         records[file.name] = copy_durably(file, target / file.name)
     return records
+
+
+def files_of_parameters(names: Iterable[str]) -> set[str]:
+    """Name the files that a folder of these parameters has below it, but the layout's own."""
+    states = (*STATES, STEP)
+    return {
+        f"{ZERO}/{COMMON}",
+        *(f"{ZERO}/{name}/{state}.pt" for name in names for state in states),
+    }
 
 
 def sync_folders(target: Path) -> None:
@@ -107,7 +117,8 @@ def _write_parameter(source: NativeCheckpoint, target: Path, name: str) -> Recor
     for state in STATES:
         saved = save_tensors({PARAM: source.read(name, state), **cut}, folder / f"{state}.pt")
         records[f"{ZERO}/{name}/{state}.pt"] = saved
-    records[f"{ZERO}/{name}/step.pt"] = save_tensors(source.step(name), folder / "step.pt")
+    saved = save_tensors(source.step(name), folder / f"{STEP}.pt")
+    records[f"{ZERO}/{name}/{STEP}.pt"] = saved
     return records
 
 

@@ -174,6 +174,11 @@ def _check_places(folder: str, root: str, name: str) -> Iterator[str]:
                 f"{key} is {text[:60]!r}: accepted is text that is not empty, without line breaks "
                 "and control characters; name it anew"
             )
+    if any(sign in folder for sign in "*?["):
+        yield (
+            f"run.dir is {folder[:60]!r}: accepted is a path without *, ? and [, by which "
+            "DeepSpeed would look for other folders; name it anew"
+        )
 
 
 def _check_run_rows(steps: int, global_rows: int) -> Iterator[str]:

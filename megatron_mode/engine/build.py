@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed import distributed_c10d
 
 from megatron_mode.config import Config, check_world_size
 from megatron_mode.config.health import HealthConfig
@@ -29,6 +30,7 @@ from megatron_mode.model.layers import transformer_config
 from megatron_mode.model.sharding import mark_parameters
 
 GROUP_TIMEOUT = timedelta(minutes=10)
+LONGEST_PATIENCE = timedelta(days=20)  # torch counts milliseconds in 32 bits
 
 
 def choose_dtype(config: Config) -> torch.dtype:
@@ -67,22 +69,43 @@ def join_group(process: Process, threads: int, health: HealthConfig | None = Non
     torch.set_num_threads(cpu_threads(threads, process.local_world_size))
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(process.local_rank)
+        torch.cuda.set_device(choose_device(process, torch.cuda.device_count()))
         backend = "nccl"
     # DeepSpeed's shared-memory collective leaves 64 MB a rank in /dev/shm after every run, and only
     # inference calls it: 300 leftovers filled a machine's memory.
     torch_backend = importlib.import_module("deepspeed.comm.torch")
     vars(torch_backend)["build_shm_op"] = lambda: None
-    health = health or HealthConfig()
-    patience_seconds = max(health.stall_seconds, health.start_stall_seconds)
-    timeout = GROUP_TIMEOUT + timedelta(seconds=patience_seconds)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(
-                backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+                backend,
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=group_timeout(health or HealthConfig()),
             )
     except dist.DistError as error:
         raise meeting_failure(process, error) from error
+
+
+def choose_device(process: Process, devices: int) -> int:
+    """Return the number of this process's GPU among those that it sees.
+
+    Slurm may show each process its own one only. Raises ConfigError where there are too few.
+    """
+    if devices == 1 and process.launcher == "srun":
+        return 0
+    if process.local_rank >= devices:
+        raise ConfigError(
+            f"this machine runs {process.local_world_size} processes but shows them {devices} "
+            "GPUs: accepted is one process a GPU; start fewer, or ask for more GPUs"
+        )
+    return process.local_rank
+
+
+def group_timeout(health: HealthConfig) -> timedelta:
+    """Return after which time a collective gives up: later than the watchdog speaks."""
+    patience_seconds = max(health.stall_seconds, health.start_stall_seconds)
+    return GROUP_TIMEOUT + min(timedelta(seconds=min(patience_seconds, 1e9)), LONGEST_PATIENCE)
 
 
 def meeting_failure(process: Process, error: RuntimeError) -> MegatronModeError:
@@ -178,6 +201,9 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
             optimizer=adamw(config.optimizer, named, implementations(config).adamw),
             config=deepspeed_config(config, layout.data, bf16=bf16),
         )
+    # Those of megatron-core and DeepSpeed give up after ten or thirty minutes of their own.
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(group_timeout(config.health), group)
     return Engine(config, layout, pipeline_engine)
 
 

@@ -153,6 +153,9 @@ def _free_port() -> int:
 
 def prepare_environment(process: Process) -> None:
     """Export what torch and DeepSpeed read, before either is imported."""
+    # Slurm signals every process of a task: torch's compile helper would die of what only asks the
+    # run to stop, and the next compilation wait for it for ever. One thread needs no helper.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.update(
         RANK=str(process.rank),
         WORLD_SIZE=str(process.world_size),

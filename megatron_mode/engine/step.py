@@ -164,10 +164,10 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
         loss = self.deepspeed.train_batch(data_iter=_pairs(micro_batches))
-        norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
-        if self._verdict.is_left_out:
+        norm = self.deepspeed.get_global_grad_norm()
+        if norm is None or self._verdict.is_left_out:
             norm = math.nan
-        return StepResult(float(loss), norm, rate, self.step_loss.outputs, self._verdict)
+        return StepResult(float(loss), float(norm), rate, self.step_loss.outputs, self._verdict)
 
     def evaluate(self, micro_batches: list[MicroBatch], count: int) -> list[TokenOutputs]:
         """Run `count` micro-batches forward only; per-token outputs on the last stage, else [].

@@ -135,6 +135,17 @@ class Stopping:
         self._since_seconds = time.monotonic()
         return stop or self._agreed(is_time_up=False)
 
+    def begin_step(self) -> None:
+        """Start the clock of the coming step: a resume or a rollback before it is no part of it."""
+        self._since_seconds = time.monotonic()
+
+    def in_the_end(self) -> Reason:
+        """Return why a run that has taken and saved all steps leaves before its report is written.
+
+        All ranks call it.
+        """
+        return self._agreed(is_time_up=False)
+
     def sentence(self, reason: Reason, done: int) -> str:
         """Say what happened and what to do."""
         return (
@@ -149,7 +160,8 @@ class Stopping:
     def _ahead_seconds(self, done: int) -> float:
         """Expect how long it takes until the run can next stop after step `done`."""
         if done == self._run.steps:
-            return self._finish_factor * self.durations.longest("step with evaluation")
+            longest = self.durations.longest("step", "step with evaluation")
+            return self._finish_factor * longest
         kind = self._kind(done + 1)
         return self.durations.longest("step", kind)
 

@@ -8,6 +8,7 @@ has not arrived. Files, because a store of the process group lives in a rank tha
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -83,7 +84,7 @@ class Watchdog:
     ) -> None:
         self._ended.set()
         # The first to end tears the others out of their collectives; theirs is no error of its own.
-        if kind is not None and self._call.exists():
+        if kind is not None and self._is_called():
             self._end_run()
 
     def _watch(self) -> None:
@@ -95,8 +96,15 @@ class Watchdog:
             before = now
             if self._at is not seen:
                 seen, idle_seconds = self._at, 0.0
-            if idle_seconds >= self._patience()[0] or self._call.exists():
+            if idle_seconds >= self._patience()[0] or self._is_called():
                 self._end_run()
+
+    def _is_called(self) -> bool:
+        """Tell whether a rank has called the others; a file system that fails has not."""
+        try:
+            return self._call.exists()
+        except OSError:
+            return False
 
     def _patience(self) -> tuple[float, str]:
         """Return how long the work in hand may take, and the key that says so."""
@@ -107,10 +115,14 @@ class Watchdog:
     def _end_run(self) -> None:
         """Write the stacks, wait for those of the others, name who is missing, and exit."""
         with self._ending:
+            arrived = {self._rank: self._at}
             try:
-                self._write_stacks()
-                arrived = self._wait_for_others()
-                if self._rank == min(arrived, default=self._rank):
+                # A disk may be the reason of the stall: what it does not take is said all the same.
+                with contextlib.suppress(OSError):
+                    self._write_stacks()
+                with contextlib.suppress(OSError):
+                    arrived |= self._wait_for_others()
+                if self._rank == min(arrived):
                     self.report(self._sentence(arrived))
                     sys.stderr.flush()
             finally:
@@ -118,6 +130,7 @@ class Watchdog:
 
     def _write_stacks(self) -> None:
         self._stacks.mkdir(parents=True, exist_ok=True)
+        self._call.touch()
         path = self._stacks / f"rank-{self._rank:05d}.txt"
         unfinished = path.with_suffix(".tmp")
         with unfinished.open("w", encoding="utf-8") as file:
@@ -126,7 +139,6 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file=file, all_threads=True)
         unfinished.replace(path)
-        self._call.touch()
 
     def _wait_for_others(self) -> dict[int, Arrival]:
         """Return which ranks have written their stacks after the time of grace."""

@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 CPU_BLOCK_TOKENS = 256
+MOST_FLEX_KERNELS = 64
 FLEX_BLOCK_TOKENS = 128
 
 
@@ -120,9 +121,17 @@ class FlexCore:
 
 @functools.cache
 def flex_kernel(device_type: str) -> Callable[..., Tensor]:
-    """Compile on a GPU; elsewhere take torch's plain form, which builds all T x T scores."""
+    """Compile on a GPU; elsewhere take torch's plain form, which builds all T x T scores.
+
+    Each shape gets a kernel of its own: with symbolic sizes the kernel of a resumed run, which
+    meets the probe's short rows first, would be another one than that of the run before.
+    """
     if device_type == "cuda":
-        return torch.compile(flex_attention)
+        from torch._dynamo import config as dynamo  # a second that CPUs need not spend
+
+        # Beyond this many kernels torch falls back to the plain form without a word.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_FLEX_KERNELS)
+        return torch.compile(flex_attention, dynamic=False)
     plain: Callable[..., Tensor] = flex_attention
     return plain
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
 from megatron_mode.atomic import write_whole
 from megatron_mode.engine.step import Engine
+from megatron_mode.engine.stopping import Reason
 from megatron_mode.mix.corpus import Corpus, build_reader
 from megatron_mode.report.evaluate import evaluate_source, evaluate_window
 from megatron_mode.report.page import build_page
@@ -22,17 +23,21 @@ from megatron_mode.tokens.vocabulary import MODEL_FILE
 FINAL_ROWS_FACTOR = 4
 
 
-def finish_run(engine: Engine, folder: Path, corpus: Corpus) -> dict[str, object]:
+def finish_run(
+    engine: Engine, folder: Path, corpus: Corpus, asked_to_stop: Callable[[], Reason]
+) -> tuple[dict[str, object], Reason]:
     """Write summary.json, heatmap.json and report.html; every rank takes part, rank 0 writes.
 
-    The last evaluation reads `FINAL_ROWS_FACTOR` times the rows of those during the run.
+    `asked_to_stop` is asked before each source, the same on all ranks, and ends it there. The last
+    evaluation reads `FINAL_ROWS_FACTOR` times the rows of those during the run.
     """
     reader = build_reader(engine.config, corpus, corpus.valid)
     rows = engine.config.run.eval_rows * FINAL_ROWS_FACTOR
-    results = [
-        evaluate_source(engine, reader, index, rows, pieces=True)
-        for index in range(len(corpus.valid))
-    ]
+    results = []
+    for index in range(len(corpus.valid)):
+        if stop := asked_to_stop():
+            return {}, stop
+        results.append(evaluate_source(engine, reader, index, rows, pieces=True))
     model = corpus.root / MODEL_FILE
     coloured = []
     if model.exists():  # a corpus by Megatron's own tools has none
@@ -46,7 +51,7 @@ def finish_run(engine: Engine, folder: Path, corpus: Corpus) -> dict[str, object
         write_whole(folder / "heatmap.json", json.dumps({"passages": coloured}))
         write_summary(folder, summary)
         write_whole(report, build_page([folder]))
-    return summary
+    return summary, Reason.NONE
 
 
 def training_summary(folder: Path) -> dict[str, object]:

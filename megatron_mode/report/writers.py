@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,21 @@ _PACKAGES = (
     "flash-attn",
     "apex",
 )
+
+
+def silence_tensorboard() -> None:
+    """Keep TensorBoard's thread from printing a traceback of what `write` raises in the loop too.
+
+    A disk that is full fails it first.
+    """
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        is_writer = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(failed.exc_value, OSError)):
+            before(failed)
+
+    threading.excepthook = hook
 
 
 class MetricsWriter:

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_mode import atomic
 from megatron_mode.checkpoint.folders import (
+    candidates,
     clear_unfinished,
     finished_checkpoints,
     forget_after,
@@ -102,8 +103,7 @@ def test_a_kill_while_publishing_and_pruning_leaves_a_good_checkpoint(checkpoint
     before = newest_checkpoint(checkpoints)
 
     def act():
-        publish(checkpoints / f"{tag_of(8)}.partial")
-        prune(checkpoints, 2, 0)
+        prune(publish(checkpoints / f"{tag_of(8)}.partial"), 2, 0)
 
     seen = set()
     for _ in every_kill(monkeypatch, checkpoints, act):
@@ -157,17 +157,35 @@ def test_a_kill_while_going_back_leaves_a_good_checkpoint(checkpoints, monkeypat
 
 def test_permanent_checkpoints_stay(tmp_path):
     for step in range(1, 13):
-        publish(written(tmp_path, step))
-        prune(tmp_path, 2, 5)
+        prune(publish(written(tmp_path, step)), 2, 5)
     assert names(tmp_path) == ["latest", *map(tag_of, (5, 10, 11, 12))]
 
 
 def test_the_only_checkpoint_stays(tmp_path):
-    publish(written(tmp_path, 3))
-    assert prune(tmp_path, 1, 0) == []
+    third = publish(written(tmp_path, 3))
+    assert prune(third, 1, 0) == []
+    aside = [set_aside(publish(written(tmp_path, 5))).name for _ in range(2)]
+    assert aside == [f"{tag_of(5)}.damaged", f"{tag_of(5)}.damaged-2"], "what was kept is kept"
+    assert prune(third, 1, 0) == []
+    assert newest_checkpoint(tmp_path) == third
+
+
+def test_the_one_just_published_stays_whatever_lies_beside_it(tmp_path):
+    shutil.copytree(publish(written(tmp_path, 3)), tmp_path / tag_of(99))
+    published = publish(written(tmp_path, 4))
+    assert prune(published, 1, 0) == [tmp_path / tag_of(3)]
+    assert published.is_dir()
+
+
+def test_what_was_set_aside_alone_is_no_beginning(tmp_path):
     set_aside(publish(written(tmp_path, 5)))
-    assert prune(tmp_path, 1, 0) == []
-    assert newest_checkpoint(tmp_path) == tmp_path / tag_of(3)
+    with pytest.raises(CheckpointError, match=r"but step-00000005\.damaged, which was set aside"):
+        candidates(tmp_path)
+    publish(written(tmp_path, 3))
+    (tmp_path / f"{tag_of(7)}.partial").touch()
+    assert candidates(tmp_path) == [tmp_path / tag_of(3)]
+    assert candidates(tmp_path, 2) == []
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("named", ["step-00000009\n", "step-00000006", "", "\xff", "a/b\n"])

@@ -11,9 +11,10 @@ import time
 def run_training(process, config, moment=None, ranks=(), signals=("SIGUSR1",)):
     """Train; the ranks named get the signals in the middle of `moment`.
 
-    A moment is ("step", n) for the n-th step, ("evaluation", n) or ("save", n), counted from 1 in
-    this process. Files of checkpoints are written slowly, so that a save is still under way in the
-    steps after it. Returns (name of the reason, saves begun).
+    A moment is ("step", n) for the n-th step, ("evaluation", n), ("save", n) or ("final", n) for
+    the n-th source of the last evaluation, counted from 1 in this process. Files of checkpoints are
+    written slowly, so that a save is still under way in the steps after it. Returns (name of the
+    reason, saves begun).
     """
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -21,9 +22,10 @@ def run_training(process, config, moment=None, ranks=(), signals=("SIGUSR1",)):
     from megatron_mode.checkpoint import writer
     from megatron_mode.engine.step import Engine
     from megatron_mode.engine.stopping import StopRequest
+    from megatron_mode.report import finish
 
     numbers = [signal.Signals[name] for name in signals] if process.rank in ranks else []
-    counted = dict.fromkeys(("step", "evaluation", "save"), 0)
+    counted = dict.fromkeys(("step", "evaluation", "save", "final"), 0)
 
     def signalled(kind, function):
         def call(*args, **more):
@@ -51,6 +53,7 @@ def run_training(process, config, moment=None, ranks=(), signals=("SIGUSR1",)):
     writer.save_tensors = written_slowly
     Engine.train_step = signalled("step", Engine.train_step)
     training.evaluate = signalled("evaluation", training.evaluate)
+    finish.evaluate_source = signalled("final", finish.evaluate_source)
     PipelineEngine.save_checkpoint = signalled("save", PipelineEngine.save_checkpoint)
     reason = training.train(config, process, StopRequest().listen())
     return reason.name, counted["save"]

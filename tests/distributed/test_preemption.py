@@ -42,6 +42,8 @@ STARTS = [
     (None, (), (), {"time_limit_seconds": 1000, "time_margin_seconds": 999.9}, "TIME_LIMIT", 5, 1),
     # In the last save, which no second one follows; the report is left to the next start.
     (("save", 1), (0, 1, 2, 3), ("SIGTERM", "SIGUSR1"), {}, "SIGTERM", 6, 1),
+    # In the last evaluation, which the next start does again.
+    (("final", 1), (2,), ("SIGUSR1",), {}, "SIGUSR1", 6, 0),
 ]
 
 
