@@ -44,6 +44,11 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "optimizer.decay_steps": (0, COUNT),
     "checkpoint.every_steps": (0, COUNT),
     "checkpoint.keep": (1, COUNT),
+    "checkpoint.permanent_every_steps": (0, COUNT),
+    "health.spike_window_steps": (1, COUNT),
+    "health.rollback_steps": (1, COUNT),
+    "health.max_skips": (0, COUNT),
+    "health.max_skips_window_steps": (1, COUNT),
 }
 # key: numbers that it must refuse
 NUMBERS: dict[str, tuple[float, ...]] = {
@@ -64,6 +69,11 @@ NUMBERS: dict[str, tuple[float, ...]] = {
     "optimizer.epsilon": (0, -1e-8),
     "optimizer.weight_decay": (-0.1,),
     "optimizer.clip_grad_norm": (-1, -1e-300),
+    "run.time_limit_seconds": (0, -1, 1e-300, 60),  # at most the margin
+    "run.time_margin_seconds": (-1e-9, -60),
+    "health.spike_factor": (0, -1),
+    "health.stall_seconds": (-1e-300, -1),
+    "health.start_stall_seconds": (0, -1),
 }
 CHOICES = (
     "run.precision",
@@ -79,14 +89,24 @@ CHOICES = (
     "parallel.activation_checkpointing",
     "parallel.zero_stage",
     "optimizer.schedule",
+    "checkpoint.reshard",
+    "health.non_finite",
+    "health.spike",
+    "parallel.schedule",
+    "accelerators.attention",
+    "accelerators.norm",
+    "accelerators.adamw",
 )
 TEXTS = ("run.dir", "data.root", "model.name", "mix.mode1.sources.0.name")
 FLAGS = ("model.tied_embeddings", "mix.reset_at_documents", "loss.check_targets",
-         "loss.blocking.renormalise")  # fmt: skip
+         "loss.blocking.renormalise", "checkpoint.asynchronous", "checkpoint.fallback",
+         "parallel.sequence_parallel")  # fmt: skip
 LISTS = ("mix.mode1.sources", "mix.mode2.sources", "mix.mode2_fraction.points", "mix.edits.inject",
-         "mix.edits.cohorts", "mix.edits.replace", "mix.mode1.sources.0.weight_points")  # fmt: skip
+         "mix.edits.cohorts", "mix.edits.replace", "mix.mode1.sources.0.weight_points",
+         "health.leave_out_steps")  # fmt: skip
 SECTIONS = ("run", "data", "loss", "loss.blocking", "optimizer", "checkpoint", "mix.mode1",
-            "mix.mode2_fraction", "mix.edits", "mix.role_weights")  # fmt: skip
+            "mix.mode2_fraction", "mix.edits", "mix.role_weights", "health", "parallel",
+            "accelerators")  # fmt: skip
 REQUIRED = ("run", "model", "mix", "model.name", "model.layers", "model.hidden_size",
             "model.ffn_hidden_size", "model.attention_heads", "model.kv_heads", "model.seq_len",
             "mix.mode1.sources.0.name", "mix.valid.sources.0.name")  # fmt: skip

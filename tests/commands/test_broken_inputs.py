@@ -31,7 +31,7 @@ import yaml
 from tiny_run import PRETRAIN, RUN_FILE, Outcome, Trained, before_others, command
 
 from megatron_mode.__main__ import exit_status, run_verb
-from megatron_mode.engine import launch
+from megatron_mode.engine import failures
 
 CONFIGS, COMMANDS, PROGRAMS = 600, 400, 24
 MOST_MISTAKES = 16  # of one file; each has a line
@@ -112,7 +112,7 @@ def run(box: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     trainer = types.ModuleType("megatron_mode.train")
     vars(trainer)["train"] = lambda config, process, request: None
     monkeypatch.setitem(sys.modules, "megatron_mode.train", trainer)
-    monkeypatch.setattr(launch, "_is_joined", lambda: False)  # by tests before this one
+    monkeypatch.setattr(failures, "_is_joined", lambda: False)  # by tests before this one
     monkeypatch.chdir(box.folder)
     for name in [n for n in os.environ if n.startswith(("RANK", "WORLD_", "LOCAL_", "SLURM_"))]:
         monkeypatch.delenv(name)

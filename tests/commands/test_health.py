@@ -39,6 +39,24 @@ def wait_for_lines(run, count, started):
         time.sleep(0.02)
 
 
+def test_a_disk_that_is_full_at_the_last_save_is_told(pretrain, mount, tmp_path):
+    """No step is in work then; the run goes on from its beginning where there is room again."""
+    run = tmp_path / "run"
+    run.mkdir()
+    disk = mount(run / "checkpoints", "size=100k")
+    words = ("run.steps=3", "run.eval_every_steps=0", "checkpoint.every_steps=0", f"run.dir={run}")
+    ended = pretrain(*words)
+    assert ended.status == 2, ended
+    assert "Traceback" not in ended.err
+    assert ended.err.count("error: ") == 1
+    assert "step-00000003 cannot be written" in ended.err
+    (event,) = events(run)
+    assert (event["kind"], event["step"]) == ("checkpoint", 3)
+    assert "rows" not in event
+    subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+    assert pretrain(*words).status == 0
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("stopped", [3, 0], ids=["a-rank", "rank-0-which-holds-the-store"])
 def test_a_stopped_rank_ends_the_run_with_its_name_and_stacks(stopped, server, trained, tmp_path):

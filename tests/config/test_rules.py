@@ -22,6 +22,12 @@ BROKEN = [
     (["parallel.zero_stage=0", "run.precision=bf16"], "parallel.zero_stage is 0", "use 1"),
     (["run.dir="], "run.dir is null", "accepted is text"),
     (["run.dir=''"], "run.dir is ''", "not empty"),
+    (["run.dir='runs/lr[3e-3]'"], "run.dir is 'runs/lr[3e-3]'", "without *, ? and ["),
+    (
+        ["run.time_limit_seconds=60", "run.time_margin_seconds=60"],
+        "run.time_limit_seconds is 60: accepted is more than run.time_margin_seconds = 60",
+        "raise it or lower the margin",
+    ),
     (["data.root='a\tb'"], "data.root is 'a\\tb'", "control characters"),
     (["model.name=' '"], "model.name is ' '", "not empty"),
     (["run.steps=100000000000", "batch.global_rows=16"], "1600000000000 rows", "1000000000000"),

@@ -86,6 +86,29 @@ def test_time_in_which_the_process_was_stopped_does_not_count(
         assert not ended.wait(2.0)
 
 
+@pytest.mark.parametrize("blocked", [True, False])
+def test_a_stall_is_told_also_where_no_stacks_can_be_written(
+    blocked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The disk may be the reason of it."""
+    monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 2)
+    told: list[str] = []
+    statuses: list[int] = []
+    monkeypatch.setattr(watchdog.os, "_exit", statuses.append)
+    if blocked:
+        (tmp_path / "stacks").touch()
+    dog = make_dog(tmp_path)
+    dog.report = told.append
+    dog._number, dog._call, dog._grace_seconds = "7", tmp_path / "stacks/stall-7", 0.2
+    dog.beat("step 3")
+    dog._end_run()
+    assert statuses == [4]
+    assert len(told) == 1
+    assert "in step 3: rank 0 has not arrived" in told[0]
+    assert (tmp_path / "stacks/rank-00001.txt").exists() is not blocked
+
+
 def test_the_sentence_names_who_is_missing_or_behind(
     ended: threading.Event, tmp_path: Path
 ) -> None:
