@@ -98,7 +98,7 @@ def test_a_time_limit_is_learned_from_slurm_and_one_process_trains_the_same(
 def test_an_array_trains_each_variant_and_requeues_only_the_task_that_stopped(
     cluster, run_file, tmp_path
 ):
-    """The number of the last task is that of the array, which stands for all tasks."""
+    """Through deepspeed; the number of the last task is that of the array, for all its tasks."""
     variants, runs = tmp_path / "variants.txt", tmp_path / "runs"
     variants.write_text("run.seed=7 run.steps=4\nloss.mode_weight=0.5\n")
     job = cluster.submit(
@@ -108,6 +108,7 @@ def test_an_array_trains_each_variant_and_requeues_only_the_task_that_stopped(
         runs,
         *("--config", run_file, "run.eval_every_steps=0"),
         MODE_VARIANTS=str(variants),
+        MODE_LAUNCHER="deepspeed",
     )
     short, stopped = f"{job}_0", f"{job}_1"
     after_steps(cluster, stopped, runs / "1", 5)
@@ -157,18 +158,19 @@ def test_a_mistake_is_told_once_and_not_requeued(cluster, run_file, tmp_path):
 @pytest.mark.slow
 def test_a_profile_leaves_its_figures_and_no_checkpoint(cluster, run_file, tmp_path):
     arguments = ("--config", run_file, "run.eval_every_steps=0", "run.steps=100000")
-    job = cluster.submit(
-        *ONE_TASK,
-        "launch/slurm/profile.sbatch",
-        *arguments,
-        MODE_BENCH="--dtype fp32 --shape 64 32 256 --rounds 1 --head-rounds 0 --only torch",
-        MODE_PROFILE=str(tmp_path / "profile"),
-        MODE_SECONDS="20",
-    )
+    variables = {
+        "MODE_BENCH": "--dtype fp32 --shape 64 32 256 --rounds 1 --head-rounds 0 --only torch",
+        "MODE_PROFILE": str(tmp_path / "profile"),
+        "MODE_SECONDS": "20",
+    }
+    job = cluster.submit(*ONE_TASK, "launch/slurm/profile.sbatch", *arguments, **variables)
     assert cluster.wait(job)["ExitCode"] == "0:0", cluster.log(job)
     assert "N=64 D=32 V=256" in cluster.log(job)
     assert '"step_seconds"' in (tmp_path / "profile/metrics.jsonl").read_text()
     assert not (tmp_path / "profile/checkpoints").exists()
+    again = cluster.submit(*ONE_TASK, "launch/slurm/profile.sbatch", *arguments, **variables)
+    assert cluster.wait(again)["ExitCode"] == "2:0"
+    assert "profile', which exists: accepted is a new folder" in cluster.log(again)
 
 
 @pytest.mark.slow
