@@ -10,12 +10,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from megatron_mode.errors import ConfigError
 from megatron_mode.report.svg import Point
 from megatron_mode.report.writers import ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE
 
 HEATMAP_FILE = "heatmap.json"
 CONFIG_FILE = "config.yaml"
+
+
+class Summary(BaseModel, extra="allow"):
+    """State the shape of what the report reads in summary.json, down to its figures."""
+
+    valid: dict[str, dict[str, Any]] | None = None
+    auroc_by_position: dict[str, dict[float, Any]] | None = None
+
+
+class Passage(BaseModel, extra="allow"):
+    """State the shape of a passage in heatmap.json."""
+
+    tokens: list[dict[str, Any]]
+
+
+class HeatMap(BaseModel, extra="allow"):
+    """State the shape of heatmap.json."""
+
+    passages: list[Passage] = []
+
+
+class Environment(BaseModel, extra="allow"):
+    """State the shape of what the report reads in environment.json."""
+
+    packages: dict[str, Any] | None = None
+    gpus: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +96,11 @@ def read_run(run_dir: Path) -> RunFolder:
     if not columns:
         raise ConfigError(f"RUN {str(run_dir)!r} has no step in {METRICS_FILE}; train it first.")
     notes: list[str] = []
-    summary = _read_object(run_dir / SUMMARY_FILE, "the final figures are left out", notes)
-    heatmap = _read_object(run_dir / HEATMAP_FILE, "the heat map is left out", notes)
-    environment = _read_object(run_dir / ENVIRONMENT_FILE, "the machine is not named", notes)
+    summary = _read_object(run_dir / SUMMARY_FILE, Summary, "the final figures are left out", notes)
+    heatmap = _read_object(run_dir / HEATMAP_FILE, HeatMap, "the heat map is left out", notes)
+    environment = _read_object(
+        run_dir / ENVIRONMENT_FILE, Environment, "the machine is not named", notes
+    )
     _add_final_evaluation(columns, summary, tokens_seen, notes)
     config = run_dir / CONFIG_FILE
     digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None
@@ -81,7 +111,7 @@ def read_run(run_dir: Path) -> RunFolder:
         tokens_seen=tokens_seen,
         summary=summary,
         environment=environment,
-        passages=list(heatmap.get("passages", [])),
+        passages=heatmap.get("passages", []),
         config_digest=digest,
         notes=notes,
     )
@@ -96,7 +126,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[Point]], int, int]:
             try:
                 row = json.loads(line)
                 last_step, tokens_seen = int(row["step"]), int(row["tokens_seen"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
             for key, value in _flat(row):
                 if (finite := number(value)) is not None:
@@ -128,16 +158,18 @@ def _add_final_evaluation(
                 points.append((end, finite))
 
 
-def _read_object(path: Path, consequence: str, notes: list[str]) -> dict[str, Any]:
-    """Return a JSON object, or {} and a note where the file is missing or damaged."""
+def _read_object(
+    path: Path, shape: type[BaseModel], consequence: str, notes: list[str]
+) -> dict[str, Any]:
+    """Return a JSON object of a shape, or {} and a note where the file is missing or damaged."""
     if not path.is_file():
         notes.append(f"no {path.name}: {consequence}")
         return {}
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
+        value: dict[str, Any] = json.loads(path.read_bytes())
+        shape.model_validate(value)
         return value
+    except (ValueError, RecursionError):  # pydantic's error is a ValueError
+        pass
     notes.append(f"{path.name} cannot be read: {consequence}")
     return {}

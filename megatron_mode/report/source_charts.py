@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from megatron_mode.report.charts import DASHES, figure, legend
@@ -56,16 +57,19 @@ def _in_windows(run: RunFolder, key: str) -> list[Point]:
         part = slice(window * len(points) // WINDOWS, (window + 1) * len(points) // WINDOWS)
         if len(points) < WINDOWS:
             part = slice(window, window + 1)
-        rows = sum(totals[part])
+        rows = sum(totals[at] for at, _ in points[part])
         if rows:
             middle = sum(at for at, _ in points[part]) / len(points[part])
             found.append((middle, sum(value for _, value in points[part]) / rows))
     return found
 
 
-def _rows_of_steps(run: RunFolder) -> list[float]:
-    columns = [run.curve(f"rows_by_source/{name}") for name in _names(run, "rows_by_source")]
-    return [sum(value for _, value in step) for step in zip(*columns, strict=True)]
+def _rows_of_steps(run: RunFolder) -> Counter[float]:
+    """Return the rows of all sources by tokens seen."""
+    totals: Counter[float] = Counter()
+    for name in _names(run, "rows_by_source"):
+        totals.update(dict(run.curve(f"rows_by_source/{name}")))
+    return totals
 
 
 def _line(run: RunFolder, key: str, name: str, place: int) -> Line:

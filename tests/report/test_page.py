@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import random
 import re
 import time
 from html.parser import HTMLParser
@@ -8,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from megatron_mode.__main__ import exit_status, run_verb
+from megatron_mode.errors import ConfigError
 from megatron_mode.report.page import build_page
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -139,6 +143,53 @@ def test_missing_and_damaged_pieces_are_left_out_and_named(make_run):
     assert "no heatmap.json: the heat map is left out" in words
     assert "summary.json cannot be read" in words
     assert "3 steps" in words
+
+
+WRONG = (None, 5, -1, math.inf, math.nan, 10**40, True, "x", "", [], {}, [1], {"a": 1}, [[]])
+FILES = ("summary.json", "heatmap.json", "environment.json", "metrics.jsonl")
+
+
+def places(value, place=()):
+    """List the paths of all values inside a JSON value, its own among them."""
+    yield place
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*place, key))
+
+
+def spoil(draw, text):
+    """Put a value of another type at some place of a JSON text, or take the place out."""
+    value, wrong = json.loads(text), draw.choice(WRONG)
+    *path, last = draw.choice([place for place in places({"": value}) if place])
+    holder = {"": value}
+    inner = holder
+    for key in path:
+        inner = inner[key]
+    if draw.random() < 0.2 and last != "":
+        del inner[last]
+    else:
+        inner[last] = wrong
+    return json.dumps(holder[""])
+
+
+def test_values_of_other_types_are_left_out_or_refused(make_run):
+    """Whatever stands where, there is a page or a sentence."""
+    run, draw = make_run("odd", steps=3), random.Random(7)
+    texts = {name: (run / name).read_text() for name in FILES}
+    pages = 0
+    for _ in range(300):
+        name = draw.choice(FILES)
+        if name == "metrics.jsonl":
+            lines = texts[name].splitlines()
+            at = draw.randrange(len(lines))
+            lines[at] = spoil(draw, lines[at])
+            (run / name).write_text("\n".join(lines))
+        else:
+            (run / name).write_text(spoil(draw, texts[name]))
+        with contextlib.suppress(ConfigError):  # no line of metrics is left
+            pages += "<html" in build_page([run])
+        (run / name).write_text(texts[name])
+    assert pages > 290
 
 
 def test_held_out_curves_end_in_the_final_evaluation(make_run):
