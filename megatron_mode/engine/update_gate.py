@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -32,6 +34,16 @@ def install_gate(deepspeed: Any, lets_through: Callable[[Tensor], bool]) -> None
             take_model_step(lr_kwargs)
 
     deepspeed._take_model_step = gated
+    deepspeed.clip_fp32_gradients = partial(_clip_and_note, deepspeed)
+
+
+def _clip_and_note(deepspeed: Any) -> None:
+    """Clip as DeepSpeed does without ZeRO, and keep the norm that it throws away."""
+    deepspeed._global_grad_norm = clip_grad_norm_(
+        parameters=deepspeed.module.parameters(),
+        max_norm=deepspeed.gradient_clipping(),
+        mpu=deepspeed.mpu,
+    )
 
 
 def gradient_square(deepspeed: Any) -> Tensor:

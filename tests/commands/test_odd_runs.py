@@ -33,6 +33,18 @@ def test_the_smallest_run(pretrain: Call, tmp_path: Path) -> None:
     assert 0 <= summary["valid_mode_auroc"] <= 1
 
 
+def test_without_zero_the_gradient_has_the_same_norm(pretrain: Call, tmp_path: Path) -> None:
+    """DeepSpeed clips by it and does not keep it."""
+    found = []
+    for stage in (0, 1):
+        run = tmp_path / str(stage)
+        words = (f"run.dir={run}", f"parallel.zero_stage={stage}", "run.precision=fp32")
+        assert trained_steps(pretrain(*words, "run.eval_every_steps=0"), run) == [1, 2, 3]
+        found.append([line["grad_norm"] for line in metrics(run)])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert min(found[0]) > 0
+
+
 def test_nothing_held_out_and_nothing_during_the_run(pretrain: Call, tmp_path: Path) -> None:
     words = ("mix.valid.sources=[]", "run.eval_every_steps=0", "checkpoint.every_steps=0")
     outcome = pretrain(*words, "model.tied_embeddings=true")
