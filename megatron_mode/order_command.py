@@ -210,7 +210,7 @@ def verify_answer(opened: Opened, run: Path, *, show_progress: bool) -> tuple[di
     size_bytes = 0
     if opened.corpus is not None:
         with tqdm(desc="hash", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
-            size_bytes = verify.check_files(
+            size_bytes = verify.check_source_files(
                 opened.corpus.read_sources,
                 document.packed_whole,
                 document.order.seq_len,

@@ -2,6 +2,7 @@
 
 RUN/health.jsonl gets one object an event: the step (from 0, as `megatron-mode order --step` has
 it), what was found, what is done, and the rows of the step with their documents and losses.
+Letters: B rows, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class Recovery:
                 kind = next(name for kind, name in KINDS.items() if isinstance(error, kind))
                 self._append(kind, str(error), "stop", cause="".join(_cause(error)))
             raise
-        finally:
-            self.watchdog.report = before
+        # Not after an error: a stall tears this rank out of the step that it is told of.
+        self.watchdog.report = before
 
     def goes_back_to(self, batch: StepBatch, result: StepResult) -> int | None:
         """Act on the step's verdict; return the step that the run went back to, None if it goes on.

@@ -14,6 +14,7 @@ from megatron_mode.checkpoint.manifest import Manifest, read_manifest, saved_con
 from megatron_mode.checkpoint.safe import load_tensors
 from megatron_mode.checkpoint.sound import check_files
 from megatron_mode.config import Config
+from megatron_mode.engine.plan import layer_file
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.decoder import Decoder
 from megatron_mode.model.layers import transformer_config
@@ -54,7 +55,7 @@ def read_link(
 ) -> dict[str, Tensor]:
     """Read one link's parameters from its checked `layer_II-model_TT` files, joined."""
     parts = manifest.layout["tensor"]
-    names = [f"layer_{index:02d}-model_{part:02d}-model_states.pt" for part in range(parts)]
+    names = [layer_file(index, part) for part in range(parts)]
     check_files(folder, manifest, names)
     shards: list[dict[str, Any]] = [load_tensors(folder / name) for name in names]
     return {

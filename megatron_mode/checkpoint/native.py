@@ -25,6 +25,7 @@ from deepspeed.checkpoint.constants import (
 from torch import Tensor
 
 from megatron_mode.checkpoint.safe import load_tensors, weights_only
+from megatron_mode.engine.plan import model_state_file, optimizer_file
 from megatron_mode.engine.topology import Layout
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.sharding import Whole, join_parts, part_shape
@@ -177,13 +178,12 @@ class NativeCheckpoint:
         return self._shards[path]
 
     def _model_file(self, stage: int, part: int) -> Path:
-        return self.folder / f"mp_rank_{self._model_rank(stage, part):02d}_model_states.pt"
+        return self.folder / model_state_file(self._model_rank(stage, part))
 
     def _shard_file(self, stage: int, part: int, data: int) -> Path:
         rank = self._model_rank(stage, part)
-        name = f"zero_pp_rank_{data}_mp_rank_{rank:02d}_optim_states.pt"
-        bf16 = self.folder / f"bf16_{name}"
-        return bf16 if bf16.exists() else self.folder / name
+        fp32, bf16 = (self.folder / optimizer_file(data, rank, bf16=kind) for kind in (False, True))
+        return bf16 if bf16.exists() else fp32
 
     def _model_rank(self, stage: int, part: int) -> int:
         return stage * self.layout.tensor + part

@@ -2,6 +2,7 @@
 
 The batch is the beginning of the run's first rows, every token weighed alike. Digests show that the
 files are those that were written; the probe shows that the model built from them is the same one.
+Letters: B rows, T tokens of a row.
 """
 
 from __future__ import annotations

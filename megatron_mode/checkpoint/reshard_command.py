@@ -18,7 +18,6 @@ from megatron_mode.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from megatron_mode.checkpoint.manifest import Manifest
-    from megatron_mode.config import Config
 
 AXES = ("tensor", "pipeline", "data")
 
@@ -105,7 +104,7 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
     return folder
 
 
-def check_fits(manifest: Manifest, wanted: dict[str, int], source: Path) -> Config:
+def check_fits(manifest: Manifest, wanted: dict[str, int], source: Path) -> None:
     """Raise ConfigError where the layout asked for cannot hold the model of a checkpoint."""
     from megatron_mode.checkpoint.manifest import saved_config
     from megatron_mode.config import check_world_size
@@ -121,7 +120,6 @@ def check_fits(manifest: Manifest, wanted: dict[str, int], source: Path) -> Conf
         raise ConfigError(f"--to cannot hold the model of {source}: {broken}")
     if "data" in wanted:
         check_world_size(changed, sizes["tensor"] * sizes["pipeline"] * sizes["data"])
-    return config
 
 
 def rewrite(source: Path, manifest: Manifest, threads: int, quiet: bool) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from megatron_mode.tokens.row_table import table_path
 from megatron_mode.tokens.shards import SAMPLED, Source
 
 MOST_NAMED = 6
-SINCE_LATER = frozenset({"data.tokenizer"})  # checkpoints of 0.1.0 do not have it
 
 Report = Callable[[int], object]
 
@@ -50,10 +49,9 @@ def check_settings(manifest: Manifest, settings: Mapping[str, Any]) -> None:
 def setting_differences(manifest: Manifest, settings: Mapping[str, Any]) -> dict[str, str]:
     """Return a sentence for each setting of the order that differs from a checkpoint's."""
     saved = manifest.order
-    known = (saved.keys() | settings.keys()) - (SINCE_LATER - saved.keys())
     return {
         key: _difference(key, settings.get(key), saved.get(key))
-        for key in sorted(known)
+        for key in sorted(saved.keys() | settings.keys())
         if saved.get(key) != settings.get(key)
     }
 
@@ -95,7 +93,7 @@ def replay(order: Order, global_rows: int, manifests: Sequence[Manifest], report
     return digest.hex
 
 
-def check_files(
+def check_source_files(
     sources: Sequence[Source], packed_whole: AbstractSet[str], seq_len: int, report: Report
 ) -> int:
     """Hash every file of the sources again; return the bytes read.

@@ -109,12 +109,27 @@ def checkpoint_files(config: Config, layout: Layout, rank: int, *, bf16: bool) -
     if at.data == 0:
         tied_head = "lm_head" if config.model.tied_embeddings else None
         files += [
-            f"layer_{chain.index(link):02d}-model_{at.tensor:02d}-model_states.pt"
+            layer_file(chain.index(link), at.tensor)
             for link in held_links(config, layout.pipeline)[at.pipeline]
             if link != tied_head
         ]
-        files.append(f"mp_rank_{model_rank:02d}_model_states.pt")
+        files.append(model_state_file(model_rank))
     if config.parallel.zero_stage:
-        kind = "bf16_zero" if bf16 else "zero"
-        files.append(f"{kind}_pp_rank_{at.data}_mp_rank_{model_rank:02d}_optim_states.pt")
+        files.append(optimizer_file(at.data, model_rank, bf16=bf16))
     return files
+
+
+def layer_file(link: int, tensor_part: int) -> str:
+    """Name DeepSpeed's file of a link of the chain."""
+    return f"layer_{link:02d}-model_{tensor_part:02d}-model_states.pt"
+
+
+def model_state_file(model_rank: int) -> str:
+    """Name DeepSpeed's file of what is not a parameter; model rank = stage * tensor size + part."""
+    return f"mp_rank_{model_rank:02d}_model_states.pt"
+
+
+def optimizer_file(data_rank: int, model_rank: int, *, bf16: bool) -> str:
+    """Name DeepSpeed's file of a data rank's share of the optimizer state."""
+    kind = "bf16_zero" if bf16 else "zero"
+    return f"{kind}_pp_rank_{data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_mode.config import Config
+from megatron_mode.engine.deepspeed_config import accumulation_steps
 from megatron_mode.engine.topology import Layout
 
 PASSES = {"ForwardPass": 1, "BackwardPass": -1}
@@ -58,7 +59,7 @@ class ScheduleCost(NamedTuple):
 def pipeline_line(config: Config, layout: Layout) -> str:
     """Say what a run's pipeline costs, for its start-up."""
     schedule = config.parallel.schedule
-    micro_batches = config.batch.global_rows // (config.batch.micro_rows * layout.data)
+    micro_batches = accumulation_steps(config, layout.data)
     recompute = config.parallel.activation_checkpointing == "full"
     backward = BACKWARD_COST + recompute
     return f"{schedule}, {schedule_cost(schedule, layout.pipeline, micro_batches, 1.0, backward)}"

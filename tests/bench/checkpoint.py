@@ -74,7 +74,7 @@ def measure_saves(run: Run, rounds: int) -> dict[str, object]:
     take_step(run, record, 0, steps)
     checkpoints = Checkpoints(run.engine, run.folder, run.corpus.root / "tokenizer.model", probe)
     stalls: dict[bool, list[float]] = {True: [], False: []}
-    wholes, probes = [], []
+    probes = []
     for number in range(rounds + 1):
         for background in (False, True):
             settings = run.config.checkpoint.model_copy(update={"asynchronous": background})
@@ -88,7 +88,6 @@ def measure_saves(run: Run, rounds: int) -> dict[str, object]:
             if number:
                 stalls[background].append(stall_seconds)
                 probes.append(probe_seconds)
-                wholes.append(checkpoints.save_seconds)
     folder = run.folder / "checkpoints" / "step-00000001"
     size = sum(path.stat().st_size for path in folder.iterdir())
     ratios = [a / b for a, b in zip(stalls[True], stalls[False], strict=True)]

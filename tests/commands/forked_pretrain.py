@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from free_port import free_port
 from tiny_run import PRETRAIN, ROOT, Outcome, variables
 
 SERVER = Path(__file__).with_name("pretrain_server.py")
@@ -62,13 +62,14 @@ class Server:
 
     def run_world(self, world_size: int, *words: str | Path) -> list[Outcome]:
         """Start a run of several processes as a launcher does, and wait for their ends."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        return [run.wait() for run in self.start_world(world_size, *words)]
+
+    def start_world(self, world_size: int, *words: str | Path) -> list[Started]:
+        """Start a run of several processes without waiting for it."""
+        port = str(free_port())
         world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks = map(str, range(world_size))
-        started = [self.start(*words, RANK=rank, LOCAL_RANK=rank, **world) for rank in ranks]
-        return [run.wait() for run in started]
+        return [self.start(*words, RANK=rank, LOCAL_RANK=rank, **world) for rank in ranks]
 
     def close(self) -> None:
         """End the server; taking torch down in good order costs seconds."""

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -19,16 +18,6 @@ STALL_SECONDS = 3
 
 def events(run):
     return [json.loads(line) for line in (run / "health.jsonl").read_text().splitlines()]
-
-
-def start_world(server, world_size, *words):
-    """Start a run of several processes without waiting for it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = map(str, range(world_size))
-    return [server.start(*words, RANK=rank, LOCAL_RANK=rank, **world) for rank in ranks]
 
 
 def wait_for_lines(run, count, started):
@@ -75,7 +64,7 @@ def test_a_stopped_rank_ends_the_run_with_its_name_and_stacks(stopped, server, t
         f"health.stall_seconds={STALL_SECONDS}",
     )
     words = (*words, "model.kv_heads=2")
-    started = start_world(server, 4, *words)
+    started = server.start_world(4, *words)
     try:
         wait_for_lines(run, 4, started)
         os.kill(started[stopped].process_id, signal.SIGSTOP)

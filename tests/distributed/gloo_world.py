@@ -9,11 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import time
 import traceback
 from pathlib import Path
+
+from free_port import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,12 +23,6 @@ def context():
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["megatron_mode.train"])
     return server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _worker(rank, world_size, port, function, args, folder):

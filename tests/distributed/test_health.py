@@ -11,6 +11,7 @@ import health_rank
 import pytest
 import resume_rank
 import torch
+from free_port import free_port
 from run_files import metrics
 
 from megatron_mode.__main__ import run_verb
@@ -260,7 +261,7 @@ def test_a_rank_that_hangs_outside_the_steps_ends_the_run_too(inside, said, smal
 
 @pytest.mark.distributed
 def test_a_process_whose_peers_do_not_come_says_where_it_waited():
-    port = gloo_world.free_port()
+    port = free_port()
     ((kind, sentence),) = gloo_world.run_world(1, health_rank.wait_in_vain, port)
     assert kind == "StallError"
     assert sentence.startswith(f"rank 0 of 2 processes did not meet all others at 127.0.0.1:{port}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import gloo_world
 import preemption_rank
 import pytest
 import resume_rank
+from free_port import free_port
 from run_files import metrics
 
 from megatron_mode.config import dump_config
@@ -127,12 +127,6 @@ class Launched:
             time.sleep(0.05)
         assert left == {}
         return status
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def saved_step(run_dir):
