@@ -24,7 +24,6 @@ from megatron_mode.engine.failures import (
 from megatron_mode.engine.job_end import job_end_seconds
 from megatron_mode.engine.launch import identify, prepare_environment, quiet_libraries
 from megatron_mode.engine.stopping import STOPPED, Reason, StopRequest
-from megatron_mode.errors import MegatronModeError
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -66,26 +65,25 @@ def run(arguments: list[str], request: StopRequest) -> int:
         # A write to a full disk names no file; whatever a run writes lies in its folder.
         error.filename = error.filename or config.run.dir
         raise
-    except MegatronModeError:
-        raise
-    except RuntimeError:
-        status = peers_status(os.environ)
-        if status is None:
-            raise
-        return status
-    except Exception:
-        note_failure(FAULT)
-        raise
     return STOPPED if stop else 0
 
 
 def main(arguments: list[str]) -> int:
     """Run; return one of the statuses in README.md's table."""
     request = StopRequest().listen()
-    status = exit_status(
-        lambda: run(arguments, request),
-        lambda status: wait_to_speak(os.environ, status, lambda: request.reason is Reason.SIGTERM),
-    )
+    try:
+        status = exit_status(
+            lambda: run(arguments, request),
+            lambda said: wait_to_speak(os.environ, said, lambda: request.reason is Reason.SIGTERM),
+        )
+    except RuntimeError:
+        found = peers_status(os.environ)
+        if found is None:
+            raise
+        status = found
+    except Exception:
+        note_failure(FAULT)
+        raise
     if status not in (0, STOPPED):
         outlast_peers(os.environ)
     return status

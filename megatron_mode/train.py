@@ -39,7 +39,7 @@ from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.mix.rows import RowReader
 from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.model.size import parameters
-from megatron_mode.recovery import Recovery, tell_stall
+from megatron_mode.recovery import Recovery, tell_stall, write_event
 from megatron_mode.report.evaluate import evaluate_source
 from megatron_mode.report.finish import FINAL_ROWS_FACTOR, finish_run
 from megatron_mode.report.line import StepTimer, metrics_line
@@ -76,7 +76,10 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
     data = open_data(config)
     join_group(process, config.run.threads, config.health)
     say_stall = partial(tell_stall, data.folder)
-    with Watchdog(data.folder, config.health, say_stall) as watchdog, run_lock(data.folder):
+    with (
+        Watchdog(data.folder, config.health, say_stall) as watchdog,
+        run_lock(data.folder, process),
+    ):
         run = build_run(data, process)
         stopping = Stopping(
             request, run.config.run, run.engine.largest_over_ranks, finish_factor=FINAL_ROWS_FACTOR
@@ -84,8 +87,7 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
         stop, done = take_steps(run, stopping, watchdog)
         end = ""
         if not stop:
-            watchdog.beat("the final report", is_long=True)
-            stop, end = finish(run, stopping)
+            stop, end = finish(run, stopping, watchdog)
         if run.reports:
             print(stopping.sentence(stop, done) if stop else end)
         dist.barrier()
@@ -98,6 +100,7 @@ def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason
     record = OrderRecord.start(config, run.corpus, run.order)
     probe = Probe(run.order, run.reader)
     checkpoints = Checkpoints(engine, run.folder, run.corpus.root / TOKENIZER_NAME, probe)
+    watchdog.beat("the resume", is_long=True)
     first_step, notes = resume(engine, run.folder, record, run.order, probe)
     if run.reports:
         announce(run, first_step, notes)
@@ -171,6 +174,8 @@ def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
     print(accelerator_table(chosen))
     for note in notes:
         print(note)
+        if note.startswith("WARNING"):
+            write_event(run.folder, "checkpoint", note, "fallback")
     for warning in warnings(run.order):
         print(f"note: {warning}")
     for source in run.corpus.valid:
@@ -216,12 +221,17 @@ def evaluate(run: Run) -> dict[str, object]:
     return valid_metrics(results)
 
 
-def finish(run: Run, stopping: Stopping) -> tuple[Reason, str]:
+def finish(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason, str]:
     """Evaluate, write summary and report; return the figures that one asks for first.
 
     A run that is asked to stop meanwhile leaves the report to its next start, and says why.
     """
-    summary, stop = finish_run(run.engine, run.folder, run.corpus, stopping.in_the_end)
+
+    def asked_to_stop() -> Reason:
+        watchdog.beat("the final report", is_long=True)
+        return stopping.in_the_end()
+
+    summary, stop = finish_run(run.engine, run.folder, run.corpus, asked_to_stop)
     if stop or not run.reports:
         return stop, ""
     keys = ("valid_lm_loss", "unigram_entropy", "valid_mode_auroc", "valid_mode_auroc_chat")

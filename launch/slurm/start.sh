@@ -13,6 +13,14 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 
+case ${MODE_LAUNCHER:-srun} in
+srun | deepspeed) ;;
+*)
+    echo "error: MODE_LAUNCHER is '$MODE_LAUNCHER': accepted is srun or deepspeed" >&2
+    exit 2
+    ;;
+esac
+
 # Run launch/pretrain.py with the given arguments in all processes of the job; set `status`.
 # MODE_LAUNCHER chooses: srun (default), or deepspeed, which calls srun itself.
 start_training() {
@@ -34,10 +42,6 @@ start_training() {
             --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" launch/pretrain.py "$@" ||
             status=$?
         rm -f "$hostfile"
-        ;;
-    *)
-        echo "error: MODE_LAUNCHER is '$MODE_LAUNCHER': accepted is srun or deepspeed" >&2
-        exit 2
         ;;
     esac
 }

@@ -53,6 +53,9 @@ class Manifest:
         return replace(self, files=dict(sorted(files.items())))
 
 
+_ADAPTER = TypeAdapter(Manifest)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest and its seal, durably."""
     write_sealed(folder, asdict(manifest))
@@ -77,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} is not a manifest of format {FORMAT}: it was written by another version; "
                 "start a new run.dir or use that version"
             )
-        return _checked(TypeAdapter(Manifest).validate_json(data, strict=True))
+        return _checked(_ADAPTER.validate_json(data, strict=True))
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

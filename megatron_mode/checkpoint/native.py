@@ -98,7 +98,7 @@ class NativeCheckpoint:
         """Return how many updates a parameter has had."""
         stage = self.stages_of(name)[0]
         state = _optimizer_state(self._shard(stage, 0, 0), self._groups[stage][name])
-        count: Tensor = state.get("step", torch.tensor(0.0))
+        count: Tensor = state["step"] if state else torch.tensor(0.0)
         return count.clone()
 
     def _join(self, stage: int, name: str, state: str) -> Tensor:
@@ -114,6 +114,7 @@ class NativeCheckpoint:
         """Join what the data ranks hold of one tensor part, flat, in their order."""
         group = self._groups[stage][name]
         pieces: list[Tensor] = []
+        updated: set[bool] = set()
         for data in range(self.layout.data):
             shard = self._shard(stage, part, data)
             address = shard[PARAM_SLICE_MAPPINGS][group].get(name)
@@ -123,9 +124,10 @@ class NativeCheckpoint:
                 if state != WEIGHT:
                     moments = _optimizer_state(shard, group)
                     flat = moments[state] if moments else torch.zeros_like(weights)
+                    updated.add(bool(moments))
                 pieces.append(flat.narrow(0, address.start, address.numel))
         shape = part_shape(self.wholes[name], self.layout.tensor)
-        if sum(piece.numel() for piece in pieces) != math.prod(shape):
+        if sum(piece.numel() for piece in pieces) != math.prod(shape) or len(updated) > 1:
             raise CheckpointError(
                 f"{self._shard_file(stage, part, 0)} and those of the other data ranks do not hold "
                 f"all of {name}: the checkpoint is not complete; name another"

@@ -70,6 +70,9 @@ class UniversalManifest:
     format: str = FORMAT
 
 
+_ADAPTER = TypeAdapter(UniversalManifest)
+
+
 def cut_of(engine: Engine) -> str:
     """Name what decides which parts a rank of this run holds: the layout and the schedule."""
     return f"{engine.layout} ({engine.config.parallel.schedule})"
@@ -88,7 +91,7 @@ def universal_manifest(source: Path) -> UniversalManifest | None:
     """
     folder = universal_of(source)
     try:
-        found = TypeAdapter(UniversalManifest).validate_json(read_sealed(folder), strict=True)
+        found = _ADAPTER.validate_json(read_sealed(folder), strict=True)
     except (CheckpointError, ValueError, RecursionError):
         return None
     if not files_of_parameters(found.parameters) <= found.files.keys():

@@ -50,14 +50,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mode.quiet import import_quietly
 
     import_quietly("megatron_mode.checkpoint.reshard", threads=1)
-    from megatron_mode.checkpoint.lock import held
+    from megatron_mode.checkpoint.lock import PATIENCE_SECONDS, held
     from megatron_mode.checkpoint.manifest import read_manifest
 
     source = find_checkpoint(args.run, args.step)
     manifest = read_manifest(source)
     check_fits(manifest, wanted, source)
     begin = time.perf_counter()
-    with held(source.parent):
+    holder = f"megatron-mode reshard, process {os.getpid()}"
+    with held(source.parent, holder, PATIENCE_SECONDS):
         answer = rewrite(source, manifest, args.threads or len(os.sched_getaffinity(0)), args.json)
     answer |= {"to": wanted or None, "seconds": round(time.perf_counter() - begin, 3)}
     print(json.dumps(answer) if args.json else text_of(answer))

@@ -15,7 +15,7 @@ from megatron_mode.checkpoint.folders import (
     set_aside,
     tag_of,
 )
-from megatron_mode.checkpoint.manifest import Manifest, read_manifest
+from megatron_mode.checkpoint.manifest import Manifest, read_manifest, saved_config
 from megatron_mode.checkpoint.probe import Probe, check_probe
 from megatron_mode.checkpoint.record import OrderRecord, precision_name
 from megatron_mode.checkpoint.reshard import cut_of, saved_cut, universal_for
@@ -56,6 +56,10 @@ def resume(
                 raise
             failed.append((candidate, error))
             continue
+        except CheckpointError as error:
+            if not failed:
+                raise
+            raise CheckpointError(f"{error}; passed over before: {failed[0][1]}") from error
         if failed:
             aside = from_rank_0(partial(_set_aside, [path for path, _ in failed], candidate))
             warnings = [
@@ -82,16 +86,19 @@ def _resume_from(
     check_resumable(manifest, config, precision_name(config), differences)
     record.restore(manifest, order, config.batch.global_rows)
     notes = _load(engine, newest, manifest, folder)
+    found = probe.measure(engine)
+    # Ranks on other machines than the one that wrote the manifest have other conditions.
+    differs = engine.largest_over_ranks(found["conditions"] != manifest.probe["conditions"])
+    check_probe(manifest.probe, found, manifest.precision, str(newest), exact=not differs)
     engine.blocked_shares = BlockedShares(*manifest.blocked_shares)
     engine.judge.restore(manifest.recent_losses, manifest.skips)
-    found = probe.measure(engine)
-    check_probe(manifest.probe, found, manifest.precision, str(newest))
     return manifest.step, notes
 
 
 def _read(folder: Path) -> Manifest:
-    """Read a manifest that must be of the step in the folder's name."""
+    """Read a manifest that must be of this version and of the step in the folder's name."""
     manifest = read_manifest(folder)
+    saved_config(manifest, folder)
     if folder.name != tag_of(manifest.step):
         raise CheckpointError(
             f"{folder} holds the checkpoint of step {manifest.step}: accepted is "

@@ -12,24 +12,23 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_mode.checkpoint.files import is_write_failure
-from megatron_mode.errors import CheckpointError
+from megatron_mode.errors import CheckpointError, MegatronModeError
 
 Answer = TypeVar("Answer")
 
 
 def from_rank_0(ask: Callable[[], Answer]) -> Answer:
-    """Return what `ask` returns on rank 0, or raise the CheckpointError that it raises there."""
+    """Return what `ask` returns on rank 0; what a user can mend is raised on all ranks."""
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             told[0] = ask()
-        except CheckpointError as error:
-            told[1] = (type(error), str(error))
+        except (MegatronModeError, OSError) as error:
+            told[1] = error
     dist.broadcast_object_list(told, src=0)
     answer, refusal = told
     if refusal is not None:
-        kind, sentence = refusal
-        raise kind(sentence)
+        raise refusal
     found: Answer = answer
     return found
 

@@ -24,6 +24,7 @@ from megatron_mode.checkpoint.files import FileRecord, save_tensors
 from megatron_mode.checkpoint.safe import load_tensors, weights_only
 from megatron_mode.checkpoint.snapshot import Snapshots
 from megatron_mode.checkpoint.universal import universal_loading
+from megatron_mode.engine.failures import is_torn
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 
@@ -120,6 +121,8 @@ def restore(engine: Engine, folder: Path, *, universal: bool = False) -> None:
     except CheckpointError:
         raise
     except Exception as error:
+        if is_torn(error):
+            raise  # a peer is gone; the files are not to blame
         if isinstance(error, UnpicklingError):
             _refuse_by_name(folder)  # DeepSpeed reads universal files by itself
         raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -69,7 +70,9 @@ def join_group(process: Process, threads: int, health: HealthConfig | None = Non
     torch.set_num_threads(cpu_threads(threads, process.local_world_size))
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(choose_device(process, torch.cuda.device_count()))
+        device = choose_device(process, torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes it for the number of the GPU
         backend = "nccl"
     # DeepSpeed's shared-memory collective leaves 64 MB a rank in /dev/shm after every run, and only
     # inference calls it: 300 leftovers filled a machine's memory.
@@ -83,7 +86,7 @@ def join_group(process: Process, threads: int, health: HealthConfig | None = Non
                 verbose=False,
                 timeout=group_timeout(health or HealthConfig()),
             )
-    except dist.DistError as error:
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise meeting_failure(process, error) from error
 
 
@@ -106,6 +109,12 @@ def group_timeout(health: HealthConfig) -> timedelta:
     """Return after which time a collective gives up: later than the watchdog speaks."""
     patience_seconds = max(health.stall_seconds, health.start_stall_seconds)
     return GROUP_TIMEOUT + min(timedelta(seconds=min(patience_seconds, 1e9)), LONGEST_PATIENCE)
+
+
+def limit_groups(health: HealthConfig) -> None:
+    """Let all groups of this rank wait as long; DeepSpeed's give up after ten or thirty minutes."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(group_timeout(health), group)
 
 
 def meeting_failure(process: Process, error: RuntimeError) -> MegatronModeError:
@@ -133,6 +142,7 @@ def build_mesh(config: Config, world_size: int) -> Layout:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         create_gloo_process_groups=False,  # a second set of groups, for megatron's own checkpoints
+        distributed_timeout_minutes=group_timeout(config.health) // timedelta(minutes=1),
     )
     return layout
 
@@ -185,6 +195,7 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
     """
     dtype = choose_dtype(config)
     stage = build_stage(config, layout, vocab_tokens, dtype)
+    limit_groups(config.health)
     coordinates = layout.coordinates(dist.get_rank())
     initialise(
         stage.named_links(),
@@ -201,9 +212,7 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
             optimizer=adamw(config.optimizer, named, implementations(config).adamw),
             config=deepspeed_config(config, layout.data, bf16=bf16),
         )
-    # Those of megatron-core and DeepSpeed give up after ten or thirty minutes of their own.
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(group_timeout(config.health), group)
+    limit_groups(config.health)
     return Engine(config, layout, pipeline_engine)
 
 

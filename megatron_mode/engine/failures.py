@@ -2,7 +2,8 @@
 
 The first process that fails speaks and leaves its exit status in the store that the group met at.
 It tears the others out of their collectives, with errors of their own that say nothing: they keep
-quiet and leave with the same status.
+quiet and leave with the same status. The store goes with rank 0: where that has failed alone, the
+others leave with 1.
 """
 
 from __future__ import annotations
@@ -62,6 +63,16 @@ def peers_status(environment: Mapping[str, str]) -> int | None:
     if order is None:
         return None if _is_rank_0(environment) else FAULT
     return None if order == 1 else _told_status()
+
+
+def is_torn(error: BaseException) -> bool:
+    """Tell whether a collective failed because a peer is gone; gloo has no class for it."""
+    from torch.distributed import DistError
+
+    signs = ("third_party/gloo", "by peer")
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def is_first_to_tell() -> bool:

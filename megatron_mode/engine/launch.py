@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mode.errors import ConfigError
 
@@ -27,6 +27,10 @@ class Process:
     master_addr: str
     master_port: int
     launcher: str
+    job: str = ""
+    """Number of the Slurm job, where there is one."""
+    restarts: int = 0
+    """How often Slurm has put the job back in the queue."""
 
 
 def identify(environment: Mapping[str, str]) -> Process:
@@ -41,7 +45,11 @@ def identify(environment: Mapping[str, str]) -> Process:
     else:
         process = Process(0, 1, 0, 1, "127.0.0.1", _free_port(), "python")
     _check_agreement(process, environment)
-    return process
+    return replace(
+        process,
+        job=environment.get("SLURM_JOB_ID", ""),
+        restarts=_integer(environment, "SLURM_RESTART_COUNT", default=0),
+    )
 
 
 def _from_torch_variables(environment: Mapping[str, str]) -> Process:

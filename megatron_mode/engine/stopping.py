@@ -3,7 +3,8 @@
 SIGTERM and SIGUSR1 only set a flag. After each step all ranks agree on the largest reason that one
 of them has, by an all-reduce of one number, and so stop at the same step, save and leave with
 `STOPPED`. A signal during an evaluation or a save waits for its end, one more changes nothing, and
-every start takes at least one step, so that a run which is stopped again and again still moves on.
+every start takes at least one step, while there is one, so that a run which is stopped again and
+again still moves on.
 """
 
 from __future__ import annotations

@@ -34,13 +34,15 @@ class Arrival(NamedTuple):
 
     beats: int
     doing: str
+    is_long: bool = False
 
 
 class Watchdog:
     """Watch over this rank of a run; use it as a context on all ranks at once.
 
     `health.stall_seconds` 0 watches nothing. Where the run stalls, one rank calls `report` with a
-    sentence, and the process ends with that of StallError.
+    sentence, or each where the disk does not let them meet, and the process ends with the status of
+    StallError.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Watchdog:
         # A called rank looks for the file once an interval; network file systems show it late.
         self._grace_seconds = min(max(stall_seconds / 10, 2.0), 60.0)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._at, self._is_long = Arrival(0, "the start"), True
+        self._at = Arrival(0, "the start", is_long=True)
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -63,8 +65,7 @@ class Watchdog:
 
         `is_long` tells that it may take `health.start_stall_seconds`.
         """
-        self._is_long = is_long
-        self._at = Arrival(self._at.beats + 1, doing)
+        self._at = Arrival(self._at.beats + 1, doing, is_long)
 
     def __enter__(self) -> Watchdog:
         # Files of a stall before this start stay, and are told apart by the run's own number.
@@ -110,7 +111,7 @@ class Watchdog:
         """Return how long the work in hand may take, and the key that says so."""
         of_step = (self._health.stall_seconds, "stall_seconds")
         of_start = (self._health.start_stall_seconds, "start_stall_seconds")
-        return max(of_start, of_step) if self._is_long else of_step
+        return max(of_start, of_step) if self._at.is_long else of_step
 
     def _end_run(self) -> None:
         """Write the stacks, wait for those of the others, name who is missing, and exit."""
@@ -134,7 +135,7 @@ class Watchdog:
         path = self._stacks / f"rank-{self._rank:05d}.txt"
         unfinished = path.with_suffix(".tmp")
         with unfinished.open("w", encoding="utf-8") as file:
-            beats, doing = self._at
+            beats, doing, _ = self._at
             print(f"run {self._number} rank {self._rank} beats {beats} in {doing}", file=file)
             file.flush()
             faulthandler.dump_traceback(file=file, all_threads=True)

@@ -73,9 +73,12 @@ class RunFolder:
 
 def number(value: object) -> float | None:
     """Return a finite number as float, and None for anything else JSON can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # JSON has whole numbers of any length
+        return None
 
 
 def read_run(run_dir: Path) -> RunFolder:
@@ -125,6 +128,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[Point]], int, int]:
         for line in lines:
             try:
                 row = json.loads(line)
+                float(row["tokens_seen"])  # whole numbers that no float holds are no tokens
                 last_step, tokens_seen = int(row["step"]), int(row["tokens_seen"])
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -150,11 +152,34 @@ def test_what_is_in_use_is_not_touched(
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.3)
     before = tree(run)
-    with lock.held(run / "checkpoints"):
+    with lock.held(run / "checkpoints", "process 7 on a", 0.3):
         sentence = refusal(verb("reshard", run))
-        assert f"{run / 'checkpoints'} is in use by process " in sentence
+        assert f"{run / 'checkpoints'} is in use by process 7 on a: accepted" in sentence
     assert tree(run) == {**before, "checkpoints/.lock": b""}
     assert verb("reshard", run).status == 0
+
+
+def test_a_lock_that_another_user_holds_back_is_no_free_one(
+    verb: Call, run: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, *arguments: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(lock.os, "open", denied)
+    sentence = refusal(verb("reshard", run))
+    assert f"{run / 'checkpoints/.lock'} cannot be used: Permission denied" in sentence
+
+
+def test_what_stands_in_the_way_is_told_by_all_ranks(
+    server: Server, trained: Trained, tmp_path: Path
+) -> None:
+    """Only rank 0 looks; the others need not be torn out of a collective."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/checkpoints").touch()
+    places = ("--config", trained.config, f"data.root={trained.data}", f"run.dir={tmp_path / 'r'}")
+    outcomes = server.run_world(2, *places)
+    assert [outcome.status for outcome in outcomes] == [2, 2], outcomes
+    assert "".join(outcome.err for outcome in outcomes).count("error: ") == 1
 
 
 def test_a_second_run_of_a_folder_is_refused(
@@ -163,12 +188,12 @@ def test_a_second_run_of_a_folder_is_refused(
     """It would clear away what the first one writes; the first one ends as if alone."""
     places = ("--config", trained.config, f"data.root={trained.data}", f"run.dir={tmp_path / 'r'}")
     words = (*places, "run.eval_every_steps=0", "checkpoint.every_steps=1", "checkpoint.keep=1")
-    with lock.held(made(tmp_path / "r" / "checkpoints")):
+    with lock.held(made(tmp_path / "r" / "checkpoints"), "process 7 on a", 0.3):
         outcomes = server.run_world(2, *words)
     assert [outcome.status for outcome in outcomes] == [2, 2], outcomes
     said = "".join(outcome.err for outcome in outcomes)
     assert said.count("error: ") == 1
-    assert "is in use by process " in said
+    assert "is in use by process 7 on a: " in said
     assert not (tmp_path / "r/metrics.jsonl").exists()
     assert [one.status for one in server.run_world(2, *words)] == [0, 0]
 
@@ -201,6 +226,14 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 
+OTHERWISE = {
+    ("format", "2"): "manifest.json is not a manifest of format 2",
+    ("config", "{}"): "holds no config of this version",
+    ("recent_digests", "[]"): "manifest.json is damaged (recent_digests do not end with step 3)",
+    ("recent_digests", "[[2, 'x']]"): "manifest.json is damaged (recent_digests do not end with",
+}
+
+
 @pytest.mark.parametrize(("key", "value"), WRONG)
 def test_a_manifest_of_other_types_is_refused(
     verb: Call, pretrain: Call, run: Path, key: str, value: Any, alone: None
@@ -211,7 +244,9 @@ def test_a_manifest_of_other_types_is_refused(
     manifest = json.loads((folder / "manifest.json").read_text())
     write_sealed(folder, {**manifest, key: value})
     before = tree(run / "checkpoints")
-    assert "manifest" in refusal(verb("reshard", run))
+    expected = OTHERWISE.get((key, str(value)), f"manifest.json is damaged ({key}")
+    assert expected in refusal(verb("reshard", run))
+    assert expected in refusal(pretrain("run.steps=4"))
     after = {name: data for name, data in tree(run / "checkpoints").items() if name != ".lock"}
     assert after == {name: data for name, data in before.items() if name != ".lock"}
 
@@ -239,7 +274,7 @@ def write_sealed(folder: Path, manifest: dict[str, Any]) -> None:
     written.write_sealed(folder, manifest)
 
 
-def test_a_universal_folder_that_names_no_files_is_made_anew(
+def test_a_universal_folder_that_names_no_files_is_refused(
     verb: Call, run: Path, alone: None
 ) -> None:
     assert verb("reshard", run).status == 0

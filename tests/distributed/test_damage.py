@@ -138,6 +138,9 @@ def test_a_model_that_differs_from_the_saved_one_is_refused(trained, tmp_path):
     said = f"{CHECKPOINT} is loaded, but its probe has lm_loss"
     with pytest.raises(RuntimeError, match=said):
         gloo_world.run_world(4, resume_rank.run_training, config)
+    elsewhere = resume_rank.make_config(config.data.root, shutil.copytree(run, tmp_path / "other"))
+    told = gloo_world.run_world(4, resume_rank.run_elsewhere, elsewhere)
+    assert told == [None] * 4, "where one rank differs, all of them allow for rounding"
     config = resume_rank.make_config(config.data.root, run, checkpoint=FALLBACK)
     assert gloo_world.run_world(4, resume_rank.run_training, config) == [3] * 4
     assert (run / "checkpoints" / f"{CHECKPOINT}.damaged").is_dir()

@@ -145,7 +145,7 @@ def test_missing_and_damaged_pieces_are_left_out_and_named(make_run):
     assert "3 steps" in words
 
 
-WRONG = (None, 5, -1, math.inf, math.nan, 10**40, True, "x", "", [], {}, [1], {"a": 1}, [[]])
+WRONG = (None, 5, -1, math.inf, math.nan, 10**400, True, "x", "", [], {}, [1], {"a": 1}, [[]])
 FILES = ("summary.json", "heatmap.json", "environment.json", "metrics.jsonl")
 
 
