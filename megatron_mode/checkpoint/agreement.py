@@ -32,6 +32,7 @@ FREE_KEYS = (
     "parallel.sequence_parallel",
     "loss.check_targets",
 )
+END_KEY = "mix.mode2_fraction.end_tokens"
 # The order's own record judges these, by what they do to the rows.
 ORDER_KEYS = ("mix.mode1.", "mix.mode2.", "mix.mode2_fraction.", "mix.edits.")
 
@@ -68,6 +69,12 @@ def check_resumable(
     if manifest.precision != precision:
         differing.append(f"precision is {precision}, the checkpoint has {manifest.precision}")
     differing += _changed_past(manifest, config)
+    end_tokens = manifest.order.get(END_KEY)
+    if END_KEY in order_differences and config.run.steps != manifest.config["run"]["steps"]:
+        differing.append(
+            f"{END_KEY} follows run.steps where it is not given: set it to {end_tokens} to keep "
+            "the plan"
+        )
     if differing:
         raise CheckpointError(
             f"the checkpoint at step {manifest.step} belongs to another run: "

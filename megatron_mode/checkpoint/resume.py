@@ -53,7 +53,7 @@ def resume(
             step, notes = _resume_from(engine, candidate, folder, record, order, probe)
         except DamagedError as error:
             if not engine.config.checkpoint.fallback:
-                raise
+                raise _with_way_out(error) from None
             failed.append((candidate, error))
             continue
         except CheckpointError as error:
@@ -63,7 +63,8 @@ def resume(
         if failed:
             aside = from_rank_0(partial(_set_aside, [path for path, _ in failed], candidate))
             warnings = [
-                f"WARNING: {path.name} was set aside as {name}: {error}"
+                f"WARNING: {path.name} was set aside as {name}: {_what(error)}; {candidate.name} "
+                "is taken instead"
                 for name, (path, error) in zip(aside, failed, strict=True)
             ]
             notes = warnings + notes
@@ -74,6 +75,20 @@ def resume(
             "one, or start a new run.dir"
         )
     return 0, []
+
+
+def _what(error: DamagedError) -> str:
+    """Return what is wrong, without what to do about it."""
+    return str(error).partition("; ")[0]
+
+
+def _with_way_out(error: DamagedError) -> DamagedError:
+    """Name the key that a run can be started with, where the sentence does not."""
+    if "checkpoint.fallback" in str(error):
+        return error
+    return DamagedError(
+        f"{_what(error)}; mend it, or set checkpoint.fallback=true to go on from the one before"
+    )
 
 
 def _resume_from(

@@ -18,7 +18,8 @@ class HealthConfig(Section):
     spike_window_steps: Count = 64
     """Steps whose losses a spike is judged by; none is found before so many are taken."""
     spike_factor: Positive = 12.0
-    """A loss spikes above the window's median + this times its median absolute deviation."""
+    """A loss spikes above the window's median + this times its median absolute deviation, which
+    counts as at least 1 % of the median."""
     rollback_steps: Count = 1
     """Steps whose updates a rollback leaves out: the one at fault and those right before it."""
     max_skips: CountOrZero = 8

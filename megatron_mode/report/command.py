@@ -1,4 +1,4 @@
-"""Serve `megatron-mode report`: write the HTML page of one or several runs."""
+"""Write the HTML page of one or several runs."""
 
 from __future__ import annotations
 

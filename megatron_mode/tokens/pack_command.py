@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
             )
     if not names:
         raise DataError(
-            f"{args.root} holds no Mode 2 source; name the sources to pack with --sources"
+            f"{args.root} holds no Mode 2 source: name a folder that `megatron-mode prepare` "
+            "wrote, or the sources to pack with --sources"
         )
     # All are opened before the first is written: a name that is wrong leaves nothing behind.
     sources = [Source.open(args.root, n, read_info(args.root, n).get("mode", 1)) for n in names]

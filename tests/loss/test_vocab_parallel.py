@@ -61,20 +61,26 @@ def test_every_sharding_equals_one_rank_and_gives_all_ranks_the_same_bits(ranks)
     assert len(cases) == 6 * 4 + 2 + 3 * 4
     for key in cases:
         size = int(key[0][-1])
-        whole = ranks[0]["whole", key[2]]
-        rounded = key[2] == "torch.bfloat16" or key[1] == "bf16 sum"
-        tolerance = 4e-3 if rounded else 3e-6
+        plain, truth = ranks[0]["whole", key[2]], ranks[0]["whole", "torch.float32"]
+        tolerance = 4e-3 if key[1] == "bf16 sum" else 3e-6
         for first in range(0, 4, size):
             members = [ranks[rank][key] for rank in range(first, first + size)]
             gathered = members[0] | {SHARDED: torch.cat([member[SHARDED] for member in members])}
-            for name, expected in whole.items():
+            for name, expected in truth.items():
                 if name != SHARDED:
                     for member in members:
                         assert torch.equal(member[name], members[0][name]), (key, name)
-                value, expected = gathered[name].double(), expected.double()
-                error = (value - expected).norm() / expected.norm().clamp(min=1.0)
-                assert error <= tolerance, (key, name, float(error))
-        assert whole["blocked_BT"].any()
+                error = distance(gathered[name], expected)
+                # In bf16 CPUs with and without instructions for it round in other places: judged by
+                # what the same dtype costs plain torch.
+                own = 0.0 if key[2] == "torch.float32" else distance(plain[name], expected)
+                assert error <= 2 * own + tolerance, (key, name, float(error), float(own))
+        assert truth["blocked_BT"].any()
+
+
+def distance(value, expected):
+    value, expected = value.double(), expected.double()
+    return (value - expected).norm() / expected.norm().clamp(min=1.0)
 
 
 @pytest.mark.distributed
