@@ -49,7 +49,7 @@ lint: dev
 	lint-imports
 
 test: lint slurm
-	pytest -m "not slow and not gpu"
+	pytest -m "not slow and not gpu" --durations 25
 
 test-slow: dev
 	pytest -m "slow and not gpu"

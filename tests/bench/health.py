@@ -16,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
 
-import gloo_world
+import gloo_world  # noqa: E402  # it lies beside the tests
 
 ROOT = Path(__file__).resolve().parents[2]
 
