@@ -58,6 +58,18 @@ def test_a_status_that_is_still_on_its_way_is_waited_for(joined):
     assert failures.peers_status(ranks(2)[1]) == failures.FAULT, "it never comes"
 
 
+def test_a_lost_peer_is_told_from_a_file_that_does_not_fit():
+    lost = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+    for error in (
+        RuntimeError(lost),
+        dist.DistNetworkError("timed out"),
+        dist.DistBackendError(""),
+    ):
+        assert failures.is_torn(error)
+    for error in (RuntimeError("size mismatch for weight"), OSError("reset by peer"), ValueError()):
+        assert not failures.is_torn(error)
+
+
 def test_a_rank_whose_store_is_gone_says_nothing_new(joined, monkeypatch):
     def gone():
         raise RuntimeError("Connection reset by peer")

@@ -179,6 +179,13 @@ def test_a_run_that_fills_its_allocation_is_accepted(environment):
     assert identify(environment | {"SLURM_NTASKS": "2", "SLURM_NNODES": "2"}).world_size == 8
 
 
+def test_the_job_and_its_requeues_are_known():
+    alone = identify({})
+    assert (alone.job, alone.restarts) == ("", 0)
+    again = identify(SRUN | {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"})
+    assert (again.job, again.restarts) == ("77", 2)
+
+
 def test_threads_are_an_equal_share_of_the_cores():
     cores = len(os.sched_getaffinity(0))
     assert cpu_threads(0, 1) == cores

@@ -181,6 +181,29 @@ def test_after_the_last_step_the_final_evaluation_must_fit(monkeypatch):
     assert decided.after_step(2, 0.0) is Reason.TIME_LIMIT, "70 s are left, 130 s are needed"
 
 
+def test_a_run_without_evaluations_expects_the_last_one_to_take_its_steps(monkeypatch):
+    """Nothing else is known of it; with none it would run into the limit."""
+    clock = Clock(monkeypatch)
+    run = RunConfig(steps=2, eval_every_steps=0, time_limit_seconds=130, time_margin_seconds=10)
+    decided = Stopping(StopRequest(), run, alone, finish_factor=4)
+    clock.work(600)  # a resume before the first step is no part of it
+    decided.begin_step()
+    clock.now_seconds = 1000.0
+    decided.begin_step()
+    clock.work(30)
+    assert decided.after_step(1, 0.0) is Reason.NONE
+    clock.work(30)
+    assert decided.after_step(2, 0.0) is Reason.TIME_LIMIT, "70 s are left, 130 s are needed"
+
+
+def test_a_signal_in_the_end_is_seen(monkeypatch):
+    asked = StopRequest()
+    decided = Stopping(asked, RunConfig(), alone, finish_factor=4)
+    assert decided.in_the_end() is Reason.NONE
+    asked.reason = Reason.SIGUSR1
+    assert decided.in_the_end() is Reason.SIGUSR1
+
+
 def test_the_end_of_a_job_is_read_or_asked_for(monkeypatch):
     asked = []
 

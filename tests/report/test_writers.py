@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_mode.report.writers import MetricsWriter, _to_json, write_environment, write_summary
+from megatron_mode.report.writers import (
+    MetricsWriter,
+    _to_json,
+    silence_tensorboard,
+    write_environment,
+    write_summary,
+)
 
 
 def lines_of(run_dir):
@@ -21,6 +27,33 @@ def write_steps(run_dir, resume_step, steps):
     with MetricsWriter(run_dir, resume_step) as writer:
         for step in steps:
             writer.write({"step": step, "tokens_seen": step * 64, "loss": 1 / (step + 1)})
+
+
+def test_a_full_disk_fails_tensorboard_in_silence(capsys, monkeypatch):
+    """Its thread fails first; the training loop raises the same."""
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: said.append(failed.exc_type))
+    silence_tensorboard()
+
+    class Writer(threading.Thread):
+        def __init__(self, error):
+            super().__init__()
+            self.error = error
+
+        def run(self):
+            raise self.error
+
+    for module, error in (
+        ("tensorboard.summary.writer.event_file_writer", OSError(28, "No space left on device")),
+        ("tensorboard.summary.writer.event_file_writer", ValueError("a bug")),
+        ("megatron_mode.mix.loader", OSError(28, "No space left on device")),
+    ):
+        Writer.__module__ = module
+        thread = Writer(error)
+        thread.start()
+        thread.join()
+    assert said == [ValueError, OSError]
+    assert capsys.readouterr().err == ""
 
 
 @given(st.floats())
