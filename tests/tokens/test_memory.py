@@ -91,8 +91,8 @@ def test_sixteen_times_the_input(tmp_path: Path) -> None:
         options = ["--tokenizer", model, "--workers", "2", "--out", tmp_path / f"d{times}"]
         peaks.append(peak_bytes(*verb, *options, "--input", *inputs))
     assert max(peaks) - own < MOST_BYTES, (own, peaks)
-    # From the size on at which units fill. Pages of mapped files count too, of which the kernel keeps
-    # more where it has room: 1.05 without them, 1.1 to 1.2 with 24 GB free.
+    # From the size on at which units fill. Pages of mapped files count too, of which the kernel
+    # keeps more where it has room: 1.05 without them, 1.1 to 1.2 with 24 GB free.
     assert peaks[2] < 1.3 * peaks[1], (own, peaks)
 
 
