@@ -143,8 +143,10 @@ def _check_agreement(process: Process, environment: Mapping[str, str]) -> None:
     # Started without srun or a hostfile, a run would take one process or machine and succeed.
     tasks = _integer(environment, "SLURM_NTASKS", default=1)
     nodes = _integer(environment, "SLURM_NNODES", default=1)
-    is_one_machine = process.local_world_size == process.world_size
-    if process.world_size < tasks or (nodes > 1 and is_one_machine):
+    # deepspeed and torchrun start as many on each; srun's nodes may have different numbers.
+    machines = -(-process.world_size // process.local_world_size)
+    too_few_machines = machines < (min(nodes, 2) if process.launcher == "srun" else nodes)
+    if process.world_size < tasks or too_few_machines:
         raise ConfigError(
             f"the allocation has SLURM_NTASKS = {tasks} on SLURM_NNODES = {nodes} but "
             f"{process.launcher} started {process.world_size}, {process.local_world_size} "

@@ -156,6 +156,10 @@ BROKEN = {
         | {"SLURM_NTASKS": "2"},
         "deepspeed started 1, 1 of them",
     ),
+    "two machines of three": (
+        DEEPSPEED | {"SLURM_NTASKS": "3", "SLURM_NNODES": "3"},
+        "SLURM_NTASKS = 3 on SLURM_NNODES = 3 but deepspeed started 8, 4 of them here",
+    ),
     "one machine of two": (
         without(DEEPSPEED, "LOCAL_SIZE") | {"SLURM_NNODES": "2"},
         "SLURM_NNODES = 2",
