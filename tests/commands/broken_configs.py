@@ -141,6 +141,8 @@ def wrong_flag(rng: random.Random, key: str) -> Any:
 
 
 def wrong_list(rng: random.Random, key: str) -> Any:
+    if key == "health.leave_out_steps":  # a list of numbers is what it takes
+        return rng.choice(["x", True, None, {}, [None], ["x"], [[]], [{}], [-1], [0.5], [True]])
     return rng.choice(["x", 3, True, None, {}, {"0": 1}, [1], [None], ["x"], [[]], [[[]]], [{}],
                        [{"name": 3}], [{"nam": "books"}], [{"name": "books"}, 4]])  # fmt: skip
 
