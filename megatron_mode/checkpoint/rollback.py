@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron_mode.checkpoint.folders import (
     CHECKPOINTS_NAME,
-    candidates,
     finished_checkpoints,
     forget_after,
+    step_of,
 )
 from megatron_mode.checkpoint.probe import Probe
 from megatron_mode.checkpoint.record import OrderRecord
@@ -37,11 +37,11 @@ def roll_back(
     Raises HealthError where no checkpoint is old enough. All ranks call it.
     """
     checkpoints = folder / CHECKPOINTS_NAME
-    if not from_rank_0(partial(candidates, checkpoints, first)):
+    finished = from_rank_0(partial(finished_checkpoints, checkpoints))
+    if not any(step_of(folder) <= first for folder in finished):
         left_out = sorted({*engine.config.health.leave_out_steps, *record.skips,
                            *range(first, last + 1)})  # fmt: skip
-        newer = from_rank_0(partial(finished_checkpoints, checkpoints))
-        without = f"delete {checkpoints}, " if newer else ""
+        without = f"delete {checkpoints}, " if finished else ""
         raise HealthError(
             f"step {first} is to be left out, but {folder} has no checkpoint from before it to "
             f"roll back to: {without}set health.leave_out_steps=[{','.join(map(str, left_out))}] "

@@ -58,6 +58,27 @@ def test_nothing_is_set_aside_while_none_is_sound(pretrain: Call, run: Path) -> 
         assert tree(run) == before
 
 
+def test_the_way_out_of_a_damaged_manifest_is_named_and_works(pretrain: Call, run: Path) -> None:
+    path = checkpoint(run, 3) / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    sentence = refusal(pretrain())
+    assert "is not the one in manifest.json.sha256; mend it, or set checkpoint.fallback" in sentence
+    outcome = pretrain("checkpoint.fallback=true")
+    assert outcome.status == 0, outcome
+    assert "; step-00000002 is taken instead" in outcome.out
+    (event,) = [json.loads(line) for line in (run / "health.jsonl").read_text().splitlines()]
+    assert (event["kind"], event["action"]) == ("checkpoint", "fallback")
+
+
+def test_a_longer_run_says_which_key_keeps_its_plan(pretrain: Call) -> None:
+    """A fraction that rises to the end of the run rises otherwise in a longer one."""
+    rising = "mix.mode2_fraction={shape: linear, start: 0.25, end: 0.5}"
+    assert pretrain(rising).status == 0
+    sentence = refusal(pretrain(rising, "run.steps=4"))
+    assert "end_tokens follows run.steps where it is not given: set it to 384 to keep" in sentence
+    assert pretrain(rising, "run.steps=4", "mix.mode2_fraction.end_tokens=384").status == 0
+
+
 def test_another_version_is_no_damage(pretrain: Call, run: Path) -> None:
     seal(checkpoint(run, 3), lambda manifest: manifest.update(format=3))
     before = tree(run)

@@ -203,6 +203,7 @@ def test_what_the_libraries_read_is_exported(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     process = identify(SRUN)
     prepare_environment(process)
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "1", "no helper that a signal kills"
     again = identify(os.environ)
     assert (again.rank, again.world_size, again.local_rank, again.local_world_size) == (9, 11, 1, 3)
     assert (again.master_addr, again.master_port) == ("node1", 29501)
