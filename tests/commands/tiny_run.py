@@ -79,6 +79,11 @@ def refusal(outcome: Outcome) -> str:
     return outcome.err
 
 
+def checkpoint(run: Path, step: int) -> Path:
+    """Return the folder of a run's checkpoint."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Return the files below a folder with their bytes."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
