@@ -20,19 +20,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_mode.checkpoint.order_record import OrderRecord
 from megatron_mode.checkpoint.probe import Probe
-from megatron_mode.checkpoint.record import OrderRecord
 from megatron_mode.checkpoint.rollback import roll_back
 from megatron_mode.checkpoint.save import Checkpoints
-from megatron_mode.engine.failures import is_first_to_tell
 from megatron_mode.engine.health import Verdict
 from megatron_mode.engine.step import Engine, StepResult
-from megatron_mode.engine.watchdog import Watchdog
 from megatron_mode.errors import CheckpointError, DataError, HealthError
+from megatron_mode.mix.audit.row_documents import describe_rows
 from megatron_mode.mix.corpus import Corpus
 from megatron_mode.mix.loader import StepBatch
 from megatron_mode.mix.order import Order, Rows
-from megatron_mode.mix.row_documents import describe_rows
+from megatron_mode.process.failures import is_first_to_tell
+from megatron_mode.process.watchdog import Watchdog
 from megatron_mode.report.writers import HEALTH_FILE, append_event
 
 WORST_ROWS = 4

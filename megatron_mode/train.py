@@ -12,18 +12,19 @@ import torch.distributed as dist
 from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.lock import run_lock
 from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
+from megatron_mode.checkpoint.order_record import OrderRecord
 from megatron_mode.checkpoint.probe import Probe
-from megatron_mode.checkpoint.record import OrderRecord
 from megatron_mode.checkpoint.resume import resume
 from megatron_mode.checkpoint.save import Checkpoints
 from megatron_mode.config import Config, dump_config
 from megatron_mode.engine.accelerators import accelerator_table
 from megatron_mode.engine.build import build_engine, build_mesh, implementations, join_group
-from megatron_mode.engine.launch import Process
 from megatron_mode.engine.schedule_cost import pipeline_line
 from megatron_mode.engine.step import Engine
-from megatron_mode.engine.stopping import Reason, Stopping, StopRequest
-from megatron_mode.engine.watchdog import Watchdog
+from megatron_mode.evaluate.held_out import evaluate_source
+from megatron_mode.evaluate.valid import valid_metrics
+from megatron_mode.finish import FINAL_ROWS_FACTOR, finish_run
+from megatron_mode.mix.audit.forecast import warnings
 from megatron_mode.mix.corpus import (
     Corpus,
     build_order,
@@ -32,19 +33,18 @@ from megatron_mode.mix.corpus import (
     open_corpus,
     resolve_vocabulary,
 )
-from megatron_mode.mix.forecast import warnings
 from megatron_mode.mix.loader import Loader, StepBatch
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.mix.rows import RowReader
 from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.model.size import parameters
+from megatron_mode.process.launch import Process
+from megatron_mode.process.stopping import Reason, Stopping, StopRequest
+from megatron_mode.process.watchdog import Watchdog
 from megatron_mode.recovery import Recovery, tell_stall, write_event
-from megatron_mode.report.evaluate import evaluate_source
-from megatron_mode.report.finish import FINAL_ROWS_FACTOR, finish_run
-from megatron_mode.report.line import StepTimer, metrics_line
 from megatron_mode.report.run_log import RunLog
-from megatron_mode.report.valid import valid_metrics
+from megatron_mode.report.step_metrics import StepTimer, metrics_line
 from megatron_mode.report.writers import write_environment
 
 

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, newest_checkpoint
+from megatron_mode.checkpoint.integrity import check_files
 from megatron_mode.checkpoint.manifest import Manifest, read_manifest, saved_config
-from megatron_mode.checkpoint.safe import load_tensors
-from megatron_mode.checkpoint.sound import check_files
+from megatron_mode.checkpoint.unpickle import load_tensors
 from megatron_mode.config import Config
-from megatron_mode.engine.plan import layer_file
+from megatron_mode.cost.ranks import layer_file
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.decoder import Decoder
 from megatron_mode.model.layers import transformer_config

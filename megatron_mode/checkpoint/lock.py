@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_mode.checkpoint.collective import from_rank_0
 from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME
-from megatron_mode.checkpoint.together import from_rank_0
-from megatron_mode.engine.launch import Process
 from megatron_mode.errors import CheckpointError
+from megatron_mode.process.launch import Process
 
 LOCK_NAME = ".lock"
 # A run that was just killed may take a moment to go. A job that Slurm has put back in the queue

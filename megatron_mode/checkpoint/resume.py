@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_mode.atomic import write_whole
-from megatron_mode.checkpoint.agreement import check_resumable
+from megatron_mode.checkpoint.collective import from_rank_0
 from megatron_mode.checkpoint.folders import (
     CHECKPOINTS_NAME,
     LATEST_NAME,
@@ -15,13 +15,13 @@ from megatron_mode.checkpoint.folders import (
     set_aside,
     tag_of,
 )
+from megatron_mode.checkpoint.integrity import check_shared
 from megatron_mode.checkpoint.manifest import Manifest, read_manifest, saved_config
+from megatron_mode.checkpoint.order_record import OrderRecord, precision_name
 from megatron_mode.checkpoint.probe import Probe, check_probe
-from megatron_mode.checkpoint.record import OrderRecord, precision_name
-from megatron_mode.checkpoint.reshard import cut_of, saved_cut, universal_for
-from megatron_mode.checkpoint.sound import check_shared
-from megatron_mode.checkpoint.together import from_rank_0
-from megatron_mode.checkpoint.verify import setting_differences
+from megatron_mode.checkpoint.replay import setting_differences
+from megatron_mode.checkpoint.reshard.reshard import cut_of, saved_cut, universal_for
+from megatron_mode.checkpoint.resumable import check_resumable
 from megatron_mode.checkpoint.writer import restore
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError, DamagedError

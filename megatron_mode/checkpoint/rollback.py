@@ -5,16 +5,16 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from megatron_mode.checkpoint.collective import from_rank_0
 from megatron_mode.checkpoint.folders import (
     CHECKPOINTS_NAME,
     finished_checkpoints,
     forget_after,
     step_of,
 )
+from megatron_mode.checkpoint.order_record import OrderRecord
 from megatron_mode.checkpoint.probe import Probe
-from megatron_mode.checkpoint.record import OrderRecord
 from megatron_mode.checkpoint.resume import resume
-from megatron_mode.checkpoint.together import from_rank_0
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import HealthError
 from megatron_mode.mix.order import Order

@@ -35,8 +35,8 @@ from megatron_mode.checkpoint.folders import (
     tag_of,
 )
 from megatron_mode.checkpoint.manifest import TOKENIZER_NAME, Manifest, write_manifest
+from megatron_mode.checkpoint.order_record import OrderRecord, make_manifest
 from megatron_mode.checkpoint.probe import Probe
-from megatron_mode.checkpoint.record import OrderRecord, make_manifest
 from megatron_mode.checkpoint.writer import use_writer
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError

@@ -21,12 +21,12 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 )
 
 from megatron_mode.checkpoint.files import FileRecord, save_tensors
-from megatron_mode.checkpoint.safe import load_tensors, weights_only
+from megatron_mode.checkpoint.reshard.universal import universal_loading
 from megatron_mode.checkpoint.snapshot import Snapshots
-from megatron_mode.checkpoint.universal import universal_loading
-from megatron_mode.engine.failures import is_torn
+from megatron_mode.checkpoint.unpickle import load_tensors, weights_only
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
+from megatron_mode.process.failures import is_torn
 
 Finish = Callable[[dict[str, FileRecord], Exception | None], None]
 

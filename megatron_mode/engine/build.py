@@ -17,18 +17,18 @@ from torch.distributed import distributed_c10d
 
 from megatron_mode.config import Config, check_world_size
 from megatron_mode.config.health import HealthConfig
+from megatron_mode.cost.topology import Layout
 from megatron_mode.engine.accelerators import Implementations, choose_implementations
 from megatron_mode.engine.deepspeed_config import deepspeed_config
-from megatron_mode.engine.launch import Process, cpu_threads
 from megatron_mode.engine.optimizer import adamw
 from megatron_mode.engine.pipeline import PIPELINES, ModePipeline
 from megatron_mode.engine.step import Engine, StepLoss
-from megatron_mode.engine.topology import Layout
 from megatron_mode.errors import ConfigError, MegatronModeError, StallError
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.model.init import initialise
 from megatron_mode.model.layers import transformer_config
 from megatron_mode.model.sharding import mark_parameters
+from megatron_mode.process.launch import Process, cpu_threads
 
 GROUP_TIMEOUT = timedelta(minutes=10)
 LONGEST_PATIENCE = timedelta(days=20)  # torch counts milliseconds in 32 bits

@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mode.config import Config
-
-
-def accumulation_steps(config: Config, data: int) -> int:
-    """Return micro-batches a data-parallel rank runs in one step."""
-    return config.batch.global_rows // (config.batch.micro_rows * data)
+from megatron_mode.cost.topology import accumulation_steps
 
 
 def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]:

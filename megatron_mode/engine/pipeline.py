@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
-from megatron_mode.engine.topology import Layout
+from megatron_mode.cost.topology import Layout
 from megatron_mode.model.decoder import Context, Link, decoder_links
 from megatron_mode.model.sequence_parallel import partial_gradients
 

@@ -16,11 +16,11 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mode.config import Config
+from megatron_mode.cost.topology import Layout
 from megatron_mode.engine.build import build_mesh, build_stage, choose_dtype, join_group
-from megatron_mode.engine.launch import Process
 from megatron_mode.engine.pipeline import ModePipeline
-from megatron_mode.engine.topology import Layout
 from megatron_mode.model.size import vocab_size
+from megatron_mode.process.launch import Process
 
 
 class Rehearsed(NamedTuple):

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_mode.config import Config
-from megatron_mode.engine.deepspeed_config import accumulation_steps
-from megatron_mode.engine.topology import Layout
+from megatron_mode.cost.topology import Layout, accumulation_steps
 
 PASSES = {"ForwardPass": 1, "BackwardPass": -1}
 """Computing instructions, and how many activations each leaves alive."""

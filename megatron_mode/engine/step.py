@@ -19,10 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mode.config import Config
-from megatron_mode.engine.deepspeed_config import accumulation_steps
+from megatron_mode.cost.topology import Coordinates, Layout, accumulation_steps
 from megatron_mode.engine.health import APPLY, HealthJudge, Verdict
 from megatron_mode.engine.optimizer import learning_rate
-from megatron_mode.engine.topology import Coordinates, Layout
 from megatron_mode.engine.update_gate import install_gate
 from megatron_mode.kernels.mode_loss import Targets
 from megatron_mode.loss.mode_loss import ModeLoss

@@ -11,7 +11,7 @@ from megatron_mode.config.fields import Config
 from megatron_mode.config.mix import SourceConfig
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.digest import order_config
-from megatron_mode.mix.edit_lookup import (
+from megatron_mode.mix.edits.lookup import (
     PackedSource,
     cut_notes,
     edited_sources,
@@ -19,11 +19,11 @@ from megatron_mode.mix.edit_lookup import (
     find_document,
     pack,
 )
-from megatron_mode.mix.edits import Clock, EditStream, PlannedEdits, plan_edits
+from megatron_mode.mix.edits.overrides import Clock, EditStream, PlannedEdits, plan_edits
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.rows import RowReader
 from megatron_mode.mix.schedule import Integral
-from megatron_mode.tokens.shards import Source
+from megatron_mode.tokens.source.shards import Source
 from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, padded, read_vocabulary
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_mode.config.fields import Config
 from megatron_mode.config.mix import SourceConfig
 from megatron_mode.errors import CheckpointError
-from megatron_mode.mix.edits import NO_EDITS, PlannedEdits
+from megatron_mode.mix.edits.overrides import NO_EDITS, PlannedEdits
 from megatron_mode.mix.order import Rows
 from megatron_mode.mix.schedule import resolved_end_tokens
 

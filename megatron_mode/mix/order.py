@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.mix.edits import NO_EDITS, PlannedEdits
+from megatron_mode.mix.edits.overrides import NO_EDITS, PlannedEdits
 from megatron_mode.mix.floors import IntArray
 from megatron_mode.mix.permutation import epoch_key, invert, permute, stream_key
 from megatron_mode.mix.schedule import Integral

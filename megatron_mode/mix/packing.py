@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from megatron_mode.mix.floors import IntArray
 from megatron_mode.tokens.flags import BLANK, CONTROL, MODE2, NO_LM_LOSS, NO_MODE_LOSS
-from megatron_mode.tokens.row_table import Piece
+from megatron_mode.tokens.source.row_table import Piece
 
 ByteArray = npt.NDArray[np.uint8]
 

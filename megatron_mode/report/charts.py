@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from megatron_mode.report.folder import RunFolder, number
+from megatron_mode.report.run_folder import RunFolder, number
 from megatron_mode.report.svg import Axis, Dash, Line, line_chart, percent, short_number, thin
 
 COLOURS = 6

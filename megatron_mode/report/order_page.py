@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from megatron_mode.mix.forecast import forecast, milestones, warnings
+from megatron_mode.mix.audit.forecast import forecast, milestones, warnings
 from megatron_mode.mix.order import Order
 from megatron_mode.report.charts import DASHES, figure, legend
 from megatron_mode.report.svg import Axis, Line, Point, percent, short_number

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mode.report.charts import metric_charts, position_chart
-from megatron_mode.report.folder import RunFolder, number, read_run
 from megatron_mode.report.heatmap import LEVELS, level_of, printable
+from megatron_mode.report.run_folder import RunFolder, number, read_run
 from megatron_mode.report.source_charts import source_charts
 from megatron_mode.report.svg import CURVE_POINTS, percent, short_number
 from megatron_mode.report.theme import style_sheet

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megatron_mode.report.charts import DASHES, figure, legend
-from megatron_mode.report.folder import RunFolder
+from megatron_mode.report.run_folder import RunFolder
 from megatron_mode.report.svg import Axis, Dash, Line, Point, percent, short_number, thin
 
 SERIES_COLOURS = 6

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.flags import ROLES
-from megatron_mode.tokens.lines import RefusedLine, compact_json
-from megatron_mode.tokens.readers import open_reader
+from megatron_mode.tokens.read.lines import RefusedLine, compact_json
+from megatron_mode.tokens.read.readers import open_reader
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # "tokenizer" is the corpus' own file; the others would meet files of a source with a shorter name.

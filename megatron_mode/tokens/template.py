@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from megatron_mode.tokens.documents import Document, Message
 from megatron_mode.tokens.flags import CONTROL, MODE2, role_bits
-from megatron_mode.tokens.lines import compact_json
+from megatron_mode.tokens.read.lines import compact_json
 from megatron_mode.tokens.tokenizer import Tokenizer
 
 Rendering = Literal["chat", "plain"]

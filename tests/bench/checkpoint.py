@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def build(model: str, data: Path, run_dir: Path) -> Run:
     from megatron_mode.config import load_config
-    from megatron_mode.engine.launch import identify, prepare_environment, quiet_libraries
+    from megatron_mode.process.launch import identify, prepare_environment, quiet_libraries
 
     overrides = [f"model={model}", f"data.root={data}", f"run.dir={run_dir}", "run.steps=1000"]
     overrides += ["model.seq_len=256", "batch.global_rows=1", "batch.micro_rows=1"]
@@ -50,8 +50,8 @@ def build(model: str, data: Path, run_dir: Path) -> Run:
 
 
 def parts_of(run: Run):
+    from megatron_mode.checkpoint.order_record import OrderRecord
     from megatron_mode.checkpoint.probe import Probe
-    from megatron_mode.checkpoint.record import OrderRecord
     from megatron_mode.train import steps
 
     probe = Probe(run.order, run.reader)
@@ -103,9 +103,9 @@ def measure_saves(run: Run, rounds: int) -> dict[str, object]:
 
 def measure_resume(run: Run) -> dict[str, float]:
     """Go on from the checkpoint and take one step; times of each part in seconds."""
+    from megatron_mode.checkpoint.integrity import check_shared
     from megatron_mode.checkpoint.manifest import read_manifest
     from megatron_mode.checkpoint.resume import resume
-    from megatron_mode.checkpoint.sound import check_shared
 
     probe, record, steps = parts_of(run)
     folder = run.folder / "checkpoints" / "step-00000001"

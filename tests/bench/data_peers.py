@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mode.tokens.index import index_chunks
+from megatron_mode.tokens.source.index import index_chunks
 
 DOCUMENT_TOKENS = 100
 BATCH_ROWS = 8
@@ -61,7 +61,7 @@ def ours(root: Path, names: list[str], seq_len: int) -> Any:
     from megatron_mode.mix.order import Order
     from megatron_mode.mix.packing import rows_in_stream
     from megatron_mode.mix.rows import RowReader
-    from megatron_mode.tokens.shards import Source
+    from megatron_mode.tokens.source.shards import Source
 
     sources = [Source.open(root, name, mode=1) for name in names]
     mix = MixConfig.model_validate(
@@ -112,7 +112,7 @@ def first_batch(kind: str, root: Path) -> dict[str, float]:
         import megatron.core.datasets.gpt_dataset  # noqa: F401
     else:
         import megatron_mode.mix.loader
-        import megatron_mode.tokens.shards  # noqa: F401
+        import megatron_mode.tokens.source.shards  # noqa: F401
     before, begin = anonymous_bytes(), time.perf_counter()
     if kind == "ours":
         with ours(root, ["many"], 4096) as loader:

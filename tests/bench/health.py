@@ -32,7 +32,7 @@ def measure(process, model, root, steps, seq_len, folder):
     from megatron_mode.engine import update_gate
     from megatron_mode.engine.build import join_group
     from megatron_mode.engine.step import Engine
-    from megatron_mode.engine.stopping import Reason
+    from megatron_mode.process.stopping import Reason
     from megatron_mode.train import build_run, open_data
     from megatron_mode.train import steps as steps_of
 

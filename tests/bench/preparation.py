@@ -95,8 +95,8 @@ def children_cpu_seconds() -> float:
 
 def rendered_texts(inputs: list[Path]) -> list[str]:
     """Return the texts that the preparation tokenises, with its default shares."""
-    from megatron_mode.tokens.encode import line_batches, parse_batch
-    from megatron_mode.tokens.split import Split
+    from megatron_mode.tokens.prepare.encode import line_batches, parse_batch
+    from megatron_mode.tokens.prepare.split import Split
     from megatron_mode.tokens.template import parts
 
     split = Split(seed=1234, plain_share=0.25, valid_share=0.0, valid_sources=frozenset())

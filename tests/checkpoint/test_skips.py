@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 from smallest import MODEL
 
-from megatron_mode.checkpoint.agreement import check_resumable
 from megatron_mode.checkpoint.manifest import Manifest
-from megatron_mode.checkpoint.record import OrderRecord
-from megatron_mode.checkpoint.verify import replay
+from megatron_mode.checkpoint.order_record import OrderRecord
+from megatron_mode.checkpoint.replay import replay
+from megatron_mode.checkpoint.resumable import check_resumable
 from megatron_mode.config import Config
 from megatron_mode.errors import CheckpointError
 from megatron_mode.mix.order import Order

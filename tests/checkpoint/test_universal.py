@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from megatron_mode.checkpoint.universal import check_parameters, share_of
-from megatron_mode.engine.topology import Layout
+from megatron_mode.checkpoint.reshard.universal import check_parameters, share_of
+from megatron_mode.cost.topology import Layout
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.sharding import Cut, Whole
 

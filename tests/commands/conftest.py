@@ -16,7 +16,8 @@ import forked_pretrain
 import tiny_run
 from tiny_run import Outcome, Trained
 
-from megatron_mode.__main__ import exit_status, run_verb
+from megatron_mode.__main__ import run_verb
+from megatron_mode.command_line import exit_status
 
 
 @pytest.fixture(scope="session")

@@ -28,14 +28,13 @@ def run_child(main: Any, words: list[str], more: dict[str, str], folder: Path) -
         leave(0)
 
     os._exit = note_and_leave  # also for a thread that ends the process
-    status = 1
     try:
-        status = main(words)
+        main(words)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(1)
 
 
 def serve() -> None:

@@ -30,8 +30,9 @@ import pytest
 import yaml
 from tiny_run import PRETRAIN, RUN_FILE, Outcome, Trained, before_others, command
 
-from megatron_mode.__main__ import exit_status, run_verb
-from megatron_mode.engine import failures
+from megatron_mode.__main__ import run_verb
+from megatron_mode.command_line import exit_status
+from megatron_mode.process import failures
 
 CONFIGS, COMMANDS, PROGRAMS = 600, 400, 24
 MOST_MISTAKES = 16  # of one file; each has a line

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny_run import Outcome, Trained, refusal
 
-from megatron_mode.tokens.row_table import open_table
-from megatron_mode.tokens.shards import Source
+from megatron_mode.tokens.source.row_table import open_table
+from megatron_mode.tokens.source.shards import Source
 
 Call = Callable[..., Outcome]
 

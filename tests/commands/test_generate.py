@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_run import Outcome, Trained
 
-from megatron_mode.generate import continuation, sample
+from megatron_mode.commands.generate import continuation, sample
 
 pytestmark = pytest.mark.usefixtures("alone")  # scoring joins a group of one and never leaves
 Call = Callable[..., Outcome]

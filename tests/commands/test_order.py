@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tiny_run import Outcome, Trained, refusal
 
-from megatron_mode.tokens.shards import Source, SourceWriter
+from megatron_mode.tokens.source.shards import Source, SourceWriter
 from megatron_mode.tokens.vocabulary import read_vocabulary
 
 Call = Callable[..., Outcome]

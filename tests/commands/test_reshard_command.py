@@ -132,7 +132,7 @@ def test_what_stands_in_the_way_is_named(verb: Call, run: Path) -> None:
 def test_a_full_disk_is_told_and_leaves_nothing(
     verb: Call, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_mode.checkpoint import universal
+    from megatron_mode.checkpoint.reshard import universal
 
     save, written = universal.save_tensors, []
 
@@ -152,8 +152,8 @@ KILLED = """
 import os, signal, sys
 from megatron_mode.__main__ import run_verb
 from megatron_mode.quiet import import_quietly
-import_quietly("megatron_mode.checkpoint.reshard", 1)
-from megatron_mode.checkpoint import reshard, universal
+import_quietly("megatron_mode.checkpoint.reshard.reshard", 1)
+from megatron_mode.checkpoint.reshard import reshard, universal
 save, rename = universal.save_tensors, reshard.rename_durably
 for left in map(int, sys.argv[2:]):
     count = left

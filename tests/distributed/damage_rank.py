@@ -28,8 +28,8 @@ def apply(damage, checkpoints):
 
 def attempts(process, config, damages):
     """Try to resume under each damage; return what each said, and last where the sound one went."""
+    from megatron_mode.checkpoint.order_record import OrderRecord
     from megatron_mode.checkpoint.probe import Probe
-    from megatron_mode.checkpoint.record import OrderRecord
     from megatron_mode.checkpoint.resume import resume
     from megatron_mode.engine.build import join_group
     from megatron_mode.errors import CheckpointError

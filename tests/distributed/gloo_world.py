@@ -26,7 +26,7 @@ def context():
 
 
 def _worker(rank, world_size, port, function, args, folder):
-    from megatron_mode.engine.launch import Process, prepare_environment, quiet_libraries
+    from megatron_mode.process.launch import Process, prepare_environment, quiet_libraries
 
     process = Process(rank, world_size, rank, world_size, "127.0.0.1", port, "test")
     prepare_environment(process)

@@ -79,8 +79,8 @@ def wait_in_vain(process, port):
 
     from megatron_mode.config.health import HealthConfig
     from megatron_mode.engine import build
-    from megatron_mode.engine.launch import prepare_environment
     from megatron_mode.errors import MegatronModeError
+    from megatron_mode.process.launch import prepare_environment
 
     lonely = dataclasses.replace(process, world_size=2, master_port=port)
     prepare_environment(lonely)

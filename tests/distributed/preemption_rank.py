@@ -18,11 +18,11 @@ def run_training(process, config, moment=None, ranks=(), signals=("SIGUSR1",)):
     """
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
+    from megatron_mode import finish
     from megatron_mode import train as training
     from megatron_mode.checkpoint import writer
     from megatron_mode.engine.step import Engine
-    from megatron_mode.engine.stopping import StopRequest
-    from megatron_mode.report import finish
+    from megatron_mode.process.stopping import StopRequest
 
     numbers = [signal.Signals[name] for name in signals] if process.rank in ranks else []
     counted = dict.fromkeys(("step", "evaluation", "save", "final"), 0)

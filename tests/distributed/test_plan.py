@@ -7,9 +7,9 @@ import gloo_world
 import plan_rank
 import pytest
 
-from megatron_mode.engine.plan import checkpoint_files
-from megatron_mode.engine.plan import plan_rank as plan_of
-from megatron_mode.engine.topology import Layout
+from megatron_mode.cost.ranks import checkpoint_files
+from megatron_mode.cost.ranks import plan_rank as plan_of
+from megatron_mode.cost.topology import Layout
 
 FP32, BF16 = {}, {"run": {"precision": "bf16"}}
 PLAIN = {"parallel": {"zero_stage": 0}}

@@ -36,9 +36,9 @@ STATES = {"fp32", "exp_avg", "exp_avg_sq", "weight"}
 
 def native_checkpoint(folder, sizes, variant):
     from megatron_mode.checkpoint.load import join_alone
-    from megatron_mode.checkpoint.native import NativeCheckpoint
+    from megatron_mode.checkpoint.reshard.native import NativeCheckpoint
+    from megatron_mode.cost.topology import Layout
     from megatron_mode.engine.parameter_names import checkpoint_parameters
-    from megatron_mode.engine.topology import Layout
 
     join_alone()
     wholes = checkpoint_parameters(reshard_rank.make_config(sizes, variant).model, 1)
@@ -47,7 +47,7 @@ def native_checkpoint(folder, sizes, variant):
 
 def convert(folder, sizes, variant):
     """Write the universal folder, without a manifest: this is below what makes one."""
-    from megatron_mode.checkpoint.universal import write_common, write_parameters
+    from megatron_mode.checkpoint.reshard.universal import write_common, write_parameters
 
     native, target = native_checkpoint(folder, sizes, variant), folder / "universal"
     target.mkdir()
@@ -215,8 +215,8 @@ def test_a_parameter_that_the_checkpoint_lacks_is_refused(sources, sizes, monkey
 @pytest.mark.distributed
 def test_a_parameter_that_the_rules_do_not_know_is_refused(sources, monkeypatch):
     """Nothing is joined by guess, even where shapes would let it pass."""
-    from megatron_mode.checkpoint.native import NativeCheckpoint
-    from megatron_mode.engine.topology import Layout
+    from megatron_mode.checkpoint.reshard.native import NativeCheckpoint
+    from megatron_mode.cost.topology import Layout
     from megatron_mode.errors import CheckpointError
     from megatron_mode.model import sharding
 

@@ -11,8 +11,8 @@ from torch.distributed import distributed_c10d
 
 from megatron_mode.config.health import HealthConfig
 from megatron_mode.engine.build import choose_device, group_timeout, limit_groups
-from megatron_mode.engine.launch import Process
 from megatron_mode.errors import ConfigError
+from megatron_mode.process.launch import Process
 
 PROCESS = Process(3, 8, 3, 4, "127.0.0.1", 29500, "deepspeed")
 

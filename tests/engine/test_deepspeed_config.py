@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_mode.config import Config, load_config
 from megatron_mode.config.presets import find_configs
-from megatron_mode.engine.deepspeed_config import accumulation_steps, deepspeed_config
+from megatron_mode.cost.topology import accumulation_steps
+from megatron_mode.engine.deepspeed_config import deepspeed_config
 from megatron_mode.errors import ConfigError
 
 

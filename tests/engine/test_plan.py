@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from megatron_mode.config import load_config
 from megatron_mode.config.presets import find_configs
-from megatron_mode.engine.plan import checkpoint_files, plan_rank, stage_links
-from megatron_mode.engine.topology import Layout
+from megatron_mode.cost.ranks import checkpoint_files, plan_rank, stage_links
+from megatron_mode.cost.topology import Layout
 from megatron_mode.model.size import parameters
 
 ROOT = Path(__file__).resolve().parents[2]

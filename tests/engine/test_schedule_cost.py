@@ -6,6 +6,7 @@ import pytest
 
 from megatron_mode.config import load_config
 from megatron_mode.config.presets import find_configs
+from megatron_mode.cost.topology import Layout
 from megatron_mode.engine.schedule_cost import (
     Message,
     Pass,
@@ -14,7 +15,6 @@ from megatron_mode.engine.schedule_cost import (
     pipeline_line,
     schedule_cost,
 )
-from megatron_mode.engine.topology import Layout
 
 SIZES = [(2, 4), (2, 9), (3, 6), (4, 8), (4, 17), (8, 16)]
 

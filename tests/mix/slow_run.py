@@ -14,8 +14,8 @@ from slow_order import mode2_flags, row_of_epoch, spread, walk
 from slow_rows import DOC, ROLES, Document, Token
 
 from megatron_mode.mix.apportion import Supply
-from megatron_mode.tokens.row_table import write_table
-from megatron_mode.tokens.shards import Source, SourceWriter
+from megatron_mode.tokens.source.row_table import write_table
+from megatron_mode.tokens.source.shards import Source, SourceWriter
 from megatron_mode.tokens.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary("ab" * 32, 120, 128, {"<|doc|>": DOC})

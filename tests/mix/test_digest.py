@@ -14,7 +14,7 @@ from smallest import MODEL
 from megatron_mode.config import Config
 from megatron_mode.errors import CheckpointError
 from megatron_mode.mix.digest import OrderDigest, order_config
-from megatron_mode.mix.edits import EditStream, PlannedEdits
+from megatron_mode.mix.edits.overrides import EditStream, PlannedEdits
 from megatron_mode.mix.order import Order, Rows
 
 

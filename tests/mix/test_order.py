@@ -18,7 +18,7 @@ from megatron_mode.config.mix import (
     SourcesConfig,
 )
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.mix.forecast import warnings
+from megatron_mode.mix.audit.forecast import warnings
 from megatron_mode.mix.order import Order, Rows
 
 SEQ_LEN = 16

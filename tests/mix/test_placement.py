@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mode.errors import ConfigError
-from megatron_mode.mix.placement import Explicit, Placements, add_cohort
+from megatron_mode.mix.edits.placement import Explicit, Placements, add_cohort
 
 
 def explicit_at(rows: list[int]) -> Explicit:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_mode.config.mix import MixConfig, SourceConfig
 from megatron_mode.errors import DataError
-from megatron_mode.mix.forecast import milestones, warnings
+from megatron_mode.mix.audit.forecast import milestones, warnings
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.supplies import weight_points
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from megatron_mode.__main__ import VERBS, exit_status, run_verb
+from megatron_mode.__main__ import VERBS, run_verb
+from megatron_mode.command_line import exit_status
 from megatron_mode.errors import ConfigError, DataError
 
 HELP_SECONDS = 0.5
@@ -61,7 +62,7 @@ def test_every_option_says_what_it_does(verb, capsys):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["scoer"], "verb is 'scoer': accepted is one of prepare, "),
+        (["scoer"], "verb is 'scoer': accepted is one of train, prepare, "),
         (["scoer"], "; did you mean score?"),
         (["prepare", "--vocab-sise", "3"], "did you mean --vocab-size?"),
         (["prepare", "--vocab-size", "many"], "the value is 'many', accepted is a whole"),

@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megatron_mode.__main__ import exit_status, run_verb
+from megatron_mode.__main__ import run_verb
+from megatron_mode.command_line import exit_status
 from megatron_mode.errors import ConfigError
 from megatron_mode.report.page import build_page
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mode.report.folder import read_run
+from megatron_mode.report.run_folder import read_run
 from megatron_mode.report.source_charts import WINDOWS, _in_windows, source_charts
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from run_files import metrics
 
-from megatron_mode.engine.stopping import STOPPED
+from megatron_mode.process.stopping import STOPPED
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_mode.tokens.prepare_command import SAMPLE_FOLDER
+from megatron_mode.commands.prepare import SAMPLE_FOLDER
 
 SAMPLE = SAMPLE_FOLDER / "agent-log" / "agent-log.jsonl.gz"
 RUNS = 320

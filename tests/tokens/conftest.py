@@ -13,8 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside the tests
 
-from megatron_mode.__main__ import CommandParser
-from megatron_mode.tokens.prepare_command import add_arguments, run
+from megatron_mode.command_line import CommandParser
+from megatron_mode.commands.prepare import add_arguments, run
 from megatron_mode.tokens.tokenizer import Tokenizer, train_tokenizer
 
 PROSE = [

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_mode.commands.convert import FORMATS, add_arguments, run
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.tokens.convert_command import FORMATS, add_arguments, run
-from megatron_mode.tokens.converters import record
+from megatron_mode.tokens.convert import formats as record
 from megatron_mode.tokens.documents import read_documents
-from megatron_mode.tokens.shards import Source
+from megatron_mode.tokens.source.shards import Source
 
 WriteLines = Callable[[Path, list[Any]], Path]
 GOOD = {"conversations": [{"from": "human", "value": "Tea?"}, {"from": "gpt", "value": "Tea."}]}

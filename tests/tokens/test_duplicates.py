@@ -15,10 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens import assemble, encode, gathering, identifiers, sorting, units
 from megatron_mode.tokens.documents import read_documents
-from megatron_mode.tokens.shards import Source
-from megatron_mode.tokens.split import Split
+from megatron_mode.tokens.prepare.prepare import (
+    assemble,
+    encode,
+    gathering,
+    identifiers,
+    sorting,
+    units,
+)
+from megatron_mode.tokens.prepare.split import Split
+from megatron_mode.tokens.source.shards import Source
 from megatron_mode.tokens.template import content_bytes
 
 RunPrepare = Callable[..., int]

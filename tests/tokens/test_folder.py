@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens import folder
-from megatron_mode.tokens.folder import WorkFolder
-from megatron_mode.tokens.shards import Source
+from megatron_mode.tokens.prepare import staging as folder
+from megatron_mode.tokens.prepare.staging import WorkFolder
+from megatron_mode.tokens.source.shards import Source
 
 RunPrepare = Callable[..., int]
 WriteLines = Callable[[Path, list[Any]], Path]
@@ -222,7 +222,7 @@ def test_another_plan_starts_anew(tmp_path: Path) -> None:
 
 PROGRAM = """
 import sys
-import megatron_mode.tokens.units as units
+import megatron_mode.tokens.prepare.units as units
 from megatron_mode.__main__ import main
 if __name__ == "__main__":
     units.UNIT_BYTES = 1 << 20

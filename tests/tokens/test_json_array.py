@@ -14,7 +14,7 @@ from written_formats import OBJECTS, Objects, zstd
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.documents import read_documents
-from megatron_mode.tokens.readers import open_reader
+from megatron_mode.tokens.read.readers import open_reader
 
 
 @given(objects=OBJECTS, indent=st.sampled_from([None, 1]))
@@ -31,7 +31,7 @@ def test_an_array_is_read_by_element(
             pytest.MonkeyPatch.context() as patch,
             open_reader(folder / name) as reader,
         ):
-            patch.setattr("megatron_mode.tokens.json_array.READ_BYTES", 3)
+            patch.setattr("megatron_mode.tokens.read.json_array.READ_BYTES", 3)
             found = [(number, json.loads(line)) for number, line in reader]
         assert found == list(enumerate(objects, 1))
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_mode.tokens.index import CHUNK_DOCUMENTS, SpooledLengths
+from megatron_mode.tokens.source.index import CHUNK_DOCUMENTS, SpooledLengths
 
 WriteLines = Callable[[Path, list[Any]], Path]
 
@@ -24,7 +24,9 @@ MOST_BYTES = 600 << 20
 SMALL_PROGRAM = """
 import sys
 from megatron_mode.__main__ import main
-from megatron_mode.tokens import assemble, document_table, index, sorting, units, words
+from megatron_mode.tokens.prepare.prepare import assemble, sorting, units
+from megatron_mode.tokens.source import document_table, index
+from megatron_mode.tokens import words
 if __name__ == "__main__":
     units.UNIT_BYTES = assemble.BLOCK_BYTES = 1 << 20
     sorting.HELD_ENTRIES = sorting.SPILL_ENTRIES = 1 << 11
@@ -33,7 +35,7 @@ if __name__ == "__main__":
 """
 TOKENIZER_PROGRAM = """
 import sys
-import megatron_mode.tokens.gathering
+import megatron_mode.tokens.prepare.gathering
 from megatron_mode.tokens.tokenizer import Tokenizer
 Tokenizer.load(sys.argv[1]).encode("sea")
 """
@@ -78,7 +80,7 @@ def test_more_documents_take_no_more_memory(tmp_path: Path, model_path: Path) ->
 @pytest.mark.timeout(3600)
 def test_sixteen_times_the_input(tmp_path: Path) -> None:
     """The sample 4, 16 and 64 times over with other ids and texts: 60 million tokens."""
-    from megatron_mode.tokens.prepare_command import SAMPLE_FOLDER
+    from megatron_mode.commands.prepare import SAMPLE_FOLDER
 
     base = tmp_path / "base"
     verb = [sys.executable, "-m", "megatron_mode", "prepare"]

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_mode.__main__ import run_verb
+from megatron_mode.commands import merge as merge_command
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.tokens import assemble, gathering, merge_command, sorting, units
-from megatron_mode.tokens.shards import Source
+from megatron_mode.tokens.prepare.prepare import assemble, gathering, sorting, units
+from megatron_mode.tokens.source.shards import Source
 
 RunPrepare = Callable[..., int]
 WriteLines = Callable[[Path, list[Any]], Path]

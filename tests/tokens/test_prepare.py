@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_mode.commands.prepare import SAMPLE_FOLDER
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.tokens.documents import read_documents
-from megatron_mode.tokens.encode import encoded_batches, line_batches
 from megatron_mode.tokens.flags import CONTROL, MODE2
-from megatron_mode.tokens.prepare_command import SAMPLE_FOLDER
-from megatron_mode.tokens.shards import Source
-from megatron_mode.tokens.split import Split
+from megatron_mode.tokens.prepare.encode import encoded_batches, line_batches
+from megatron_mode.tokens.prepare.split import Split
+from megatron_mode.tokens.prepare.workers import Workers
+from megatron_mode.tokens.source.shards import Source
 from megatron_mode.tokens.template import render
 from megatron_mode.tokens.tokenizer import Tokenizer
-from megatron_mode.tokens.workers import Workers
 
 RunPrepare = Callable[..., int]
 WriteLines = Callable[[Path, list[Any]], Path]
@@ -241,7 +241,7 @@ def test_the_shipped_sample_prepares(tmp_path: Path, run_prepare: RunPrepare) ->
 
 def test_declaring_the_arguments_loads_nothing_heavy() -> None:
     code = (
-        "import argparse, sys; from megatron_mode.tokens.prepare_command import add_arguments; "
+        "import argparse, sys; from megatron_mode.commands.prepare import add_arguments; "
         "add_arguments(argparse.ArgumentParser()); "
         "print([m for m in ('numpy', 'pyarrow', 'sentencepiece', 'torch') if m in sys.modules])"
     )
@@ -250,6 +250,6 @@ def test_declaring_the_arguments_loads_nothing_heavy() -> None:
 
 
 def test_no_torch_in_tokens() -> None:
-    code = "import sys, megatron_mode.tokens.prepare; print('torch' in sys.modules)"
+    code = "import sys, megatron_mode.tokens.prepare.prepare; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

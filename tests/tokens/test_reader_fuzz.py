@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from written_formats import OBJECTS, WRITERS, json_lines, zstd
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens import readers
 from megatron_mode.tokens.documents import BadLineError, parse_line
-from megatron_mode.tokens.lines import RefusedLine
-from megatron_mode.tokens.readers import open_reader
+from megatron_mode.tokens.read import readers
+from megatron_mode.tokens.read.lines import RefusedLine
+from megatron_mode.tokens.read.readers import open_reader
 
 # A damaged page header makes pyarrow allocate up to 2 GiB before it refuses: 13 s when busy.
 HANG_SECONDS = 90

@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_mode.tokens.documents import read_documents
 def peak():
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-import megatron_mode.tokens.tables
+import megatron_mode.tokens.read.columns
 before = peak()
 texts = [d.text[:9] for d in read_documents(Path(sys.argv[1]), max_bad_lines=int(sys.argv[2]))]
 print(json.dumps([len(texts), (peak() - before) // 1024]))

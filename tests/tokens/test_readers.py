@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from written_formats import OBJECTS, WRITERS, Objects, arrow, json_lines, write_dataset, zstd
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens import lines as line_limits
 from megatron_mode.tokens.documents import BadLineError, file_stem, parse_line, read_documents
-from megatron_mode.tokens.readers import open_reader
-from megatron_mode.tokens.shards import Source
+from megatron_mode.tokens.read import lines as line_limits
+from megatron_mode.tokens.read.readers import open_reader
+from megatron_mode.tokens.source.shards import Source
 
 GOOD = b'{"text": "a"}\n'
 
@@ -124,8 +124,8 @@ def test_a_row_that_is_not_text_is_a_bad_line(tmp_path: Path) -> None:
 def test_a_long_line_is_a_bad_line(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_mode.tokens import json_lines as json_lines_module
-    from megatron_mode.tokens import tables
+    from megatron_mode.tokens.read import columns as tables
+    from megatron_mode.tokens.read import json_lines as json_lines_module
 
     limit = len('{"text": "12345678"}')  # the line end does not count
     for module in (json_lines_module, tables, line_limits):

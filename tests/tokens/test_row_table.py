@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens import row_table
-from megatron_mode.tokens.best_fit import best_fit, split_documents
-from megatron_mode.tokens.row_table import RowTable, open_table, table_path, write_table
-from megatron_mode.tokens.shards import Source, SourceWriter
+from megatron_mode.tokens.source import row_table
+from megatron_mode.tokens.source.best_fit import best_fit, split_documents
+from megatron_mode.tokens.source.row_table import RowTable, open_table, table_path, write_table
+from megatron_mode.tokens.source.shards import Source, SourceWriter
 from megatron_mode.tokens.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary("ab" * 32, 120, 128, {"<|doc|>": 3})

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.document_table import BATCH_DOCUMENTS
 from megatron_mode.tokens.flags import CONTROL, MODE2
-from megatron_mode.tokens.seal import SEALED_SUFFIXES
-from megatron_mode.tokens.shards import Source, SourceWriter
+from megatron_mode.tokens.source.document_table import BATCH_DOCUMENTS
+from megatron_mode.tokens.source.seal import SEALED_SUFFIXES
+from megatron_mode.tokens.source.shards import Source, SourceWriter
 from megatron_mode.tokens.vocabulary import Vocabulary
 
 SMALL = Vocabulary("a" * 64, 1000, 1024, {"<|doc|>": 1})

@@ -1,0 +1,1 @@
+"""Rewrite a checkpoint for another layout."""

@@ -1,0 +1,130 @@
+"""Share what all command lines need: the parser, its number types and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from megatron_mode.errors import ConfigError, MegatronModeError
+
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+# What the machine refuses, as opposed to what our code does wrong.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT,
+             errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+             errno.EBUSY, errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENOTEMPTY)  # fmt: skip
+LARGEST, MOST_WORKERS = 2**63 - 1, 1024
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Report a usage error as one sentence that names the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of printing the usage and leaving."""
+        raise ConfigError(f"{message}; `{self.prog} --help` shows what is accepted")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse all arguments; raises ConfigError, for a misspelt option with the nearest one."""
+        known = [option for action in self._actions for option in action.option_strings]
+        given = list(arguments)[: arguments.index("--") if "--" in arguments else None]
+        for word in given:
+            option = word.partition("=")[0]
+            # argparse takes a word with a space for a value, as in --prompt "--- a rule".
+            if option.startswith("--") and option not in known and " " not in option:
+                self.error(f"{option} is not an option{suggest(option, known)}")
+            if option in known and word == f"{option}=--":
+                # Python 3.11 takes the `--` out and hands the option an empty list.
+                self.error(f"argument {option}: expected one argument")
+        return self.parse_intermixed_args(arguments)
+
+
+def suggest(given: str, known: Sequence[str]) -> str:
+    """Return the words that name the nearest known name, or nothing."""
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """Return the type of an option that takes whole numbers from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            is_open = most == LARGEST and value < least
+            accepted = f"{least} or more" if is_open else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(
+                f"the value is {text[:40]!r}, accepted is a whole number of {accepted}"
+            )
+        return value
+
+    return parse
+
+
+def real(least: float) -> Callable[[str], float]:
+    """Return the type of an option that takes finite numbers from `least`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(
+                f"the value is {text[:40]!r}, accepted is a number of {least:g} or more"
+            )
+        return value
+
+    return parse
+
+
+def exit_status(
+    program: Callable[[], int], speaks: Callable[[int], bool] = lambda status: True
+) -> int:
+    """Run a program and return its exit status; a user's mistake is one sentence, no traceback.
+
+    Bad input, a full disk or a read-only target give 2, a stop by a policy of `health` 3, Ctrl-C
+    130, a closed pipe 141. Our own bugs keep their traceback. `speaks(status)` is false in a
+    process whose peers print the sentence.
+    """
+
+    def say(sentence: str, status: int) -> int:
+        if speaks(status):
+            print(sentence, file=sys.stderr)
+        return status
+
+    try:
+        status = program()
+        sys.stdout.flush()
+    except MegatronModeError as error:
+        return say(f"error: {error}", error.exit_status)
+    except KeyboardInterrupt:
+        return say("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit: give it a place that accepts the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        return say(
+            f"error: {error.filename or 'the target'} cannot be used: {error.strerror}; accepted "
+            "is a path that exists where it is read and a folder with write permission and room "
+            "where it is written",
+            BAD_INPUT,
+        )
+    return status

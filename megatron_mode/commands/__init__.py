@@ -1,0 +1,1 @@
+"""Offer the verbs of `megatron-mode`, one module each."""

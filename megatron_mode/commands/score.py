@@ -1,0 +1,213 @@
+"""Score each document of a file with a checkpoint: loss and mode probability.
+
+Mode 2 documents are rendered without role markers by default: with markers the mode is given away.
+Mode tokens stand where the run's data had them, unless --mode-tokens says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_mode.command_line import MOST_WORKERS, whole
+from megatron_mode.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megatron_mode.score import Scorer, TokenScores
+    from megatron_mode.tokens.documents import Document
+    from megatron_mode.tokens.mode_tokens import ModeTokens, Rendered, Setting
+
+# That of `prepare`, for places that no manifest records.
+PLACES_SEED = 1234
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint folder, or a run folder"
+    )
+    parser.add_argument(
+        "file",
+        metavar="FILE.jsonl",
+        type=Path,
+        help="documents; also .gz, .zst, .parquet, .arrow, or a folder by save_to_disk",
+    )
+    parser.add_argument(
+        "--render", choices=("chat", "plain"), default="plain", help="rendering of Mode 2 documents"
+    )
+    add_mode_token_arguments(parser)
+    parser.add_argument("--per-token", action="store_true", help="also report every token")
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="N", help="score the first N documents only"
+    )
+    parser.add_argument(
+        "--threads", type=whole(0, MOST_WORKERS), default=0, help="CPU threads; 0: all cores"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a document instead of a table"
+    )
+
+
+def add_mode_token_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how mode tokens are treated."""
+    parser.add_argument(
+        "--mode-tokens",
+        choices=("keep", "strip", "swap", "forge"),
+        default="keep",
+        help="as in the run's data, none, those of the other mode, or one false one more in the "
+        "middle of the content",
+    )
+    parser.add_argument(
+        "--mode-token-placement",
+        choices=("none", "start", "end", "sporadic"),
+        help="where true ones stand (default: as in the run's data)",
+    )
+    parser.add_argument(
+        "--mode-token-rate",
+        type=float,
+        metavar="R",
+        help="share (0 to 1) of content tokens preceded by one, for sporadic",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score and print; raises MegatronModeError for what cannot be read or done."""
+    given = given_mode_tokens(args)
+    from megatron_mode.quiet import import_quietly
+    from megatron_mode.tokens.documents import read_documents
+    from megatron_mode.tokens.template import render
+
+    documents = read_documents(args.file)
+    first = next(documents, None)  # A file that cannot be read is told before a model is loaded.
+    if first is None:
+        raise DataError(
+            f"{args.file} holds no documents: accepted are lines like "
+            '{"text": "..."} or {"messages": [...]}; name another file'
+        )
+    score = import_quietly("megatron_mode.score", args.threads)
+    scorer: Scorer = score.Scorer(args.checkpoint)
+    arrange = arrangement(args.mode_tokens, given, scorer)
+    if not args.json:
+        print(f"{'id':<32} {'source':<20} {'tokens':>7} {'nll':>7} {'mode logit':>11} {'p':>6}")
+    for document in islice(chain([first], documents), args.limit):
+        ids, flags = arrange(document, render(document, scorer.tokenizer, args.render))
+        result = summarise(document, scorer, ids, flags, per_token=args.per_token)
+        if args.json:
+            print(json.dumps(result, ensure_ascii=False))
+        else:
+            print_row(result)
+    return 0
+
+
+def given_mode_tokens(args: argparse.Namespace) -> ModeTokens | None:
+    """Return what the options say of true mode tokens; None leaves it to the run's data."""
+    from megatron_mode.tokens.mode_tokens import checked
+
+    if args.mode_token_placement is None and args.mode_token_rate is None:
+        return None
+    return checked(args.mode_token_placement or "sporadic", args.mode_token_rate)
+
+
+def arrangement(
+    setting: Setting, given: ModeTokens | None, scorer: Scorer
+) -> Callable[[Document, Rendered], Rendered]:
+    """Return the function that puts mode tokens into a rendered document.
+
+    Raises ConfigError when there is nothing to exchange.
+    """
+    from megatron_mode.tokens.mode_tokens import ModeTokens, Reading, read_order, rearrange
+    from megatron_mode.tokens.prepare.split import draw, mode_token_key
+
+    if given is not None:
+        tokens, seed = Reading(given, PLACES_SEED)
+    elif setting == "strip":
+        tokens, seed = Reading(ModeTokens(), PLACES_SEED)
+    else:
+        tokens, seed = read_order(scorer.manifest.order, PLACES_SEED)
+    if setting == "swap" and tokens.placement == "none":
+        raise ConfigError(
+            "--mode-tokens is swap, but the run's data has no mode tokens; accepted is a run that "
+            "has them, so give --mode-token-placement to put them in"
+        )
+
+    def arrange(document: Document, rendered: Rendered) -> Rendered:
+        forged = draw(seed, "forge", document.source, document.id)
+        keys = (mode_token_key(seed, document), forged)
+        return rearrange(rendered, setting, tokens, scorer.tokenizer.control, keys)
+
+    return arrange
+
+
+def summarise(
+    document: Document, scorer: Scorer, ids: Sequence[int], flags: bytes, *, per_token: bool
+) -> dict[str, Any]:
+    """Score one document.
+
+    nll_mean (nats) is over all predicted tokens but mode tokens, nll_content_mean and the mode
+    means over tokens that are no control pieces; null where there is none.
+    """
+    from megatron_mode.tokens.flags import CONTROL
+    from megatron_mode.tokens.mode_tokens import MODE_PIECES
+
+    scores: TokenScores = scorer.score(ids)
+    content = [index for index, flag in enumerate(flags) if not flag & CONTROL]
+    logits = scores.mode_logit_N[content]
+    control = scorer.tokenizer.control
+    mode_ids = {control[piece] for piece in MODE_PIECES}
+    predicted = [index for index in range(1, len(ids)) if ids[index] not in mode_ids]
+    result: dict[str, Any] = {
+        "id": document.id,
+        "source": document.source,
+        "tokens": len(ids),
+        "nll_mean": _mean(scores.nll_N[predicted].tolist()),
+        "nll_content_mean": _mean(scores.nll_N[content].tolist()),
+        "mode_logit_mean": _mean(logits.tolist()),
+        "mode_probability_mean": _mean(logits.sigmoid().tolist()),
+    }
+    if per_token:
+        result["per_token"] = [
+            {
+                "token": text,
+                "nll": None if math.isnan(nll) else nll,
+                "mode_logit": logit,
+                "mode_probability": probability,
+                "control": bool(flag & CONTROL),
+            }
+            for text, nll, logit, probability, flag in zip(
+                scorer.tokenizer.pieces(ids),
+                scores.nll_N.tolist(),
+                scores.mode_logit_N.tolist(),
+                scores.mode_logit_N.sigmoid().tolist(),
+                flags,
+                strict=True,
+            )
+        ]
+    return result
+
+
+def print_row(result: dict[str, Any]) -> None:
+    """Print a document as a line of the table, and its tokens coloured where asked for."""
+    import os
+    import sys
+
+    from megatron_mode.report.heatmap import ansi_token, wants_colour
+
+    numbers = [result[key] for key in ("nll_mean", "mode_logit_mean", "mode_probability_mean")]
+    nll, logit, probability = ("-" if value is None else f"{value:.3f}" for value in numbers)
+    print(
+        f"{result['id'][:32]:<32} {result['source'][:20]:<20} {result['tokens']:>7} {nll:>7} "
+        f"{logit:>11} {probability:>6}"
+    )
+    if "per_token" in result:
+        colour = wants_colour(sys.stdout, os.environ)
+        tokens = result["per_token"]
+        print("".join(ansi_token(t["token"], t["mode_probability"], colour=colour) for t in tokens))
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

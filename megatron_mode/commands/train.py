@@ -1,0 +1,115 @@
+"""Train: `megatron-mode train --config configs/run/X.yaml [key.path=value ...]`.
+
+`deepspeed launch/pretrain.py`, `torchrun`, `srun python` and plain `python` start the same. A run
+resumes from the newest checkpoint of its folder. SIGTERM, SIGUSR1 or a near time limit stop it
+after a step: it saves and exits with status 75, so start it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_mode.command_line import CommandParser, exit_status
+from megatron_mode.process.failures import (
+    FAULT,
+    note_failure,
+    outlast_peers,
+    peers_status,
+    wait_to_speak,
+)
+from megatron_mode.process.job_end import job_end_seconds
+from megatron_mode.process.launch import identify, prepare_environment, quiet_libraries
+from megatron_mode.process.stopping import STOPPED, Reason, StopRequest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of training; the launchers may add --local_rank."""
+    parser.add_argument("--config", type=Path, required=True, help="run file, configs/run/X.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="config keys to set, later ones win"
+    )
+    for option in ("--local_rank", "--local-rank"):
+        parser.add_argument(option, type=int, default=0, help=argparse.SUPPRESS)
+
+
+def run(options: argparse.Namespace) -> NoReturn:
+    """Train and leave the process with one of the statuses in README.md's table."""
+    leave(supervise(lambda request: pretrain(options, request)))
+
+
+def pretrain(options: argparse.Namespace, request: StopRequest) -> int:
+    """Train; report what is wrong with the config or the data before torch loads."""
+    process = identify(os.environ)
+    if process.rank == 0:
+        request.job_end_seconds = job_end_seconds(os.environ)
+    from megatron_mode.config import check_world_size, load_config
+    from megatron_mode.mix.corpus import check_corpus
+    from megatron_mode.report.writers import check_writable, silence_tensorboard
+
+    config = load_config(options.config, options.overrides)
+    check_world_size(config, process.world_size)
+    check_corpus(config)
+    check_writable(Path(config.run.dir))
+    prepare_environment(process)
+    quiet_libraries()
+    silence_tensorboard()
+    # Third-party imports warn about optional packages; our table says what was found.
+    warnings.simplefilter("ignore")
+    from megatron_mode.train import train
+
+    try:
+        stop = train(config, process, request)
+    except OSError as error:
+        # A write to a full disk names no file; whatever a run writes lies in its folder.
+        error.filename = error.filename or config.run.dir
+        raise
+    return STOPPED if stop else 0
+
+
+def supervise(program: Callable[[StopRequest], int]) -> int:
+    """Run one rank's program; return one of the statuses in README.md's table."""
+    request = StopRequest().listen()
+    try:
+        status = exit_status(
+            lambda: program(request),
+            lambda said: wait_to_speak(os.environ, said, lambda: request.reason is Reason.SIGTERM),
+        )
+    except RuntimeError:
+        found = peers_status(os.environ)
+        if found is None:
+            raise
+        status = found
+    except Exception:
+        note_failure(FAULT)
+        raise
+    if status not in (0, STOPPED):
+        outlast_peers(os.environ)
+    return status
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once: threads of gloo and of the loader may outlive the work."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Train as the command line says; what `python -m megatron_mode.commands.train` runs."""
+
+    def program(request: StopRequest) -> int:
+        parser = CommandParser(description=__doc__, allow_abbrev=False)
+        add_arguments(parser)
+        return pretrain(parser.parse(sys.argv[1:] if arguments is None else arguments), request)
+
+    leave(supervise(program))
+
+
+if __name__ == "__main__":
+    main()

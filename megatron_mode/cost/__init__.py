@@ -1,0 +1,1 @@
+"""Compute layouts, memory and hardware limits from the config alone (no torch)."""

@@ -1,0 +1,1 @@
+"""Evaluate a model on held-out sources and score passages."""

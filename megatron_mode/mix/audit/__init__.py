@@ -1,0 +1,1 @@
+"""Answer questions about an order: forecasts, exposures, portable documents."""

@@ -1,0 +1,1 @@
+"""Apply controlled edits to single documents without moving any other row."""

@@ -1,0 +1,1 @@
+"""Prepare a corpus: encode, shuffle, remove duplicates and write sources."""

@@ -1,0 +1,98 @@
+"""Read JSON lines from a plain, gzip'd or zstd-compressed file.
+
+A line is read up to MAX_LINE_BYTES; the rest of a longer one is passed over in pieces, so neither
+a file without line ends nor a compressed one that unpacks to far more than its size fills memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+from megatron_mode.errors import DataError
+from megatron_mode.tokens.read.lines import MAX_LINE_BYTES, too_long
+
+Compression = Literal["gzip", "zstd"]
+BUFFER_BYTES = 1 << 17
+
+
+class JsonLines:
+    """Iterate over the lines of one file."""
+
+    def __init__(self, path: Path, raw: IO[bytes], compression: Compression | None) -> None:
+        """Take over an open file."""
+        self.path = path
+        self._raw = raw
+        self._compression = compression
+        self._stream = unpacked(raw, compression)
+
+    @property
+    def position_bytes(self) -> int:
+        """Return how far the file on disk has been read."""
+        return self._raw.tell()
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        number = 0
+        try:
+            for number, line in enumerate(self._lines(), start=1):
+                if not line.isspace():
+                    yield number, line
+        except (EOFError, zlib.error, OSError) as error:
+            what = f"{self._compression} file" if self._compression else "file"
+            raise DataError(
+                f"{self.path}:{number + 1}: the {what} is damaged or cut off near byte "
+                f"{self._raw.tell()} ({error}); fetch it again."
+            ) from None
+
+    def _lines(self) -> Iterator[bytes]:
+        line = self._stream.readline(MAX_LINE_BYTES + 1)
+        if line.startswith(codecs.BOM_UTF8):
+            line = line[len(codecs.BOM_UTF8) :] or b"\n"
+        while line:
+            if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
+                yield line
+            else:
+                line = b""  # let it go before the next pieces come
+                passed = MAX_LINE_BYTES + 1 + self._pass_over()
+                yield too_long(f"{passed / 2**20:,.1f} MiB")
+            line = self._stream.readline(MAX_LINE_BYTES + 1)
+
+    def _pass_over(self) -> int:
+        """Read to the end of the line and return how many bytes that was."""
+        passed = 0
+        while piece := self._stream.readline(BUFFER_BYTES):
+            passed += len(piece)
+            if piece.endswith(b"\n"):
+                break
+        return passed
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+        self._raw.close()
+
+
+def unpacked(raw: IO[bytes], compression: Compression | None) -> IO[bytes]:
+    """Return a buffered stream of what a file holds, all gzip members or zstd frames of it."""
+    if compression is None:
+        return raw
+    if compression == "gzip":
+        unpacking: Any = gzip.GzipFile(fileobj=raw)
+    else:
+        import pyarrow
+
+        unpacking = pyarrow.CompressedInputStream(raw, "zstd")
+    return io.BufferedReader(unpacking, BUFFER_BYTES)

@@ -1,0 +1,147 @@
+"""Open any input as numbered JSON lines, choosing the reader by what the file holds.
+
+    JSON lines, plain or gzip'd or zstd-compressed                  -> json_lines
+    a file named .json that holds one array, compressed or not      -> json_array
+    Parquet, Arrow IPC, folders written by datasets.save_to_disk    -> tables
+
+A compressed or binary file is known by its first bytes; a name that promises another format is
+refused, because it means that the file was cut or mixed up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_mode.errors import DataError
+from megatron_mode.tokens.read.json_array import JsonArray, holds_array
+from megatron_mode.tokens.read.json_lines import JsonLines
+from megatron_mode.tokens.read.lines import LineReader
+
+ACCEPTED = (
+    "accepted are .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow files and folders written "
+    "by save_to_disk"
+)
+Kind = Literal["gzip", "zstd", "parquet", "arrow"]
+HEAD_BYTES = 8
+MAGIC: dict[Kind, tuple[bytes, ...]] = {
+    "gzip": (b"\x1f\x8b",),
+    # The second to last: a skippable frame, which parallel compressors put first.
+    "zstd": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + n]) + b"\x2a\x4d\x18" for n in range(16))),
+    "parquet": (b"PAR1",),
+    "arrow": (b"ARROW1\0\0", b"\xff\xff\xff\xff"),
+}
+SUFFIXES: dict[str, Kind] = {
+    ".gz": "gzip",
+    ".zst": "zstd",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+DOCUMENT_COLUMNS = ("id", "source", "text", "messages", "tools")
+
+
+def open_reader(path: Path, columns: Sequence[str] | None = DOCUMENT_COLUMNS) -> LineReader:
+    """Open an input; of a table take these columns, or all when columns is None.
+
+    Raises DataError when it is missing, of no known format, or not what its name says.
+    """
+    if path.is_dir():
+        from megatron_mode.tokens.read.columns import ArrowTables
+
+        return ArrowTables(path, dataset_files(path), columns)
+    try:
+        raw = path.open("rb")
+        head = raw.read(HEAD_BYTES)
+        raw.seek(0)
+    except OSError as error:
+        raise DataError(
+            f"Input {path} cannot be read ({error.strerror or error}); {ACCEPTED}, so correct the "
+            "name, or write what a pipe gives to a file first."
+        ) from None
+    try:
+        kind = kind_of(path, head)
+        if kind == "gzip" or kind == "zstd" or kind is None:
+            reader = JsonArray if holds_array(path, kind) else JsonLines
+            return reader(path, raw, kind)
+    except BaseException:
+        raw.close()
+        raise
+    raw.close()
+    from megatron_mode.tokens.read.columns import ArrowTables, ParquetTable
+
+    return ParquetTable(path, columns) if kind == "parquet" else ArrowTables(path, [path], columns)
+
+
+def kind_of(path: Path, head: bytes) -> Kind | None:
+    """Return the format that a file begins like, None for text; DataError when its name differs."""
+    found = next((kind for kind, magic in MAGIC.items() if head.startswith(magic)), None)
+    promised = SUFFIXES.get(path.suffix)
+    if promised is not None and found != promised:
+        raise DataError(
+            f"Input {path} is named {path.suffix} but does not begin like {promised} "
+            f"({head[:4].hex(' ') or 'it is empty'}); fetch it again, or give it the name of what "
+            "it holds."
+        )
+    is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff")) or (found is None and 0 in head[:2])
+    if is_utf16 and b"{" in head.replace(b"\0", b""):
+        raise DataError(f"Input {path} is UTF-16; accepted is UTF-8, so save it as UTF-8.")
+    return found
+
+
+def dataset_files(folder: Path) -> list[Path]:
+    """Return the Arrow files of a folder that datasets.save_to_disk wrote, in order."""
+    if (folder / "dataset_dict.json").is_file():
+        names = read_json(folder / "dataset_dict.json").get("splits")
+        names = names if isinstance(names, list) else []
+        raise DataError(
+            f"Input {folder} holds several splits ({', '.join(map(str, names))}); name one, such "
+            f"as {folder / str(next(iter(names), 'train'))}."
+        )
+    if not (folder / "state.json").is_file():
+        raise DataError(
+            f"Input {folder} cannot be read (it is a folder without state.json); {ACCEPTED}, so "
+            "name the files in it."
+        )
+    state = read_json(folder / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(
+            f"Input {folder} is a selection of rows kept as a list of indices; call "
+            "flatten_indices() before save_to_disk()."
+        )
+    try:
+        names = [entry["filename"] for entry in state["_data_files"]]
+        files = [folder / Path(name).name for name in names]
+    except (KeyError, TypeError):
+        raise DataError(
+            f"{folder / 'state.json'} lists no _data_files; write the folder again with "
+            "save_to_disk()."
+        ) from None
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file} is missing, which state.json beside it lists; copy it too.")
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a small file; raise DataError when it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({error}); write the folder again.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no JSON object; write the folder again.")
+    return value
+
+
+def input_files(path: Path) -> list[Path]:
+    """Return the files that an input consists of: itself, or those of a dataset folder."""
+    return dataset_files(path) if path.is_dir() else [path]
+
+
+def size_bytes(path: Path) -> int:
+    """Return the size of an input on disk; 0 when it is missing."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return path.stat().st_size if path.exists() else 0
