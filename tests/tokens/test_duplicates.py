@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.documents import read_documents
-from megatron_mode.tokens.prepare.prepare import (
+from megatron_mode.tokens.prepare import (
     assemble,
     encode,
     gathering,

@@ -24,7 +24,7 @@ MOST_BYTES = 600 << 20
 SMALL_PROGRAM = """
 import sys
 from megatron_mode.__main__ import main
-from megatron_mode.tokens.prepare.prepare import assemble, sorting, units
+from megatron_mode.tokens.prepare import assemble, sorting, units
 from megatron_mode.tokens.source import document_table, index
 from megatron_mode.tokens import words
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from megatron_mode.__main__ import run_verb
 from megatron_mode.commands import merge as merge_command
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.tokens.prepare.prepare import assemble, gathering, sorting, units
+from megatron_mode.tokens.prepare import assemble, gathering, sorting, units
 from megatron_mode.tokens.source.shards import Source
 
 RunPrepare = Callable[..., int]

@@ -22,7 +22,7 @@ Dialogue = Callable[..., dict[str, Any]]
 PROGRAM = """
 import sys
 from megatron_mode.__main__ import main
-from megatron_mode.tokens.prepare.prepare import units
+from megatron_mode.tokens.prepare import units
 if __name__ == "__main__":
     units.UNIT_BYTES = 1 << 16
     sys.exit(main())
