@@ -11,7 +11,6 @@ import json
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import sys
@@ -32,6 +31,7 @@ from tiny_run import PRETRAIN, RUN_FILE, Outcome, Trained, before_others, comman
 
 from megatron_mode.__main__ import run_verb
 from megatron_mode.command_line import exit_status
+from megatron_mode.commands import train as train_command
 from megatron_mode.process import failures
 
 CONFIGS, COMMANDS, PROGRAMS = 600, 400, 24
@@ -117,7 +117,7 @@ def run(box: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     monkeypatch.chdir(box.folder)
     for name in [n for n in os.environ if n.startswith(("RANK", "WORLD_", "LOCAL_", "SLURM_"))]:
         monkeypatch.delenv(name)
-    pretrain = runpy.run_path(str(PRETRAIN))["main"]
+    monkeypatch.setattr(train_command, "leave", sys.exit)
     environment = dict(os.environ)
     # The program takes both signals for itself; a test run must still end on them.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -126,7 +126,9 @@ def run(box: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             if program == "pretrain":
-                status = pretrain(words)
+                with pytest.raises(SystemExit) as end:
+                    train_command.main(words)
+                status = end.value.code
             else:
                 status = exit_status(lambda: run_verb([program, *words]))
         os.environ.clear()
