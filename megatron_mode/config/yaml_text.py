@@ -139,6 +139,15 @@ _BUILDERS: dict[str, Callable[[Any, Any], Any]] = {
 for _kind, _builder in _BUILDERS.items():
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _builder)
 _Loader.yaml_constructors[None] = _Loader.construct_undefined  # of any other tag
+
+
+def _write_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    # Only double quotes escape the line breaks of Unicode; others read back as a space.
+    style = '"' if any(mark in value for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _write_text)
 _Dumper.add_representer(Decimal, _write_number)
 _Dumper.add_representer(float, _write_number)
 _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))

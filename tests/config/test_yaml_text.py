@@ -3,7 +3,7 @@
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_mode.config.yaml_text import parse_yaml, write_value, write_yaml
@@ -110,6 +110,8 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
+@example("\x85")
+@example("\u2028")
 def test_written_values_read_back_equal(value):
     assert parse_yaml(write_yaml(value), "x") == value
     assert "\n" not in write_value(value)
