@@ -100,11 +100,12 @@ def check_source_files(
 
     Row tables count where `packed_whole` names their source.
 
-    Raises DataError naming the file that is not what NAME.json says; sources by Megatron's own
-    tools record no digests and are passed over.
+    Raises DataError naming the file that is not what NAME.json says, or the index that is wrong in
+    itself; sources by Megatron's own tools record no digests, so only their index is checked.
     """
     total = 0
     for source in sources:
+        source.verify_index()
         expected = {
             source.root / f"{source.name}{suffix}": digest
             for suffix, digest in source.content_digests.items()

@@ -66,6 +66,8 @@ def open_corpus(config: Config) -> Corpus:
     asked += [pair.by.partition("/")[0] for pair in mix.edits.replace]
     names = dict.fromkeys(asked)
     edits = {name: by_name.get(name) or Source.open(root, name) for name in names}
+    for source in (*train, *valid, *edits.values()):
+        source.limit_ids(vocabulary.padded_vocab_size)
     return Corpus(root, vocabulary, train, valid, edits)
 
 

@@ -127,6 +127,43 @@ class Index:
         offset = HEADER.size + 4 * self.sequences
         self._pointers = np.frombuffer(buffer, "<i8", self.sequences, offset)
         self._boundaries = np.frombuffer(buffer, "<i8", boundaries, offset + 8 * self.sequences)
+        self._check_ends(path)
+
+    def _check_ends(self, path: Path) -> None:
+        """Refuse a document table that does not cover the sequences; `verify` checks the rest."""
+        ends = self._boundaries[[0, -1]].tolist() if len(self._boundaries) else None
+        if ends != [0, self.sequences]:
+            found = f"runs from {ends[0]} to {ends[1]}" if ends else "is empty"
+            raise DataError(
+                f"{path} has a document table that {found}; accepted is a table from 0 to "
+                f"{self.sequences}, the number of sequences, so build the index again: training "
+                "would attend across documents."
+            )
+
+    def verify(self, path: Path) -> None:
+        """Read the complete index; raise DataError where a border falls or a pointer is wrong."""
+        width, offset_bytes = self.dtype.itemsize, 0
+        for first in range(0, self.sequences, CHUNK_DOCUMENTS):
+            lengths = self._lengths[first : first + CHUNK_DOCUMENTS].astype(np.int64)
+            ends = offset_bytes + np.cumsum(lengths) * width
+            wrong = self._pointers[first : first + CHUNK_DOCUMENTS] != ends - lengths * width
+            if (wrong | (lengths < 0)).any():
+                at = first + int(np.argmax(wrong | (lengths < 0)))
+                raise DataError(
+                    f"{path} places sequence {at} ({self._lengths[at]} tokens) at byte "
+                    f"{self._pointers[at]}; accepted is where the sequence before it ends, so "
+                    "build the index again."
+                )
+            offset_bytes = int(ends[-1])
+        for first in range(0, self.documents, CHUNK_DOCUMENTS):
+            falls = np.diff(self._boundaries[first : first + CHUNK_DOCUMENTS + 1]) < 0
+            if falls.any():
+                at = first + int(np.argmax(falls))
+                raise DataError(
+                    f"{path} ends document {at} before it begins (sequence "
+                    f"{self._boundaries[at]} to {self._boundaries[at + 1]}); accepted are borders "
+                    "that never fall, so build the index again."
+                )
 
     @property
     def tokens(self) -> int:

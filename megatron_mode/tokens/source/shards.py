@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,12 @@ from megatron_mode.tokens.source.hashed_file import HashedFile
 from megatron_mode.tokens.source.index import Index, SpooledLengths, index_chunks
 from megatron_mode.tokens.source.seal import (
     FORMAT_VERSION,
+    SAMPLE_BYTES,
+    SAMPLES,
     SEALED_SUFFIXES,
+    check_ids,
     check_present,
+    check_sizes,
     read_info,
     sampled_digest,
 )
@@ -148,12 +151,7 @@ class SourceWriter:
     def __enter__(self) -> SourceWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
             self.discard()
             return
@@ -167,11 +165,14 @@ class SourceWriter:
 class Source:
     """Read one prepared source through memory maps."""
 
+    vocab_size: int | None = None
+    """All ids are below it; None checks nothing."""
+
     def __init__(self, root: Path, name: str, mode: int, info: dict[str, Any]) -> None:
         self.root, self.name, self.mode, self.info = root, name, mode, info
         self._index = Index(self._path(".idx"))
         self.tokens, self.documents = self._index.tokens, self._index.documents
-        self.verify_sizes()
+        check_sizes(root, name, self.tokens, self._index.dtype.itemsize, info)
         self._ids = self._map(".bin", self._index.dtype)
         self._flags = self._map(".flags.bin", np.dtype(np.uint8)) if self.has_flags else None
         self._table: DocumentTable | None = None
@@ -232,29 +233,29 @@ class Source:
         digest: str | None = self.info.get("row_tables", {}).get(str(seq_len), {}).get("sha256")
         return digest
 
-    def verify_sizes(self) -> None:
-        """Compare file sizes with the index and NAME.json; raise DataError naming the file."""
-        expected = {".bin": self.tokens * self._index.dtype.itemsize}
-        if self.has_flags:
-            expected[".flags.bin"] = self.tokens
-            recorded = self.info["files"]
-            expected |= {s: recorded[s]["bytes"] for s in (".idx", ".docs.arrow")}
-        for suffix, size_bytes in expected.items():
-            path = self._path(suffix)
-            found = path.stat().st_size if path.exists() else None
-            if found != size_bytes:
-                state = "is missing" if found is None else f"has {found} bytes"
-                raise DataError(
-                    f"{path} {state} where {size_bytes} bytes are expected; prepare or copy the "
-                    "source again."
-                )
-
     def read(self, begin_token: int, end_token: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return ids (int64) and flags (uint8) of tokens [begin_token, end_token)."""
+        """Return ids (int64) and flags (uint8) of tokens [begin_token, end_token).
+
+        Raises DataError for an id outside of the vocabulary.
+        """
         ids = self._ids[begin_token:end_token].astype(np.int64)
+        if self.vocab_size is not None:
+            where, begin = self.root / self.name, begin_token
+            check_ids(where, ids, self.vocab_size, lambda at: self.document_of(begin + at))
         if self._flags is not None:
             return ids, np.array(self._flags[begin_token:end_token])
         return ids, np.full(len(ids), MODE2 if self.mode == 2 else 0, np.uint8)
+
+    def limit_ids(self, vocab_size: int) -> None:
+        """Refuse ids outside of the vocabulary: here in samples, later in all that is read."""
+        self.vocab_size = vocab_size
+        for number in range(SAMPLES):
+            begin = max(self.tokens - SAMPLE_BYTES, 0) * number // (SAMPLES - 1)
+            self.read(begin, begin + SAMPLE_BYTES)
+
+    def verify_index(self) -> None:
+        """Read the complete index; raise DataError where it is wrong."""
+        self._index.verify(self._path(".idx"))
 
     def document_starts(self, begin_token: int, end_token: int) -> NDArray[np.int64]:
         """Return the first tokens of the documents that start in [begin_token, end_token)."""
