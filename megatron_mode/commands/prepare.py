@@ -26,7 +26,7 @@ Turn JSON lines into a tokenizer and prepared sources, one for each `source` nam
 Held-out documents become NAME-valid (Mode 1), or NAME-valid-plain and NAME-valid-chat (Mode 2).
 The same command continues a run that was stopped or killed."""
 
-SAMPLE_FOLDER = Path(__file__).parent / "sample"
+SAMPLE_FOLDER = Path(__file__).parents[1] / "tokens" / "sample"
 SAMPLE_LICENCES = {
     "moby-dick": "public domain",
     "chatterbot": "BSD-3-Clause (chatterbot-corpus, Gunther Cox and contributors)",
