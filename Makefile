@@ -89,7 +89,7 @@ format: dev
 	ruff format .
 
 docs: install
-	python -m megatron_mode.config.table configs/README.md
+	python -c 'from megatron_mode.config import describe; describe.renew_page("configs/README.md")'
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

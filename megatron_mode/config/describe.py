@@ -6,6 +6,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -14,6 +15,7 @@ from megatron_mode.config.fields import Config
 from megatron_mode.config.section import Section
 from megatron_mode.config.yaml_text import write_value
 
+TABLE_BEGIN, TABLE_END = "<!-- keys: begin -->", "<!-- keys: end -->"
 _ARTICLES = {int: "an integer", float: "a number", Decimal: "an exact decimal"}
 
 
@@ -123,3 +125,25 @@ def find_field(location: Sequence[str | int]) -> tuple[Any, Sequence[Any], Field
         else:
             return None, (), None
     return annotation, metadata, field
+
+
+def write_table() -> str:
+    """Write the table of all keys in Markdown."""
+    lines = ["| key | accepted | default | meaning |", "|---|---|---|---|"]
+    for field in describe_fields():
+        meaning = field.meaning.replace("|", "\\|")
+        lines.append(f"| `{field.key}` | {field.accepted} | `{field.default}` | {meaning} |")
+    return "\n".join(lines)
+
+
+def renew_table(text: str) -> str:
+    """Replace what stands between the two table marks in a Markdown text."""
+    before, _, rest = text.partition(TABLE_BEGIN)
+    _, _, after = rest.partition(TABLE_END)
+    return f"{before}{TABLE_BEGIN}\n{write_table()}\n{TABLE_END}{after}"
+
+
+def renew_page(path: str) -> None:
+    """Renew the table in a page."""
+    page = Path(path)
+    page.write_text(renew_table(page.read_text("utf-8")), "utf-8")

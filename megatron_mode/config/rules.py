@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from megatron_mode.config.fields import (
     BatchConfig,
     Config,
+    HealthConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
 )
-from megatron_mode.config.health import HealthConfig
 from megatron_mode.config.mix_rules import MIX_RULES, Rule
 from megatron_mode.errors import ConfigError
 

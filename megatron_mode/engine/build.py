@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
 
 from megatron_mode.config import Config, check_world_size
-from megatron_mode.config.health import HealthConfig
+from megatron_mode.config.fields import HealthConfig
 from megatron_mode.cost.topology import Layout
 from megatron_mode.engine.accelerators import Implementations, choose_implementations
 from megatron_mode.engine.deepspeed_config import deepspeed_config

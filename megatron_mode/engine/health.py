@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Literal, NamedTuple
 
-from megatron_mode.config.health import HealthConfig
+from megatron_mode.config.fields import HealthConfig
 
 Kind = Literal["non_finite_loss", "non_finite_gradient", "loss_spike"]
 Action = Literal["apply", "skip", "rollback", "stop"]

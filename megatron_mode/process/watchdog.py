@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from megatron_mode.config.health import HealthConfig
+from megatron_mode.config.fields import HealthConfig
 from megatron_mode.errors import StallError
 
 STACKS_NAME = "stacks"

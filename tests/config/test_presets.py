@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mode.config import check_world_size, describe_fields, dump_config, load_config
-from megatron_mode.config.table import renew_table
+from megatron_mode.config.describe import renew_table
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RUNS = sorted(path.stem for path in (CONFIGS / "run").glob("*.yaml"))

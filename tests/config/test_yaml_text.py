@@ -53,28 +53,23 @@ def test_decimals_are_exact_where_floats_are_not():
         ("x: {a: 1, a: 2}", "key 'a' is given again on line 1"),
         ("a: [", "is not YAML on line"),
         ("a: !!python/object:os.system x", "is not YAML on line 1"),
-        ("a: &a [*a]", "is not YAML"),
+        ("a: &a [*a]", "it has an alias"),
         ("a: 1e400", "beyond"),
         ("a: 1e-99999999999999999999", "beyond"),
         ("? [1]\n: 2", "a key must be plain text"),
         ("a: \x00", "is not text"),
-        ("a: !!bool x", "x is neither true nor false"),
-        ("a: !!map x", "expected keys and values"),
-        ("a: !!int x", "x is no number"),
-        ("a: !!timestamp x", "could not determine a constructor"),
-        ("a: !!binary aGk=", "could not determine a constructor"),
-        (f"a: {'9' * 5000}", f"{'9' * 40} is no number, or beyond"),
+        ("a: !!bool x", "it has a tag"),
+        ("a: !!binary aGk=", "it has a tag"),
+        (f"a: {'9' * 5000}", f"{'9' * 40} is beyond"),
         ('a: "b\\0"', "the text holds the character U+0000"),
         ('"\\ud800": 1', "the text holds the character U+D800"),
         ("[" * 100_000, "nested deeper than 40"),
         ("{a: " * 100_000, "nested deeper than 40"),
         (" ".join("-" * 60), "nested deeper than 40"),
-        ("a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 60)),
-         "nested deeper than 40"),
         # Thirty lines that name 10^30 values.
         ("a0: &a0 [1]\n" + "".join(
             f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 31)),
-         "with its aliases it has more than"),
+         "it has an alias"),
     ],
 )  # fmt: skip
 def test_bad_text_is_one_sentence(text, fragment):
@@ -82,14 +77,6 @@ def test_bad_text_is_one_sentence(text, fragment):
         parse_yaml(text, "the file")
     assert fragment in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_aliases_are_values_like_others():
-    text = "a: &x {b: [1, 2]}\nc: *x\nd: [*x, *x]"
-    x = {"b": [1, 2]}
-    assert parse_yaml(text, "x") == {"a": x, "c": x, "d": [x, x]}
-    assert parse_yaml("!!bool 'True'", "x") is True
-    assert parse_yaml("!!null 'x'", "x") is None
 
 
 def test_every_repeated_key_is_reported():

@@ -77,7 +77,7 @@ def wait_in_vain(process, port):
     """Join a group of two alone; return the error."""
     from datetime import timedelta
 
-    from megatron_mode.config.health import HealthConfig
+    from megatron_mode.config.fields import HealthConfig
     from megatron_mode.engine import build
     from megatron_mode.errors import MegatronModeError
     from megatron_mode.process.launch import prepare_environment

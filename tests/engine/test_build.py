@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_mode.config.health import HealthConfig
+from megatron_mode.config.fields import HealthConfig
 from megatron_mode.engine.build import choose_device, group_timeout, limit_groups
 from megatron_mode.errors import ConfigError
 from megatron_mode.process.launch import Process

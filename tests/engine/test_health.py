@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from smallest import MODEL
 
 from megatron_mode.config import Config
-from megatron_mode.config.health import HealthConfig
+from megatron_mode.config.fields import HealthConfig
 from megatron_mode.config.rules import find_broken_rules
 from megatron_mode.engine.health import APPLY, LEAST_SPREAD, HealthJudge, spike_limit
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mode.config.health import HealthConfig
+from megatron_mode.config.fields import HealthConfig
 from megatron_mode.process import watchdog
 from megatron_mode.process.watchdog import Arrival, Watchdog
 
