@@ -230,10 +230,10 @@ def tiny_config(tiny):
 )
 def test_the_nearest_divisor_of_a_large_prime_is_found_at_once(tiny, overrides, fragment):
     """Counting down from it took seconds, and for ever where there was no bound."""
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ConfigError, match=fragment):
         load_config(tiny, overrides)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_the_nearest_world_of_a_large_batch_is_found_at_once(tiny):
