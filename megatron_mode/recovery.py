@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_mode.checkpoint.order_record import OrderRecord
 from megatron_mode.checkpoint.probe import Probe
-from megatron_mode.checkpoint.rollback import roll_back
+from megatron_mode.checkpoint.resume import roll_back
 from megatron_mode.checkpoint.save import Checkpoints
 from megatron_mode.engine.health import Verdict
 from megatron_mode.engine.step import Engine, StepResult

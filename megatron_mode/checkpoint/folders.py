@@ -1,8 +1,14 @@
 """Name, find, publish, keep and remove the checkpoint folders of a run.
 
-A checkpoint is written as `RUN/checkpoints/step-NNNNNNNN.partial` and renamed when it is whole, so
-a folder without the suffix is finished. `latest` names the newest. Removing renames to `.deleting`
-first. What a kill leaves under such a suffix is never read, and cleared away at the next start.
+A checkpoint is written as `RUN/checkpoints/step-NNNNNNNN.partial` and renamed when it is complete,
+so a folder without the suffix is finished. `latest` decides which one a run resumes from; a person
+may edit it to go back. Removing renames to `.deleting` first. What a kill leaves under such a
+suffix is never read, and the next start clears it away.
+
+`publishing` tells a kill from an edit. It says "NEW OLD" from before a checkpoint NEW is renamed
+until `latest` names NEW. If NEW is finished while `latest` still says OLD, a kill came between the
+two and `latest` means NEW. Without the file, or where `latest` says something else, a person
+chose.
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ import contextlib
 import itertools
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_mode.atomic import rename_durably, write_whole
@@ -19,10 +25,13 @@ from megatron_mode.errors import CheckpointError
 
 CHECKPOINTS_NAME = "checkpoints"
 LATEST_NAME = "latest"
+PUBLISHING_NAME = "publishing"
 PARTIAL = ".partial"
 DELETING = ".deleting"
 DAMAGED = ".damaged"
+ASIDE = ".aside"
 UNIVERSAL = "-universal"
+MOST_NAMED = 8
 
 
 def tag_of(step: int) -> str:
@@ -46,36 +55,50 @@ def finished_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted((path for path in ours if path.is_dir()), key=step_of)
 
 
-def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest finished checkpoint of a run, or None when it never had one.
+def current_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the checkpoint that `latest` means: the newest where there is no `latest`, or None.
 
-    A run killed between renaming a checkpoint and rewriting `latest` leaves `latest` on an older
-    one. Raises CheckpointError where it names none of those that are there.
+    Raises CheckpointError where `latest` names none of those that are there.
     """
     finished = finished_checkpoints(checkpoints)
+    names = [path.name for path in finished]
     latest = checkpoints / LATEST_NAME
+    named = _word(latest)
+    new, _, old = _word(checkpoints / PUBLISHING_NAME).partition(" ")
+    if new in names and named == old:
+        return checkpoints / new
+    if named in names:
+        return checkpoints / named
     if latest.is_file():
-        named = latest.read_bytes()
-        if named not in [f"{path.name}\n".encode() for path in finished]:
-            newest = f"the newest here is {finished[-1].name}" if finished else "there is none here"
-            raise CheckpointError(
-                f"{latest} names {named.decode(errors='replace').strip()!r}, which is no finished "
-                f"checkpoint beside it ({newest}): bring that folder back, or delete {latest} to "
-                "do without it"
-            )
+        raise CheckpointError(
+            f"{latest} names {named!r}, which is no finished checkpoint there: accepted is "
+            f"{', '.join(names[-MOST_NAMED:]) or 'none, for there is none'}; correct it, or delete "
+            f"{latest} to take the newest"
+        )
     return finished[-1] if finished else None
 
 
+def _word(path: Path) -> str:
+    """Read a file of one line, whether or not it ends with a newline; "" where it is missing."""
+    try:
+        return path.read_bytes().decode(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
 def publish(partial: Path) -> Path:
-    """Rename a whole checkpoint to its name and let `latest` name it."""
+    """Rename a complete checkpoint to its name and let `latest` name it."""
     checkpoints = partial.parent
     folder = partial.with_name(partial.name.removesuffix(PARTIAL))
     if folder.exists():
-        # Written once more, after a roll-back: `latest` must never name what is being replaced.
+        # A copy under this name, made by hand: `latest` must never name what is being replaced.
         (checkpoints / LATEST_NAME).unlink(missing_ok=True)
         remove(folder)
+    journal = checkpoints / PUBLISHING_NAME
+    write_whole(journal, f"{folder.name} {_word(checkpoints / LATEST_NAME)}\n")
     rename_durably(partial, folder)
     write_whole(checkpoints / LATEST_NAME, folder.name + "\n")
+    journal.unlink()
     return folder
 
 
@@ -97,20 +120,63 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def candidates(checkpoints: Path, at_most: int | None = None) -> list[Path]:
-    """List what a run may go on from, newest first, up to `at_most` steps; clear up before.
+def candidates(checkpoints: Path, at_most: int | None, start: Path | None = None) -> list[Path]:
+    """List what a run may resume from, newest first, up to `at_most` steps; clear up before.
 
-    Raises CheckpointError where all that is there was set aside: nobody means to begin anew then.
+    The first is `start`, else the one that `latest` means. Raises CheckpointError where there are
+    only checkpoints that were set aside as damaged.
     """
     clear_unfinished(checkpoints)
-    newest_checkpoint(checkpoints)
+    current = current_checkpoint(checkpoints)
+    journal = checkpoints / PUBLISHING_NAME
+    if current is not None and journal.exists():  # end what a kill interrupted
+        write_whole(checkpoints / LATEST_NAME, f"{current.name}\n")
+    journal.unlink(missing_ok=True)
+    first = start or current
+    limits = [at_most] if at_most is not None else []
+    limits += [step_of(first)] if first else []
     found = finished_checkpoints(checkpoints)[::-1]
     if not found and (aside := sorted(checkpoints.glob(f"step-*{DAMAGED}*"))):
         raise CheckpointError(
-            f"{checkpoints} has no checkpoint to go on from but {aside[-1].name}, which was set "
+            f"{checkpoints} has no checkpoint to resume from but {aside[-1].name}, which was set "
             "aside as damaged: mend it and take the ending off its name, or start a new run.dir"
         )
-    return [folder for folder in found if at_most is None or step_of(folder) <= at_most]
+    return [folder for folder in found if step_of(folder) <= min(limits, default=0)]
+
+
+def named_in_config(checkpoints: Path, name: str) -> Path:
+    """Return the checkpoint that run.resume_from names; CheckpointError lists those there are."""
+    finished = finished_checkpoints(checkpoints)
+    for folder in finished:
+        if step_of(folder) == int(name.removeprefix("step-")):
+            return folder
+    names = ", ".join(path.name for path in finished[-MOST_NAMED:])
+    raise CheckpointError(
+        f"run.resume_from is {name}, which is no finished checkpoint of {checkpoints}: accepted is "
+        f"{names or 'none, for there is none'}; correct it or leave it out"
+    )
+
+
+def set_aside(taken: Path, endings: Mapping[Path, str]) -> dict[Path, str]:
+    """Let `latest` name what was taken and rename others by adding an ending; return new names.
+
+    They keep all they hold but count no more. What was made from one is renamed too: it may be all
+    that is intact of that step.
+    """
+    write_whole(taken.with_name(LATEST_NAME), f"{taken.name}\n")
+    names = {}
+    for folder in sorted(endings, key=step_of, reverse=True):
+        names[folder] = folder.name + _free_ending(folder, endings[folder])
+        for path in (universal_of(folder), folder):
+            if path.exists():
+                rename_durably(path, path.with_name(path.name + names[folder][len(folder.name) :]))
+    return names
+
+
+def _free_ending(folder: Path, ending: str) -> str:
+    """Return .damaged, .damaged-2 and so on, the first that is free."""
+    endings = (ending if n == 1 else f"{ending}-{n}" for n in itertools.count(1))
+    return next(end for end in endings if not folder.with_name(folder.name + end).exists())
 
 
 def forget_after(checkpoints: Path, step: int) -> Path | None:
@@ -122,27 +188,6 @@ def forget_after(checkpoints: Path, step: int) -> Path | None:
         for folder in reversed(finished[len(kept) :]):
             remove(folder)
     return kept[-1] if kept else None
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, which keeps it but counts it no more; return its new name.
-
-    What was made from it is renamed too: it may be all that is whole of that step.
-    """
-    (folder.parent / LATEST_NAME).unlink(missing_ok=True)
-    (free,) = itertools.islice(
-        (end for end in _damaged_endings() if not folder.with_name(folder.name + end).exists()), 1
-    )
-    for path in (universal_of(folder), folder):
-        if path.exists():
-            rename_durably(path, path.with_name(path.name + free))
-    return folder.with_name(folder.name + free)
-
-
-def _damaged_endings() -> Iterator[str]:
-    """Yield .damaged, .damaged-2 and so on."""
-    yield DAMAGED
-    yield from (f"{DAMAGED}-{number}" for number in itertools.count(2))
 
 
 def prune(published: Path, keep: int, permanent_every_steps: int) -> list[Path]:

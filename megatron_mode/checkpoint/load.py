@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, newest_checkpoint
+from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, current_checkpoint
 from megatron_mode.checkpoint.integrity import check_files
 from megatron_mode.checkpoint.manifest import Manifest, read_manifest, saved_config
 from megatron_mode.checkpoint.unpickle import load_tensors
@@ -24,9 +24,9 @@ from megatron_mode.model.sharding import Cut, join_parts, parameter_cuts
 def resolve_folder(path: Path) -> Path:
     """Accept a checkpoint folder, a run's checkpoints folder or a run folder; return the first."""
     for parent in (path, path / CHECKPOINTS_NAME):
-        newest = newest_checkpoint(parent)
-        if newest is not None:
-            return newest
+        current = current_checkpoint(parent)
+        if current is not None:
+            return current
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder: name a checkpoint folder or a run folder that has checkpoints"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_mode.checkpoint.manifest import Manifest
 from megatron_mode.engine.forward import forward_rows
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import DamagedError
@@ -57,6 +59,13 @@ class Probe:
             "mode_loss": mode_sum / mode_weight,
             "conditions": conditions(engine),
         }
+
+    def check(self, engine: Engine, manifest: Manifest, folder: Path) -> None:
+        """Measure again and compare with what the checkpoint's run measured; all ranks call it."""
+        found = self.measure(engine)
+        # Ranks on other machines than the one that wrote the manifest have other conditions.
+        differs = engine.largest_over_ranks(found["conditions"] != manifest.probe["conditions"])
+        check_probe(manifest.probe, found, manifest.precision, str(folder), exact=not differs)
 
     def _read(self, some: Sequence[int]) -> MicroBatch:
         whole = micro_batch(

@@ -15,6 +15,7 @@ from megatron_mode.errors import CheckpointError
 # micro-batches. run.steps is judged by the past it implies.
 FREE_KEYS = (
     "run.dir",
+    "run.resume_from",
     "run.steps",
     "run.eval_every_steps",
     "run.eval_rows",

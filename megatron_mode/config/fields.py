@@ -186,6 +186,9 @@ class RunConfig(Section):
 
     dir: str = "runs/tiny"
     """Run folder: config, metrics, checkpoints, report."""
+    resume_from: Annotated[str, Field(pattern=r"^step-[0-9]+$")] | None = None
+    """step-N: go back to this checkpoint, once; a checkpoint saved since then is resumed as usual,
+    and newer ones are kept as step-M.aside. Unset: the one that RUN/checkpoints/latest names."""
     steps: Count = 100
     """Optimizer steps."""
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 1234

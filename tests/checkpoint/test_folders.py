@@ -12,9 +12,9 @@ from megatron_mode import atomic
 from megatron_mode.checkpoint.folders import (
     candidates,
     clear_unfinished,
+    current_checkpoint,
     finished_checkpoints,
     forget_after,
-    newest_checkpoint,
     prune,
     publish,
     remove,
@@ -100,14 +100,14 @@ def every_kill(monkeypatch, checkpoints, act):
 
 def test_a_kill_while_publishing_and_pruning_leaves_a_good_checkpoint(checkpoints, monkeypatch):
     written(checkpoints, 8)
-    before = newest_checkpoint(checkpoints)
+    before = current_checkpoint(checkpoints)
 
     def act():
         prune(publish(checkpoints / f"{tag_of(8)}.partial"), 2, 0)
 
     seen = set()
     for _ in every_kill(monkeypatch, checkpoints, act):
-        newest = newest_checkpoint(checkpoints)  # raises where latest names none that is there
+        newest = current_checkpoint(checkpoints)  # raises where latest names none that is there
         assert newest in (before, checkpoints / tag_of(8))
         assert is_whole(newest)
         assert all(is_whole(folder) for folder in finished_checkpoints(checkpoints))
@@ -115,7 +115,7 @@ def test_a_kill_while_publishing_and_pruning_leaves_a_good_checkpoint(checkpoint
         assert is_whole(latest)
         seen.add((newest.name, latest.name))
         clear_unfinished(checkpoints)
-        assert newest_checkpoint(checkpoints) == newest
+        assert current_checkpoint(checkpoints) == newest
     assert (tag_of(8), tag_of(6)) in seen, "a kill between both is among them"
     assert names(checkpoints) == ["latest", tag_of(6), tag_of(8)]
 
@@ -129,17 +129,35 @@ def test_a_kill_while_one_is_replaced_leaves_a_good_checkpoint(checkpoints, monk
     for _ in every_kill(
         monkeypatch, checkpoints, lambda: publish(checkpoints / f"{tag_of(6)}.partial")
     ):
-        newest = newest_checkpoint(checkpoints)
+        newest = current_checkpoint(checkpoints)
         assert newest.name in (tag_of(4), tag_of(6))
         assert len({(newest / name).read_text() for name in ("a", "b")}) == 1
     assert is_whole(checkpoints / tag_of(6))
 
 
 def test_a_kill_while_setting_aside_loses_nothing(checkpoints, monkeypatch):
-    for _ in every_kill(monkeypatch, checkpoints, lambda: set_aside(checkpoints / tag_of(6))):
-        assert newest_checkpoint(checkpoints).name in (tag_of(4), tag_of(6))
-        kept = [checkpoints / tag_of(6), checkpoints / f"{tag_of(6)}.damaged"]
+    four, six = checkpoints / tag_of(4), checkpoints / tag_of(6)
+    for _ in every_kill(monkeypatch, checkpoints, lambda: set_aside(four, {six: ".damaged"})):
+        assert current_checkpoint(checkpoints) in (four, six)
+        kept = [six, six.with_name(f"{six.name}.damaged")]
         assert sum(path.is_dir() and is_whole(path) for path in kept) == 1
+    assert current_checkpoint(checkpoints) == four
+
+
+def test_a_kill_while_publishing_is_no_edit_and_an_edit_is_no_kill(checkpoints, monkeypatch):
+    """After a kill the finished checkpoint counts; a person who names an older one is obeyed."""
+    written(checkpoints, 8)
+    partial, folder = checkpoints / f"{tag_of(8)}.partial", checkpoints / tag_of(8)
+    for _ in every_kill(monkeypatch, checkpoints, lambda: publish(partial)):
+        finished = folder.is_dir()
+        edited = shutil.copytree(checkpoints, checkpoints.with_name("edited"))
+        (edited / "latest").write_text(tag_of(2))  # as DeepSpeed writes it, without a newline
+        assert candidates(edited, None) == [edited / tag_of(2)]
+        assert (edited / tag_of(6)).is_dir(), "the newer ones stay"
+        shutil.rmtree(edited)
+        assert candidates(checkpoints, None)[0] == (folder if finished else checkpoints / tag_of(6))
+        assert (checkpoints / "latest").read_text() == f"{tag_of(8 if finished else 6)}\n"
+        assert not (checkpoints / "publishing").exists()
 
 
 def test_a_kill_while_going_back_leaves_a_good_checkpoint(checkpoints, monkeypatch):
@@ -148,11 +166,11 @@ def test_a_kill_while_going_back_leaves_a_good_checkpoint(checkpoints, monkeypat
     assert forget_after(checkpoints, 6) == checkpoints / tag_of(6)
     assert len(finished_checkpoints(checkpoints)) == 3
     for _ in every_kill(monkeypatch, checkpoints, lambda: forget_after(checkpoints, 3)):
-        assert is_whole(newest_checkpoint(checkpoints))
+        assert is_whole(current_checkpoint(checkpoints))
         left = [path.name for path in finished_checkpoints(checkpoints)]
         assert left == [tag_of(2), tag_of(4), tag_of(6)][: len(left)]
     assert names(checkpoints) == ["latest", tag_of(2)]
-    assert newest_checkpoint(checkpoints) == checkpoints / tag_of(2)
+    assert current_checkpoint(checkpoints) == checkpoints / tag_of(2)
 
 
 def test_permanent_checkpoints_stay(tmp_path):
@@ -164,10 +182,13 @@ def test_permanent_checkpoints_stay(tmp_path):
 def test_the_only_checkpoint_stays(tmp_path):
     third = publish(written(tmp_path, 3))
     assert prune(third, 1, 0) == []
-    aside = [set_aside(publish(written(tmp_path, 5))).name for _ in range(2)]
+    aside = [
+        set_aside(third, {publish(written(tmp_path, 5)): ".damaged"})[tmp_path / tag_of(5)]
+        for _ in range(2)
+    ]
     assert aside == [f"{tag_of(5)}.damaged", f"{tag_of(5)}.damaged-2"], "what was kept is kept"
     assert prune(third, 1, 0) == []
-    assert newest_checkpoint(tmp_path) == third
+    assert current_checkpoint(tmp_path) == third
 
 
 def test_the_one_just_published_stays_whatever_lies_beside_it(tmp_path):
@@ -178,28 +199,29 @@ def test_the_one_just_published_stays_whatever_lies_beside_it(tmp_path):
 
 
 def test_what_was_set_aside_alone_is_no_beginning(tmp_path):
-    set_aside(publish(written(tmp_path, 5)))
+    publish(written(tmp_path, 5)).rename(tmp_path / f"{tag_of(5)}.damaged")
+    (tmp_path / "latest").unlink()
     with pytest.raises(CheckpointError, match=r"but step-00000005\.damaged, which was set aside"):
-        candidates(tmp_path)
+        candidates(tmp_path, None)
     publish(written(tmp_path, 3))
     (tmp_path / f"{tag_of(7)}.partial").touch()
-    assert candidates(tmp_path) == [tmp_path / tag_of(3)]
+    assert candidates(tmp_path, None) == [tmp_path / tag_of(3)]
     assert candidates(tmp_path, 2) == []
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("named", ["step-00000009\n", "step-00000006", "", "\xff", "a/b\n"])
-def test_a_latest_that_names_nothing_is_told(checkpoints, named):
+@pytest.mark.parametrize("named", ["step-00000009\n", "step-0000000", "", "\xff", "a/b\n"])
+def test_a_latest_that_names_nothing_is_refused(checkpoints, named):
     (checkpoints / "latest").write_text(named)
-    with pytest.raises(CheckpointError, match=r"latest names .*the newest here is step-00000006"):
-        newest_checkpoint(checkpoints)
+    with pytest.raises(CheckpointError, match=r"latest names .*, step-00000006; correct it, or"):
+        current_checkpoint(checkpoints)
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(checkpoints):
     for folder in finished_checkpoints(checkpoints):
         remove(folder)
-    with pytest.raises(CheckpointError, match="there is none here"):
-        newest_checkpoint(checkpoints)
+    with pytest.raises(CheckpointError, match="none, for there is none; correct"):
+        current_checkpoint(checkpoints)
 
 
 def test_a_small_file_is_the_old_or_the_new(tmp_path, monkeypatch):

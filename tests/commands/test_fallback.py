@@ -48,7 +48,7 @@ def test_nothing_is_set_aside_while_none_is_sound(pretrain: Call, run: Path) -> 
     before = tree(run)
     for _ in range(2):
         sentence = refusal(pretrain("checkpoint.fallback=true"))
-        assert f"no checkpoint of {run} is sound" in sentence
+        assert f"no checkpoint of {run} is intact" in sentence
         assert LAYER in sentence
         assert tree(run) == before
 
@@ -63,6 +63,32 @@ def test_the_way_out_of_a_damaged_manifest_is_named_and_works(pretrain: Call, ru
     assert "; step-00000002 is taken instead" in outcome.out
     (event,) = [json.loads(line) for line in (run / "health.jsonl").read_text().splitlines()]
     assert (event["kind"], event["action"]) == ("checkpoint", "fallback")
+
+
+def test_latest_decides_and_newer_checkpoints_are_kept(pretrain: Call, run: Path) -> None:
+    """Without a newline at the end too; the steps that follow are those of before."""
+    before, newer = metrics(run), tree(checkpoint(run, 3))
+    (run / "checkpoints/latest").write_text("step-00000002")
+    outcome = pretrain()
+    assert outcome.status == 0, outcome
+    assert "resumes at step 2" in outcome.out
+    assert "note: step-00000003 is newer than step-00000002, which this run was" in outcome.out
+    assert tree(run / "checkpoints/step-00000003.aside") == newer
+    assert (run / "checkpoints/latest").read_text() == "step-00000003\n"
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in before]
+    assert tree(checkpoint(run, 3)).keys() == newer.keys()
+
+
+def test_the_config_goes_back_once(pretrain: Call, run: Path) -> None:
+    """A start after the first save does not go back again; a name that is not there is refused."""
+    back = "run.resume_from=step-2"
+    refused = refusal(pretrain("run.resume_from=step-7"))
+    assert "run.resume_from is step-7, which is no finished checkpoint of" in refused
+    assert "accepted is step-00000002, step-00000003; correct it" in refused
+    assert "resumes at step 2" in pretrain(back).out
+    assert (run / "checkpoints/step-00000003.aside").is_dir()
+    assert "resumes at step 3" in pretrain(back).out
+    assert not (run / "checkpoints/step-00000003.aside-2").exists()
 
 
 def test_a_longer_run_says_which_key_keeps_its_plan(pretrain: Call) -> None:
