@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python
 	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
 
-.PHONY: install dev pretrain pretrain-3d test test-slow test-faults test-slurm slurm lint format gpu-check aot bench docs clean
+.PHONY: install dev pretrain pretrain-3d test test-slow test-faults test-slurm slurm lint format gpu-check aot bench docs docs-site clean
 
 install: $(VENV)/.installed
 dev: install $(VENV)/.installed-dev
@@ -88,8 +88,14 @@ format: dev
 	ruff check --fix .
 	ruff format .
 
+# Renew the table of keys in configs/README.md.
 docs: install
 	python -c 'from megatron_mode.config import describe; describe.renew_page("configs/README.md")'
+
+# Render README and docs/ into site/; a link to nothing is an error.
+docs-site: dev
+	python -m pip install $(PIP_FLAGS) --editable '.[docs]'
+	mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

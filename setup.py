@@ -66,6 +66,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
+        "docs": ["mkdocs>=1.6"],
         # Optional accelerators. NVIDIA's apex is absent on purpose: the PyPI package of that name
         # is another project.
         "cuda": ["nvidia-ml-py", "transformer-engine[pytorch]"],

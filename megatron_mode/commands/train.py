@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> NoReturn:
-    """Train and leave the process with one of the statuses in README.md's table."""
+    """Train and leave the process with one of the statuses in docs/recovery.md's table."""
     leave(supervise(lambda request: pretrain(options, request)))
 
 
@@ -73,7 +73,7 @@ def pretrain(options: argparse.Namespace, request: StopRequest) -> int:
 
 
 def supervise(program: Callable[[StopRequest], int]) -> int:
-    """Run one rank's program; return one of the statuses in README.md's table."""
+    """Run one rank's program; return one of the statuses in docs/recovery.md's table."""
     request = StopRequest().listen()
     try:
         status = exit_status(
