@@ -149,9 +149,10 @@ def summarise(
     """Score one document.
 
     nll_mean (nats) is over all predicted tokens but mode tokens, nll_content_mean and the mode
-    means over tokens that are no control pieces; null where there is none.
+    means over tokens that are no control pieces; null where there is none. Turns that are marked as
+    not to be learnt count in the mode means only.
     """
-    from megatron_mode.tokens.flags import CONTROL
+    from megatron_mode.tokens.flags import CONTROL, NO_LM_LOSS
     from megatron_mode.tokens.mode_tokens import MODE_PIECES
 
     scores: TokenScores = scorer.score(ids)
@@ -159,13 +160,14 @@ def summarise(
     logits = scores.mode_logit_N[content]
     control = scorer.tokenizer.control
     mode_ids = {control[piece] for piece in MODE_PIECES}
-    predicted = [index for index in range(1, len(ids)) if ids[index] not in mode_ids]
+    learnt = [index for index, flag in enumerate(flags) if not flag & NO_LM_LOSS]
+    predicted = [index for index in learnt if index and ids[index] not in mode_ids]
     result: dict[str, Any] = {
         "id": document.id,
         "source": document.source,
         "tokens": len(ids),
         "nll_mean": _mean(scores.nll_N[predicted].tolist()),
-        "nll_content_mean": _mean(scores.nll_N[content].tolist()),
+        "nll_content_mean": _mean(scores.nll_N[sorted({*content} & {*learnt})].tolist()),
         "mode_logit_mean": _mean(logits.tolist()),
         "mode_probability_mean": _mean(logits.sigmoid().tolist()),
     }

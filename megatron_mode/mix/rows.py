@@ -6,7 +6,9 @@ token means is written in its flag byte, so weights are functions of flags:
     lm_weight[t]    from the target's flags: 0 for NO_LM_LOSS, and for Mode 2 tokens the weight of
                     their role under mix.mode2_lm_loss. Where the target starts the next document,
                     the input's role decides instead: a document's last token learns to stop
-                    exactly as much as it was itself worth learning.
+                    exactly as much as it was itself worth learning; not at all at the end of
+                    a turn that is not trained (NO_LM_LOSS; on a mode piece only without a role,
+                    since it carries the flag on its own account).
     mode_label[t]   the mode of the document that the input belongs to
     mode_weight[t]  from the input's flags: 0 for NO_MODE_LOSS
 
@@ -35,6 +37,7 @@ from megatron_mode.mix.packing import (
 )
 from megatron_mode.tokens.flags import (
     BLANK,
+    CONTROL,
     MODE2,
     NO_LM_LOSS,
     NO_MODE_LOSS,
@@ -97,6 +100,16 @@ def role_weights(mix: MixConfig) -> Float32Array:
     return weight
 
 
+def ends_untrained() -> Float32Array:
+    """Return 0 for flag bytes of a turn that is not trained, after which no stop is learnt."""
+    flags = np.arange(256)
+    untrained = (flags & (MODE2 | NO_LM_LOSS)) == MODE2 | NO_LM_LOSS
+    is_piece = (flags & (CONTROL | NO_MODE_LOSS)) == CONTROL | NO_MODE_LOSS
+    is_own_account = is_piece & ((flags & ROLE_MASK) != 0)
+    weight: Float32Array = (~(untrained & ~is_own_account)).astype(np.float32)
+    return weight
+
+
 class RowReader:
     """Turn (source, source row) into arrays; holds no state, so threads may share it."""
 
@@ -128,6 +141,7 @@ class RowReader:
         self._document_id = document_id
         self._reset = mix.reset_at_documents
         self._judged = role_weights(mix)
+        self._judged_stop = self._judged * ends_untrained()
         flags = np.arange(256)
         self._allowed = ((flags & (NO_LM_LOSS | BLANK)) == 0).astype(np.float32)
 
@@ -212,10 +226,10 @@ class RowReader:
 
     def _lm_weights(self, flags: ByteArray, start: IntArray) -> Float32Array:
         """Weigh targets; `start` are document starts as flat offsets into flags [B, T + 1]."""
-        judge = flags.reshape(-1).copy()
+        judged = self._judged[flags].reshape(-1)
         final = start[start % (self.seq_len + 1) != 0]
-        judge[final] = judge[final - 1]
-        weight = self._allowed[flags] * self._judged[judge].reshape(flags.shape)
+        judged[final] = self._judged_stop[flags.reshape(-1)[final - 1]]
+        weight = self._allowed[flags] * judged.reshape(flags.shape)
         return np.ascontiguousarray(weight[:, 1:])
 
     def _positions(self, rows: int, start: IntArray) -> IntArray:

@@ -1,12 +1,12 @@
 """Read documents from JSON lines, one at a time, and say what is wrong with a bad one.
 
-Mode 1 lines hold `text`, Mode 2 lines hold `messages` (and perhaps `tools`: a list, an object, or
-a string that holds one as JSON); `id` and `source` are optional, other keys are ignored.
+Mode 1 lines hold `text`, Mode 2 lines hold `messages` (`turns` says what of a turn is read, and
+`tools` may be a list, an object, or a string that holds one as JSON); `id` and `source` are
+optional, other keys of a line are ignored.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.flags import ROLES
-from megatron_mode.tokens.read.lines import RefusedLine, compact_json
+from megatron_mode.tokens.json_values import BadLineError as BadLineError
+from megatron_mode.tokens.json_values import parse_json, show
+from megatron_mode.tokens.read.lines import compact_json
 from megatron_mode.tokens.read.readers import open_reader
+from megatron_mode.tokens.turns import BLANK_LINE, in_call_order, parse_turn, tools_of, unpadded
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # "tokenizer" is the corpus' own file; the others would meet files of a source with a shorter name.
 RESERVED_NAME = re.compile(r"tokenizer|.*\.(flags|docs|rows\.\d+)")
-MESSAGE_ROLES = ROLES[1:]
-# Python's own limit depends on where it is reached; no tool schema comes near this one.
-TOOLS_LEVELS = 100
 
 
 class Message(NamedTuple):
-    """Hold one turn of a dialogue."""
+    """Hold one turn of a dialogue; is_trained says whether its tokens carry LM loss."""
 
     role: str
     content: str
+    is_trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,8 @@ class Document:
     text: str = ""
     messages: tuple[Message, ...] = ()
     tools: Any = None
-
-
-class BadLineError(Exception):
-    """Say why a line is no document; the reader adds file and line number."""
+    ignored: tuple[str, ...] = ()
+    """Fields of its turns that change no text, once for each turn."""
 
 
 def file_stem(path: Path) -> str:
@@ -95,23 +93,10 @@ def document_of(value: Any, default_source: str, number: int) -> Document:
             )
         return Document(str(identifier), source, 1, text=text)
     if messages is not None:
-        turns, tools = parse_messages(messages), parse_tools(value.get("tools"))
-        return Document(str(identifier), source, 2, messages=turns, tools=tools)
+        tools = tools_of(value)
+        turns, ignored = parse_messages(messages, tools)
+        return Document(str(identifier), source, 2, messages=turns, tools=tools, ignored=ignored)
     raise BadLineError("the line has neither text (Mode 1) nor messages (Mode 2); add one")
-
-
-def parse_json(line: bytes) -> Any:
-    """Decode a line; raise BadLineError when it is refused, not UTF-8 or not JSON."""
-    if isinstance(line, RefusedLine):
-        raise BadLineError(line.decode())
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadLineError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise BadLineError(f"malformed JSON at column {error.colno} ({error.msg})") from None
-    except (RecursionError, ValueError):
-        raise BadLineError("malformed JSON (nested too deep, or a number too long)") from None
 
 
 def is_safe_name(name: str) -> bool:
@@ -119,60 +104,27 @@ def is_safe_name(name: str) -> bool:
     return bool(SAFE_NAME.fullmatch(name)) and not RESERVED_NAME.fullmatch(name)
 
 
-def parse_messages(messages: Any) -> tuple[Message, ...]:
-    """Check the turns of a Mode 2 line; raise BadLineError naming the turn that is wrong."""
+def parse_messages(messages: Any, tools: Any) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """Return the turns of a Mode 2 line, calls as compact JSON, and the fields that are ignored.
+
+    Raises BadLineError naming the turn that is wrong.
+    """
     if not isinstance(messages, list) or not messages:
         raise BadLineError(
             f"messages is {show(messages)}; it must be a list of at least one message"
         )
-    return tuple(parse_message(message, turn) for turn, message in enumerate(messages))
-
-
-def parse_message(message: Any, turn: int) -> Message:
-    """Check one turn; a null content with tool_calls becomes the calls as compact JSON."""
-    if not isinstance(message, dict):
-        raise BadLineError(f"messages[{turn}] is {show(message)}; it must be an object")
-    role = message.get("role")
-    if role not in MESSAGE_ROLES:
+    turns = [parse_turn(message, f"messages[{n}]") for n, message in enumerate(messages)]
+    turns = in_call_order(unpadded(turns, messages, tools))
+    if not any(turn.content or turn.calls for turn in turns):
         raise BadLineError(
-            f"messages[{turn}].role is {show(role)}; accepted are {', '.join(MESSAGE_ROLES)}"
+            "messages holds only empty turns; accepted is at least one with a character"
         )
-    content, calls = message.get("content"), message.get("tool_calls")
-    if calls and (content is None or content == ""):
-        content = compact_json(calls)
-    elif calls and isinstance(content, str):
-        content = f"{content}\n\n{compact_json(calls)}"
-    if not isinstance(content, str):
-        raise BadLineError(
-            f"messages[{turn}].content is {show(content)}; it must be a string (null only beside "
-            "tool_calls)"
-        )
-    return Message(role, content)
-
-
-def parse_tools(tools: Any) -> Any:
-    """Check the tool schemas; a string is read as JSON, an empty one as none."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError):
-            raise BadLineError(
-                f"tools is {show(tools)}, a tool schema that is not JSON; give a list of schemas "
-                "or a string that holds one"
-            ) from None
-    if tools is None:
-        return None
-    if not isinstance(tools, list | dict):
-        raise BadLineError(f"tools is {show(tools)}; accepted is a list of tool schemas")
-    level: list[Any] = [tools]
-    for _ in range(TOOLS_LEVELS):
-        held = [
-            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
-        ]
-        level = [value for values in held for value in values]
-        if not level:
-            return tools
-    raise BadLineError(f"tools is nested deeper than {TOOLS_LEVELS} levels; flatten the schemas")
+    found = []
+    for turn in turns:
+        parts = [turn.content] if turn.content or not turn.calls else []
+        parts += [compact_json(turn.calls)] if turn.calls else []
+        found.append(Message(turn.role, BLANK_LINE.join(parts), turn.is_trained))
+    return tuple(found), tuple(name for turn in turns for name in turn.ignored)
 
 
 def check_surrogates(document: Document) -> None:
@@ -185,12 +137,6 @@ def check_surrogates(document: Document) -> None:
         raise BadLineError(
             "a string holds half of a \\uD800 surrogate pair; write whole ones"
         ) from None
-
-
-def show(value: Any) -> str:
-    """Show a value in an error, cut to 60 characters."""
-    text = "missing" if value is None else json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def bad_line_error(path: str | Path, number: int, reason: str) -> DataError:

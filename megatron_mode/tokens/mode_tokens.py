@@ -92,6 +92,7 @@ def with_piece(
 ) -> Rendered:
     """Insert a mode piece before each of these positions; mode and role are those at its side.
 
+    In a turn that is not trained it has no role, by which rows know where the flag comes from.
     bits are added to the flags of a mode piece; side is 0 (right) or -1 (left).
     """
     ids, flags = rendered
@@ -102,6 +103,8 @@ def with_piece(
         new_ids += [*ids[begin:place], piece]
         new_flags += flags[begin:place]
         taken = flags[place + side] & (MODE2 | ROLE_MASK)
+        if flags[place + side] & NO_LM_LOSS:  # a turn that is not trained
+            taken = taken & MODE2 | NO_LM_LOSS
         new_flags.append(CONTROL | NO_MODE_LOSS | bits | taken)
         begin = place
     new_ids += ids[begin:]

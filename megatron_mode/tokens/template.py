@@ -5,7 +5,7 @@
     plain    <|doc|> content, blank line, content    no other piece: nothing gives the roles away
 
 In `chat` the pieces around a content carry its role; in `plain` the blank line after a content
-does, because it is what ends the turn.
+does, because it is what ends the turn. All pieces of a turn that is not trained carry NO_LM_LOSS.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from megatron_mode.tokens.documents import Document, Message
-from megatron_mode.tokens.flags import CONTROL, MODE2, role_bits
+from megatron_mode.tokens.flags import CONTROL, MODE2, NO_LM_LOSS, role_bits
 from megatron_mode.tokens.read.lines import compact_json
 from megatron_mode.tokens.tokenizer import Tokenizer
+from megatron_mode.tokens.turns import BLANK_LINE
 
 Rendering = Literal["chat", "plain"]
-BLANK_LINE = "\n\n"
 
 
 class Part(NamedTuple):
@@ -29,6 +29,7 @@ class Part(NamedTuple):
     text: str
     role: str
     is_control: bool
+    is_trained: bool = True
 
 
 def dialogue(document: Document) -> tuple[Message, ...]:
@@ -39,7 +40,7 @@ def dialogue(document: Document) -> tuple[Message, ...]:
     first, *others = document.messages
     if first.role == "system":
         merged = f"{schema}{BLANK_LINE}{first.content}" if first.content else schema
-        return (Message("system", merged), *others)
+        return (Message("system", merged, first.is_trained), *others)
     return (Message("system", schema), *document.messages)
 
 
@@ -49,15 +50,15 @@ def parts(document: Document, rendering: Rendering) -> list[Part]:
     if document.mode == 1:
         return [*result, Part(document.text, "none", False)]
     messages = dialogue(document)
-    for index, message in enumerate(messages):
+    for index, (role, content, is_trained) in enumerate(messages):
         if rendering == "chat":
-            result.append(Part(f"<|{message.role}|>", message.role, True))
-            result.append(Part(message.content, message.role, False))
-            result.append(Part("<|end|>", message.role, True))
+            result.append(Part(f"<|{role}|>", role, True, is_trained))
+            result.append(Part(content, role, False, is_trained))
+            result.append(Part("<|end|>", role, True, is_trained))
         else:
             last = index == len(messages) - 1
             separator = "" if last else BLANK_LINE
-            result.append(Part(message.content + separator, message.role, False))
+            result.append(Part(content + separator, role, False, is_trained))
     return result
 
 
@@ -69,11 +70,15 @@ def plain_text(document: Document) -> str:
 def content_bytes(document: Document) -> list[bytes]:
     """Return what a document says, whatever its rendering: its text, or role and content by turn.
 
-    Documents with equal contents are copies.
+    Documents with equal contents are copies. A turn that is not trained differs from one that is.
     """
     if document.mode == 1:
         return [document.text.encode()]
-    return [part.encode() for message in dialogue(document) for part in message]
+    return [
+        part.encode()
+        for role, content, is_trained in dialogue(document)
+        for part in (role if is_trained else f"{role} untrained", content)
+    ]
 
 
 def render_batch(
@@ -89,7 +94,7 @@ def render_batch(
         ids = array("i")
         flags = bytearray()
         for part in found:
-            bits = mode_bit | role_bits(part.role)
+            bits = mode_bit | role_bits(part.role) | (0 if part.is_trained else NO_LM_LOSS)
             if part.is_control:
                 ids.append(tokenizer.control[part.text])
                 flags.append(bits | CONTROL)

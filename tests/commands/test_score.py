@@ -142,14 +142,23 @@ def test_per_token_flags_control_pieces(verb: Call, trained: Trained, tmp_path: 
     assert texts["chat"] == "<|doc|><|user|>Sea? ü<|end|><|assistant|>Blue.<|end|>"
 
 
-def test_a_document_without_content_has_no_means(
-    verb: Call, trained: Trained, tmp_path: Path
+def test_turns_that_are_not_to_be_learnt_have_no_part_in_the_loss(
+    verb: Call, trained: Trained, scorer: Scorer, tmp_path: Path
 ) -> None:
-    path = write_jsonl(tmp_path / "one.jsonl", [{"messages": [{"role": "user", "content": ""}]}])
-    (result,) = map(json.loads, verb("score", trained.run, path, "--json").out.splitlines())
-    assert result["tokens"] == 1
-    assert [result[key] for key in ("nll_mean", "mode_logit_mean")] == [None, None]
-    assert verb("score", trained.run, path).out.splitlines()[1].split()[-3:] == ["-", "-", "-"]
+    turns = [{"role": "user", "content": "Sea?"}, {"role": "assistant", "content": "Red."}]
+    found = []
+    for unlearnt in ((), (1,), (0, 1)):
+        marked = [{**turn, "weight": int(n not in unlearnt)} for n, turn in enumerate(turns)]
+        path = write_jsonl(tmp_path / "one.jsonl", [{"messages": marked}])
+        words = ("score", trained.run, path, "--per-token", "--json")
+        (result,) = map(json.loads, verb(*words).out.splitlines())
+        nll = [token["nll"] for token in result["per_token"]]
+        found.append((result["nll_mean"], nll, result["mode_logit_mean"]))
+    assert found[0][1:] == found[1][1:] == found[2][1:]
+    user_tokens = len(scorer.tokenizer.encode("Sea?\n\n"))
+    assert found[1][0] == pytest.approx(sum(found[1][1][1 : user_tokens + 1]) / user_tokens)
+    assert found[2][0] is None
+    assert verb("score", trained.run, path).out.splitlines()[1].split()[-3] == "-"
 
 
 def test_the_table_is_coloured_on_a_terminal_only(

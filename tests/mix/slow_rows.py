@@ -114,6 +114,9 @@ def read(row: list[Token], mix: Mapping[str, Any], weights: Mapping[str, float])
             weight = weights.get(judge.role, 0.0)
         if target.no_lm or target.dead or judge.dead:
             weight = 0.0
+        is_mode_piece = judge.control and judge.quiet and judge.role != "none"
+        if target.starts and judge.mode2 and judge.no_lm and not is_mode_piece:
+            weight = 0.0  # the end of a turn that is not to be learnt
         fields["input"].append(token.id)
         fields["target"].append(target.id)
         fields["lm_weight"].append(weight)

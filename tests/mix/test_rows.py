@@ -29,7 +29,9 @@ def slow_row(source: Any, row: int, seq_len: int, reset: bool, assistant_only: b
         other_role = judge & 1 and (judge >> 3 & 7) != ASSISTANT
         fields["input_T"].append(source.ids[t])
         fields["target_T"].append(source.ids[t + 1])
-        fields["lm_weight_T"].append(not (next_flag & 2 or (assistant_only and other_role)))
+        ends_untrained = t + 1 in starts and flag & 1 and flag & 2
+        is_silent = next_flag & 2 or ends_untrained or (assistant_only and other_role)
+        fields["lm_weight_T"].append(not is_silent)
         fields["mode_label_T"].append(flag & 1)
         fields["mode_weight_T"].append(not flag & 4)
         fields["position_T"].append(position)
@@ -76,6 +78,24 @@ def test_last_token_learns_to_stop_after_the_assistant_only(
     row = reader.read(0, 0)
     assert row.lm_weight_T.tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 1]
     assert row.position_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1]
+
+
+def test_no_stop_is_learnt_after_a_turn_that_is_not_trained(
+    memory_source: Callable[..., Any],
+) -> None:
+    """Turns with NO_LM_LOSS: across a row border, last in a document, and before a mode piece."""
+    source = memory_source("chat", 2, 13, 0)
+    source.starts = np.array([0, 5, 9, 12])
+    doc, assistant, silent = 1 | 64, 1 | 3 << 3, 1 | 3 << 3 | 2
+    of_turn, of_its_own = 1 | 64 | 4 | 2, 1 | 64 | 4 | 2 | 3 << 3
+    source.flags = np.array(
+        [doc, assistant, silent, silent, silent, doc, assistant, silent, of_turn, doc, assistant,
+         of_its_own, doc],
+        np.uint8,
+    )  # fmt: skip
+    reader = RowReader([source], 3, MixConfig())
+    found = [reader.read_batch([0], [row]).lm_weight_BT[0].tolist() for row in range(4)]
+    assert found == [[1, 0, 0], [0, 0, 1], [0, 0, 0], [1, 0, 1]]
 
 
 def test_a_row_needs_one_token_more() -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from written_formats import TEXT
@@ -91,6 +92,10 @@ def test_nothing_is_lost(given_record: tuple[str, dict[str, Any]]) -> None:
     """Every string of the input stands in the document, in JSON where it is an argument."""
     form, record = given_record
     dialogue = converted(form, record)
+    if not any(message["content"] or "tool_calls" in message for message in dialogue["messages"]):
+        with pytest.raises(BadLineError, match="only empty turns"):
+            read(dialogue)
+        return
     document = read(dialogue)
     whole = "\n".join(message.content for message in document.messages)
     calls = json.dumps([m.get("tool_calls") for m in dialogue["messages"]], ensure_ascii=False)

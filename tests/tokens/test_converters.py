@@ -24,7 +24,7 @@ def read(dialogue: dict[str, Any]) -> Document:
 
 def told(form: str, record: Any) -> list[tuple[str, str]]:
     """Return (role, content) as a document holds them."""
-    return [tuple(message) for message in read(converted(form, record)).messages]
+    return [message[:2] for message in read(converted(form, record)).messages]
 
 
 def test_sharegpt_of_both_key_styles() -> None:
@@ -195,6 +195,11 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
          "messages[0].tool_calls[0].function.arguments is \"{of: tea}\", broken JSON"),
         ("openai", {"messages": [turn("assistant", "a", reasoning_content="why")]},
          "messages[0].reasoning_content"),
+        ("sharegpt", {"conversations": [{"from": "gpt", "value": "a", "thinking": "why"}]},
+         "conversations[0].thinking is"),
+        ("agent-log", [{"type": "user", "content": "a", "image": "a.png"}], "events[0].image is"),
+        ("function-call", {"query": [turn("user", "a", audio={"id": 1})], "answers": CALL},
+         "query[0].audio is"),
         ("openai", {"messages": [turn("user", "a")], "tools": "f("}, "tool schema that is not"),
         ("function-call", {"query": "a", "answers": "[]"}, "answers is []"),
         ("function-call", {"query": "a", "tools": []}, "accepted are query, tools and answers"),
@@ -202,7 +207,7 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
          "answers[0].arguments is 3; accepted is an object"),
         ("function-call", {"chat": "Hello"}, 'chat begins with "Hello"'),
         ("function-call", {"chat": "USER: a\nASSISTANT: <functioncall> {\"name\""},
-         "chat turn 2 holds the call"),
+         'chat turn 2 is "{\\"name\\"", broken JSON'),
         ("agent-log", [{"type": "dream", "content": "a"}], 'events[0].type is "dream"; accepted'),
         ("agent-log", [{"type": "observation", "content": "a"}], "without a call"),
         ("agent-log", [{"type": "action", "arguments": {}}], "events[0].tool is missing"),

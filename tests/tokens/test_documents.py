@@ -34,9 +34,9 @@ def test_text_line() -> None:
 
 
 def test_defaults_come_from_the_file() -> None:
-    document = parsed({"messages": [{"role": "tool", "content": ""}], "id": None})
+    document = parsed({"messages": [{"role": "tool", "content": "x"}], "id": None})
     assert (document.id, document.source, document.mode) == ("stem:7", "stem", 2)
-    assert document.messages == (Message("tool", ""),)
+    assert document.messages == (Message("tool", "x"),)
 
 
 def test_null_content_becomes_the_calls() -> None:
@@ -64,12 +64,12 @@ def test_null_content_becomes_the_calls() -> None:
         (b'{"messages": ["hi"]}', r"messages\[0\] is"),
         (
             b'{"messages": [{"role": "bot", "content": "x"}]}',
-            'role is "bot"; accepted are system, user, assistant, tool',
+            'role is "bot"; accepted are system, developer, user',
         ),
         (b'{"messages": [{"role": [], "content": "x"}]}', "role is"),
         (b'{"messages": [{"content": "x"}]}', "role is missing"),
         (b'{"messages": [{"role": "user", "content": null}]}', "content is missing"),
-        (b'{"messages": [{"role": "user", "content": ["x"]}]}', "content is"),
+        (b'{"messages": [{"role": "user", "content": ["x"]}]}', r"content\[0\] is"),
         (rb'{"messages": [{"role": "user", "content": "\uDfff"}]}', "surrogate"),
         (b'{"text": "a", "source": "../etc"}', "source is"),
         (b'{"text": "a", "source": "tokenizer"}', "source is"),

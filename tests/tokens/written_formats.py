@@ -21,7 +21,7 @@ MESSAGES = st.lists(
     ),
     min_size=1,
     max_size=4,
-)
+).filter(lambda messages: any(message["content"] for message in messages))
 TOOLS = st.lists(
     st.fixed_dictionaries({"name": TEXT}, optional={"parameters": st.dictionaries(TEXT, TEXT)}),
     max_size=2,

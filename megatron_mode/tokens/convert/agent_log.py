@@ -11,27 +11,24 @@
     {"type": "observation", "content": text or JSON, "id"?}           a tool turn
     {"type": "final", "content": text}                                an assistant turn
 
-Actions that follow each other are calls of one turn; an id ties an observation to its action.
+Actions that follow each other are calls of one turn; an id ties an observation to its action, or
+`tool` without one. A joined turn with an event that is not to be learnt is not learnt.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron_mode.tokens.convert.turns import (
-    BLANK_LINE,
-    Call,
-    Turns,
-    call,
-    object_of,
-    refuse_media,
-    text_of,
-    text_or_json,
-    turns_of,
-)
-from megatron_mode.tokens.documents import BadLineError, show
+from megatron_mode.tokens.convert.turns import Turns, text_or_json, turns_of
+from megatron_mode.tokens.json_values import BadLineError, show
+from megatron_mode.tokens.turns import BLANK_LINE, Call, Turn, call, marks, object_of, text_of
 
-EVENTS = ("system", "user", "thought", "action", "observation", "final")
+FIELDS = {
+    **dict.fromkeys(("system", "user", "thought"), ("content",)),
+    "action": ("tool", "arguments", "id"),
+    "observation": ("content", "tool", "id"),
+    "final": ("content",),
+}
 
 
 def convert(record: Any) -> dict[str, Any]:
@@ -60,33 +57,36 @@ class AgentTurns(Turns):
         super().__init__(tools)
         self._thoughts: list[str] = []
         self._actions: list[Call] = []
+        self._marks: list[Turn] = []
 
     def add(self, event: Any, place: str) -> None:
         """Append an event."""
         event = object_of(event, place)
-        refuse_media(event, f"{place}.")
         kind = event.get("type")
-        if kind not in EVENTS:
-            raise BadLineError(f"{place}.type is {show(kind)}; accepted are {', '.join(EVENTS)}")
+        if kind not in FIELDS:
+            raise BadLineError(f"{place}.type is {show(kind)}; accepted are {', '.join(FIELDS)}")
+        mark = Turn("assistant", "", [], (), *marks(event, place, ("run", "type", *FIELDS[kind])))
         if kind == "action":
             name = text_of(event.get("tool"), f"{place}.tool")
-            given = {"name": name, "arguments": event.get("arguments", {})}
+            given = {"name": name, "arguments": event.get("arguments")}
             self._actions.append(call(given, place, event.get("id")))
+            self._marks.append(mark)
             return
         content = text_or_json(event.get("content"), f"{place}.content")
         if kind == "observation":
             self._speak()
-            self.result(content, place, event.get("id"))
+            self.result(content, place, (event.get("id"), event.get("tool")), mark)
             return
         content = text_of(event.get("content"), f"{place}.content")
         if kind == "thought" or kind == "final":
             if self._actions:
                 self._speak()
             self._thoughts.append(content)
+            self._marks.append(mark)
         if kind != "thought":
             self._speak()
         if kind in ("system", "user"):
-            self.say(kind, content)
+            self.say(kind, content, mark=mark)
 
     def record(self) -> dict[str, Any]:
         """Return the dialogue as a record."""
@@ -96,5 +96,8 @@ class AgentTurns(Turns):
     def _speak(self) -> None:
         if self._thoughts or self._actions:
             words = BLANK_LINE.join(self._thoughts)
-            calls, self._thoughts, self._actions = self._actions, [], []
-            self.say("assistant", words, calls=calls)
+            is_trained = all(mark.is_trained for mark in self._marks)
+            ignored = tuple(name for mark in self._marks for name in mark.ignored)
+            mark = Turn("assistant", words, [], (), is_trained, ignored)
+            calls, self._thoughts, self._actions, self._marks = self._actions, [], [], []
+            self.say("assistant", words, calls=calls, mark=mark)

@@ -36,23 +36,22 @@ def convert(plan: Conversion, *, show_progress: bool) -> dict[str, Any]:
 
     OSError from the target passes through; the former target stays until the new one is whole.
     """
-    bad_lines, roles = BadLines(plan.max_bad_lines), Counter[str]()
+    bad_lines, roles, ignored = BadLines(plan.max_bad_lines), Counter[str](), Counter[str]()
     records = documents = 0
     with (
         progress_bar("convert", sum(map(size_bytes, plan.inputs)), show_progress) as bar,
         whole_file(plan.out, plan.inputs) as stream,
     ):
         for path in plan.inputs:
-            for number, line, document, reason in converted(
-                path, plan.format, plan.source, bar.update
-            ):
+            for found in converted(path, plan.format, plan.source, bar.update):
                 records += 1
-                if document is None:
-                    bad_lines.add(path, [(number, str(reason))])
+                if found.document is None:
+                    bad_lines.add(path, [(found.number, str(found.reason))])
                     continue
                 documents += 1
-                roles.update(message.role for message in document.messages)
-                stream.write(line + b"\n")
+                roles.update(message.role for message in found.document.messages)
+                ignored.update(found.ignored)
+                stream.write(found.line + b"\n")
         if not documents:
             raise no_dialogues(plan, bad_lines)
     return {
@@ -61,6 +60,7 @@ def convert(plan: Conversion, *, show_progress: bool) -> dict[str, Any]:
         "records": records,
         "documents": documents,
         "messages": dict(sorted(roles.items())),
+        "ignored_fields": dict(sorted(ignored.items())),
         "bad_lines": bad_lines.count,
         "first_bad_lines": bad_lines.first,
     }

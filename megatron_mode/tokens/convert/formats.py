@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_mode.tokens.convert import agent_log, function_call, openai, sharegpt
-from megatron_mode.tokens.documents import (
-    BadLineError,
-    Document,
-    file_stem,
-    is_safe_name,
-    parse_json,
-    parse_line,
-)
+from megatron_mode.tokens.documents import Document, file_stem, is_safe_name, parse_line
+from megatron_mode.tokens.json_values import BadLineError, parse_json
 from megatron_mode.tokens.read.lines import MAX_LINE_BYTES, compact_json
 from megatron_mode.tokens.read.readers import open_reader
 
@@ -43,6 +37,8 @@ class Converted(NamedTuple):
     line: bytes
     document: Document | None
     reason: str | None = None
+    ignored: tuple[str, ...] = ()
+    """Fields of its turns that change no text."""
 
 
 def read_records(path: Path, report_progress: ReportProgress) -> Iterator[Record]:
@@ -96,10 +92,11 @@ def converted(
             if reason is not None:
                 raise BadLineError(reason)
             dialogue = {**names_of(value, path, number, source), **FORMATS[form](value)}
+            ignored = tuple(dialogue.pop("ignored", ()))
             line = compact_json(dialogue).encode("utf-8")
             if len(line) > MAX_LINE_BYTES:
                 raise BadLineError(f"the dialogue is longer than {MAX_LINE_BYTES >> 20} MiB")
-            yield Converted(number, line, parse_line(line, "input", number))
+            yield Converted(number, line, parse_line(line, "input", number), ignored=ignored)
         except BadLineError as error:
             yield Converted(number, b"", None, str(error))
         except UnicodeEncodeError:

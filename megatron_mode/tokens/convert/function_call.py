@@ -11,12 +11,13 @@ system text become `tools`.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
-from megatron_mode.tokens.convert.turns import Call, Turns, call, object_of, parsed_list, text_of
-from megatron_mode.tokens.documents import BadLineError, show
+from megatron_mode.tokens.convert.openai import add
+from megatron_mode.tokens.convert.turns import Turns, parsed_list
+from megatron_mode.tokens.json_values import STRICT, BadLineError, show
+from megatron_mode.tokens.turns import Call, call, object_of, parse_turn, parsed, text_of
 
 SPEAKER = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
 END_OF_TEXT = "<|endoftext|>"
@@ -47,7 +48,8 @@ def from_query(record: dict[str, Any]) -> dict[str, Any]:
     if isinstance(question, list):
         nested = question[0] if len(question) == 1 and isinstance(question[0], list) else question
         for index, message in enumerate(nested):
-            say(turns, message, f"{asked}[{index}]")
+            place = f"{asked}[{index}]"
+            add(turns, parse_turn(message, place), place)
     else:
         turns.say("user", text_of(question, asked))
     answers = parsed_list(record["answers"], "answers")
@@ -56,16 +58,6 @@ def from_query(record: dict[str, Any]) -> dict[str, Any]:
         raise BadLineError("answers is []; it must hold at least one call")
     turns.say("assistant", "", calls=calls)
     return turns.record()
-
-
-def say(turns: Turns, message: Any, place: str) -> None:
-    """Append a message of a query that is a list of them."""
-    message = object_of(message, place)
-    if message.get("role") not in ("system", "user", "assistant"):
-        raise BadLineError(
-            f"{place}.role is {show(message.get('role'))}; accepted are system, user, assistant"
-        )
-    turns.say(message["role"], text_of(message.get("content"), f"{place}.content"))
 
 
 def from_chat(record: dict[str, Any]) -> dict[str, Any]:
@@ -101,8 +93,8 @@ def split_schemas(system: str) -> tuple[str, list[Any] | None]:
     rest, schemas = system[start.start() :].strip(), []
     while rest:
         try:
-            schema, end = json.JSONDecoder().raw_decode(rest)
-        except (ValueError, RecursionError):
+            schema, end = STRICT.raw_decode(rest)
+        except (BadLineError, ValueError, RecursionError):
             return system, None  # it stays as the text that it is
         schemas += schema if isinstance(schema, list) else [schema]
         rest = rest[end:].lstrip().removeprefix(",").lstrip()
@@ -116,8 +108,4 @@ def written_call(text: str, place: str) -> Call:
     quoted = QUOTED_CALL.fullmatch(text)
     if quoted:
         return call(quoted.groupdict(), place)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadLineError(f"{place} holds the call {show(text)}, broken JSON ({error})") from None
-    return call(value, place)
+    return call(parsed(text, place), place)

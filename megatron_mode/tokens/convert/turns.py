@@ -1,4 +1,4 @@
-"""Collect the turns of a dialogue and refuse what no turn can hold.
+"""Collect the turns of a dialogue that is converted, and refuse what no turn can hold.
 
 A call is written as {"name", "arguments"}, its arguments as an object; ids only tie results to
 calls, so they are left out, and the results of a turn are put in the order of its calls.
@@ -6,21 +6,12 @@ calls, so they are left out, and the results of a turn are put in the order of i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from megatron_mode.tokens.documents import BadLineError, parse_tools, show
+from megatron_mode.tokens.json_values import BadLineError, parse_tools, show
 from megatron_mode.tokens.read.lines import compact_json
-
-BLANK_LINE = "\n\n"
-
-
-class Call(NamedTuple):
-    """Hold a call as it is written, and what its result may name it by: id, then name."""
-
-    written: dict[str, Any]
-    keys: tuple[Any, ...]
+from megatron_mode.tokens.turns import Call, Results, Turn, parsed
 
 
 class Turns:
@@ -34,76 +25,64 @@ class Turns:
         tools = parse_tools(tools)
         self._tools = [tools] if isinstance(tools, dict) else tools
         self._messages: list[dict[str, Any]] = []
-        self._calls: list[Call] = []
-        self._results: list[tuple[int, str]] = []
+        self._results: list[tuple[int, dict[str, Any]]] = []
+        self._waiting = Results()
+        self._ignored: list[str] = []
         self._calls_in_text = calls_in_text
         self._takes_results = False
 
-    def say(self, role: str, content: str, *, calls: Sequence[Call] = ()) -> None:
-        """Append a turn of system, user or assistant; calls are those of `call`."""
+    def say(
+        self, role: str, content: str, *, calls: Sequence[Call] = (), mark: Turn | None = None
+    ) -> None:
+        """Append a turn of system, user or assistant; calls are those of `call`.
+
+        mark is what was read of the turn's other fields.
+        """
         self._close()
         message: dict[str, Any] = {"role": role, "content": content}
         if calls:
             message["tool_calls"] = [one.written for one in calls]
-        self._messages.append(message)
-        self._calls = list(calls)
+        self._messages.append(self._marked(message, mark))
+        self._waiting = Results([one.keys for one in calls])
         self._takes_results = bool(calls) or (self._calls_in_text and role == "assistant")
 
-    def result(self, content: str, field: str, *keys: Any) -> None:
+    def result(
+        self, content: str, field: str, keys: Sequence[Any] = (), mark: Turn | None = None
+    ) -> None:
         """Append what a tool returned; keys are id and name of its call where they are known."""
         if not self._takes_results:
             raise BadLineError(
                 f"{field} is a tool result without a call before it; accepted is a result after "
                 "the assistant's call"
             )
-        taken = {index for index, _ in self._results}
-        free = [index for index in range(len(self._calls)) if index not in taken]
-        known = [key for key in keys if key is not None]
-        if known and self._calls:
-            matches = (i for key in known for i in free if key in self._calls[i].keys)
-            free = list(matches)[:1]
-            if not free:
-                raise BadLineError(
-                    f"{field} is the result of call {show(known[0])}; accepted are the calls of "
-                    f"the turn before it, {show([one.keys[0] for one in self._calls])}, once each"
-                )
-        self._results.append((free[0] if free else len(self._results), content))
+        place = self._waiting.place(keys)
+        if place is None:
+            known = next(key for key in keys if key is not None)
+            raise BadLineError(
+                f"{field} is the result of call {show(known)}; accepted are the calls of "
+                f"the turn before it, {show([one[0] for one in self._waiting.calls])}, once each"
+            )
+        message = self._marked({"role": "tool", "content": content}, mark)
+        self._results.append((place, message))
 
     def record(self) -> dict[str, Any]:
         """Return the dialogue as a record; BadLineError when nothing was said."""
         self._close()
         if not self._messages:
             raise BadLineError("the dialogue holds no turn; accepted is at least one")
-        return {"messages": self._messages, **({"tools": self._tools} if self._tools else {})}
+        more = {"tools": self._tools, "ignored": self._ignored}
+        return {"messages": self._messages, **{name: held for name, held in more.items() if held}}
+
+    def _marked(self, message: dict[str, Any], mark: Turn | None) -> dict[str, Any]:
+        if mark is not None:
+            self._ignored += mark.ignored
+            message.update({} if mark.is_trained else {"weight": 0})
+        return message
 
     def _close(self) -> None:
-        for _, content in sorted(self._results, key=lambda result: result[0]):
-            self._messages.append({"role": "tool", "content": content})
+        ordered = sorted(self._results, key=lambda result: result[0])
+        self._messages += [message for _, message in ordered]
         self._results = []
-
-
-def call(value: Any, field: str, key: Any = None) -> Call:
-    """Read a call {"name", "arguments"}; key is its id where it has one."""
-    if not isinstance(value, dict):
-        raise BadLineError(f"{field} is {show(value)}; a call must be an object")
-    name = value.get("name")
-    if not isinstance(name, str) or not name:
-        raise BadLineError(f"{field}.name is {show(name)}; accepted is the name of a tool")
-    arguments = value.get("arguments", value.get("parameters", {}))
-    arguments = parsed(arguments, f"{field}.arguments") if arguments != "" else {}
-    if not isinstance(arguments, dict | list):
-        raise BadLineError(f"{field}.arguments is {show(arguments)}; accepted is an object")
-    return Call({"name": name, "arguments": arguments}, (name,) if key is None else (key, name))
-
-
-def parsed(value: Any, field: str) -> Any:
-    """Return a value, one that is a string read as JSON; BadLineError when it is broken."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadLineError(f"{field} is {show(value)}, broken JSON ({error})") from None
 
 
 def parsed_list(value: Any, field: str) -> list[Any]:
@@ -112,25 +91,11 @@ def parsed_list(value: Any, field: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def text_of(value: Any, field: str) -> str:
-    """Return a content that must be a string."""
-    if not isinstance(value, str):
-        raise BadLineError(f"{field} is {show(value)}; accepted is a string")
-    return value
-
-
 def text_or_json(value: Any, field: str) -> str:
     """Return what a tool gave back: a string as it is, any other value as compact JSON."""
     if value is None:
         raise BadLineError(f"{field} is missing; accepted is a string or a JSON value")
     return value if isinstance(value, str) else compact_json(value)
-
-
-def object_of(value: Any, field: str) -> dict[str, Any]:
-    """Return a value that must be an object."""
-    if not isinstance(value, dict):
-        raise BadLineError(f"{field} is {show(value)}; it must be an object")
-    return value
 
 
 def turns_of(record: dict[str, Any], fields: tuple[str, ...]) -> tuple[str, list[Any]]:
@@ -148,10 +113,8 @@ def turns_of(record: dict[str, Any], fields: tuple[str, ...]) -> tuple[str, list
     )
 
 
-def refuse_media(message: dict[str, Any], field: str) -> None:
-    """Refuse images, audio and the like, and text in places that no turn takes."""
-    for name in ("image", "images", "audio", "audios", "video", "videos", "reasoning_content"):
-        if message.get(name):
-            raise BadLineError(
-                f"{field}{name} is {show(message[name])}; only text content can be mapped"
-            )
+def refuse_media(record: dict[str, Any]) -> None:
+    """Refuse images, audio and the like beside the turns."""
+    for name in ("image", "images", "audio", "audios", "video", "videos"):
+        if record.get(name):
+            raise BadLineError(f"{name} is {show(record[name])}; only text content can be mapped")

@@ -6,6 +6,7 @@ tell the two apart, and writers fill the fields that a row lacks with nulls.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.read.lines import MAX_LINE_BYTES, RefusedLine, compact_json, too_long
+from megatron_mode.tokens.read.lines import MAX_LINE_BYTES, RefusedLine, too_long
 
 # The fastest of 8 to 1024, and few enough where a page of 1 kB unpacks to rows of many MB.
 BATCH_ROWS = 32
@@ -220,9 +221,13 @@ def row_or_error(batch: pa.RecordBatch, index: int) -> dict[str, Any] | RefusedL
 
 
 def line_of(row: dict[str, Any]) -> bytes:
-    """Write one row as compact JSON, without its nulls."""
+    """Write one row as compact JSON, without its nulls and the NaN of columns of numbers.
+
+    Any other number that is not finite stays, for the parser to name.
+    """
     try:
-        line = compact_json(without_nulls(row)).encode()
+        held = without_nulls({name: value for name, value in row.items() if value == value})
+        line = json.dumps(held, ensure_ascii=False, separators=(",", ":")).encode()
     except (ValueError, TypeError, RecursionError) as error:
         return RefusedLine(
             f"the row holds a value that is not JSON ({error}); accepted are strings, numbers, "

@@ -50,5 +50,8 @@ def too_long(size: str) -> RefusedLine:
 
 
 def compact_json(value: Any) -> str:
-    """Write a value as JSON without spaces, keys in their own order."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """Write a value as JSON without spaces, keys in their own order.
+
+    Raises ValueError for a number that is not finite.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

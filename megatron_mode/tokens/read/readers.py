@@ -39,7 +39,7 @@ SUFFIXES: dict[str, Kind] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-DOCUMENT_COLUMNS = ("id", "source", "text", "messages", "tools")
+DOCUMENT_COLUMNS = ("id", "source", "text", "messages", "tools", "functions", "system")
 
 
 def open_reader(path: Path, columns: Sequence[str] | None = DOCUMENT_COLUMNS) -> LineReader:
