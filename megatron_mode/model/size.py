@@ -8,7 +8,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_mode.config.fields import ModelConfig
@@ -88,50 +87,21 @@ def link_parameters(model: ModelConfig, tensor: int) -> dict[str, LinkParameters
     return {"embedding": vocabulary, **layers, "mode_head": mode_head, "lm_head": vocabulary}
 
 
-def forward_flops(model: ModelConfig, attended_tokens: float) -> TokenFlops:
-    """Count the FLOPs of one token's forward pass when it attends to `attended_tokens` tokens.
+def training_flops(model: ModelConfig) -> TokenFlops:
+    """Count the FLOPs of one token in training, without recomputation.
 
-    `executed_attended_tokens` says what a masked kernel executes, `mean_attended_tokens` what is
-    useful of it. The LM head is counted with all V columns, padding included.
+    Attention is counted dense over the row and the LM head with all V columns, padding included:
+    6 * (parameters without embedding lookup) + 12 * L * D * T.
     """
     D, F, L = model.hidden_size, model.ffn_hidden_size, model.layers
-    return TokenFlops(
+    forward = TokenFlops(
         attention_matrices=2.0 * L * _attention_matrices(model),
-        attention_scores=4.0 * L * D * attended_tokens,
+        attention_scores=4.0 * L * D * model.seq_len,
         mlp=2.0 * L * 3 * D * F,
         lm_head=2.0 * vocab_size(model) * D,
         mode_head=2.0 * D,
     )
-
-
-def training_flops(model: ModelConfig, attended_tokens: float | None = None) -> TokenFlops:
-    """Count the FLOPs of one token in training, without recomputation.
-
-    By default attention is counted dense over the row: 6 * (parameters without embedding lookup)
-    + 12 * L * D * T.
-    """
-    attended = float(model.seq_len) if attended_tokens is None else attended_tokens
-    return TokenFlops(*(TRAINING_FACTOR * part for part in forward_flops(model, attended)))
-
-
-def executed_attended_tokens(seq_len_tokens: int, block_tokens: int | None = None) -> float:
-    """Return for how many tokens a token's scores are computed on average, masked or not.
-
-    Without blocks a row is dense: `seq_len_tokens`. A CPU cuts the queries into blocks of
-    `attention.CPU_BLOCK_TOKENS`, and a block computes the scores of the keys before its end.
-    """
-    length = block_tokens or seq_len_tokens
-    scores = 0
-    for begin in range(0, seq_len_tokens, length):
-        end = min(begin + length, seq_len_tokens)
-        scores += (end - begin) * end
-    return scores / seq_len_tokens
-
-
-def mean_attended_tokens(document_lengths_tokens: Sequence[int]) -> float:
-    """Return how many tokens a token attends to on average, causally inside documents."""
-    pairs = sum(length * (length + 1) // 2 for length in document_lengths_tokens)
-    return pairs / max(1, sum(document_lengths_tokens))
+    return TokenFlops(*(TRAINING_FACTOR * part for part in forward))
 
 
 def _attention_matrices(model: ModelConfig) -> int:

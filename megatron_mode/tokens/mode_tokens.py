@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,6 @@ from megatron_mode.tokens.flags import CONTROL, MODE2, NO_LM_LOSS, NO_MODE_LOSS,
 
 Placement = Literal["none", "start", "end", "sporadic"]
 Setting = Literal["keep", "strip", "swap", "forge"]
-PLACEMENTS: tuple[Placement, ...] = ("none", "start", "end", "sporadic")
-SETTINGS: tuple[Setting, ...] = ("keep", "strip", "swap", "forge")
 MODE_PIECES = ("<|mode1|>", "<|mode2|>")
 
 Rendered = tuple[list[int], bytes]
@@ -42,16 +40,21 @@ class ModeTokens:
 
     def places(self, flags: bytes, key: int) -> list[int]:
         """Return the positions before which a token goes, in order; len(flags) is the end."""
-        if self.placement == "none":
-            return []
-        if self.placement != "sporadic":
-            return [1 if self.placement == "start" else len(flags)]
-        content = content_positions(flags)
-        # The raw stream is fixed for good, which that of a Generator's methods is not.
-        raw = np.random.PCG64(key).random_raw(len(content))
-        uniform = (raw >> np.uint64(11)) * 2.0**-53
-        chosen: list[int] = content[uniform < self.rate].tolist()
-        return chosen
+        match self.placement:
+            case "none":
+                return []
+            case "start":
+                return [1]
+            case "end":
+                return [len(flags)]
+            case "sporadic":
+                content = content_positions(flags)
+                # The raw stream is fixed for good, which that of a Generator's methods is not.
+                raw = np.random.PCG64(key).random_raw(len(content))
+                uniform = (raw >> np.uint64(11)) * 2.0**-53
+                chosen: list[int] = content[uniform < self.rate].tolist()
+                return chosen
+        assert_never(self.placement)
 
     def insert(self, rendered: Rendered, control: Mapping[str, int], key: int) -> Rendered:
         """Return (ids, flags) with the true tokens of a rendered document, <|doc|> first."""

@@ -6,8 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,13 +14,9 @@ from megatron_mode.config.fields import LossConfig, ModelConfig
 from megatron_mode.config.presets import find_configs, read_mapping
 from megatron_mode.kernels.mode_loss import Targets
 from megatron_mode.loss.mode_loss import ModeLoss
-from megatron_mode.model.attention_cores import CPU_BLOCK_TOKENS
 from megatron_mode.model.size import (
     Parameters,
     TokenFlops,
-    executed_attended_tokens,
-    forward_flops,
-    mean_attended_tokens,
     parameters,
     training_flops,
 )
@@ -105,7 +99,7 @@ def outer_flops(matrix, left, right, *_, **__):
     return 2 * left[0] * right[0]
 
 
-def count_flops(decoder, model, *, backward):
+def count_flops(decoder, model):
     """Return FLOPs a token by component, as the operations that ran have them.
 
     FlopCounterMode knows products of two matrices only. The mode head is a matrix-vector product
@@ -121,11 +115,9 @@ def count_flops(decoder, model, *, backward):
     with (
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False, custom_mapping=formulas) as counter,
-        torch.set_grad_enabled(backward),
     ):
         output = training(input_BT, position_BT)
-        if backward:
-            (output.lm_sum + output.mode_sum).backward()
+        (output.lm_sum + output.mode_sum).backward()
     flops: Counter[str] = Counter()
     whole = counter.get_flop_counts()["Global"]
     for name, operations in counter.get_flop_counts().items():
@@ -139,7 +131,7 @@ def count_flops(decoder, model, *, backward):
     flops["lm_head"] = sum(loss.pop(product, 0) for product in products)
     flops["mode_head"] = sum(loss.values()) + whole.get(torch.ops.aten.addr_, 0)
     tokens = ROWS * model.seq_len
-    norms = backward * 2 * model.hidden_size * (2 * model.layers + 1) * tokens
+    norms = 2 * model.hidden_size * (2 * model.layers + 1) * tokens
     assert sum(flops.values()) + norms == sum(whole.values())
     return TokenFlops(*(flops[field] / tokens for field in TokenFlops._fields))
 
@@ -148,45 +140,7 @@ def count_flops(decoder, model, *, backward):
 @pytest.mark.parametrize("tied", [True, False])
 def test_training_flops_equal_those_that_run(tied, kv_heads, model_config, build_decoder):
     model = model_config(tied_embeddings=tied, kv_heads=kv_heads)
-    assert count_flops(build_decoder(model), model, backward=True) == training_flops(model)
-
-
-def test_forward_flops_equal_those_that_run(model_config, build_decoder):
-    model = model_config(kv_heads=3)
-    counted = count_flops(build_decoder(model), model, backward=False)
-    assert counted == forward_flops(model, model.seq_len)
-
-
-@pytest.mark.parametrize("seq_len", [CPU_BLOCK_TOKENS, CPU_BLOCK_TOKENS + 1, 600])
-def test_cpu_blocks_execute_fewer_scores_than_dense(seq_len, model_config, build_decoder):
-    """Long rows are cut on a CPU: the counted FLOPs are those of the executed scores."""
-    model = model_config(seq_len=seq_len, layers=1)
-    executed = executed_attended_tokens(seq_len, CPU_BLOCK_TOKENS)
-    counted = count_flops(build_decoder(model), model, backward=True)
-    assert counted._asdict() == pytest.approx(training_flops(model, executed)._asdict(), rel=1e-12)
-    assert (executed < seq_len) == (seq_len > CPU_BLOCK_TOKENS)
-    assert training_flops(model) == training_flops(model, executed_attended_tokens(seq_len))
-
-
-@given(st.integers(1, 300), st.one_of(st.none(), st.integers(1, 320)))
-def test_executed_scores_are_those_of_keys_before_the_block_end(seq_len, block):
-    width = block or seq_len
-    scores = sum(min((t // width + 1) * width, seq_len) for t in range(seq_len))
-    assert executed_attended_tokens(seq_len, block) == pytest.approx(scores / seq_len, rel=1e-14)
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=8))
-def test_useful_scores_are_those_inside_documents(lengths):
-    position_T = [t for length in lengths for t in range(length)]
-    document_T = [d for d, length in enumerate(lengths) for _ in range(length)]
-    pairs = sum(
-        document_T[t] == document_T[s] for t in range(len(position_T)) for s in range(t + 1)
-    )
-    mean = mean_attended_tokens(lengths)
-    assert mean == pytest.approx(pairs / len(position_T), rel=1e-14)
-    # A position says how many tokens of its own document stand before it.
-    assert mean == pytest.approx(sum(p + 1 for p in position_T) / len(position_T), rel=1e-14)
-    assert mean <= executed_attended_tokens(len(position_T), 8) <= len(position_T)
+    assert count_flops(build_decoder(model), model) == training_flops(model)
 
 
 def test_flops_follow_the_rule_of_six_times_the_parameters():

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,11 +17,10 @@ from megatron_mode.errors import ConfigError
 from megatron_mode.tokens.documents import Document, Message
 from megatron_mode.tokens.flags import CONTROL, MODE2, NO_LM_LOSS, NO_MODE_LOSS, ROLE_MASK
 from megatron_mode.tokens.mode_tokens import (
-    PLACEMENTS,
-    SETTINGS,
     ModeTokens,
     Placement,
     Rendered,
+    Setting,
     checked,
     read_order,
     rearrange,
@@ -40,7 +39,7 @@ DOCUMENTS = {
 CASES = st.tuples(
     st.sampled_from([1, 2]),
     st.sampled_from(["chat", "plain"]),
-    st.sampled_from(PLACEMENTS),
+    st.sampled_from(get_args(Placement)),
     st.sampled_from([0.01, 0.3, 0.5, 1.0]),
     st.booleans(),
     st.integers(0, 2**64 - 1),
@@ -115,7 +114,7 @@ def test_settings_of_scoring(tokenizer: Tokenizer, pieces: dict[int, int], case:
     tokens = ModeTokens(placement, rate, train)
     found = {
         setting: rearrange(rendered, setting, tokens, tokenizer.control, (key, key // 3))
-        for setting in SETTINGS
+        for setting in get_args(Setting)
     }
     assert {str(without(one, pieces)) for one in found.values()} == {str(rendered)}
     assert found["keep"] == tokens.insert(rendered, tokenizer.control, key)
