@@ -48,8 +48,10 @@ lint: dev
 	mypy
 	lint-imports
 
+# Two processes, as most tests use one core; a Slurm cluster and its jobs get the machine alone.
 test: lint slurm
-	pytest -m "not slow and not gpu" --durations 25
+	pytest -m "slurm and not slow" tests/slurm
+	pytest -n 2 --dist loadfile -m "not slow and not gpu and not slurm" --durations 25
 
 test-slow: dev
 	pytest -m "slow and not gpu"

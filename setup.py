@@ -61,6 +61,7 @@ setup(
             "mypy",
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "transformers",
             "types-PyYAML",

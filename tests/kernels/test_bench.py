@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -243,12 +243,12 @@ def test_json_of_the_command():
 
 
 def test_help_is_instant():
-    seconds = []
-    for _ in range(3):  # the first may wait for the disk or for a busy machine
-        began = time.perf_counter()
-        assert "torch linear_cross_entropy" in run("--help", check=True).stdout
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.5
+    began = os.times()
+    assert "torch linear_cross_entropy" in run("--help", check=True).stdout
+    ended = os.times()
+    # Processor time of the child: a busy machine makes only the clock on the wall run longer.
+    used = ended.children_user - began.children_user + ended.children_system
+    assert used - began.children_system < 0.5
 
 
 @pytest.mark.parametrize(
