@@ -63,9 +63,8 @@ class Order:
     ) -> None:
         """Plan a run of `total_rows` rows of `seq_len` tokens over sources of the given rows.
 
-        Raises ConfigError for sources that are missing or named twice and for a scheduled mode
-        without sources, DataError for a source without a single row and for one that runs dry
-        against its when_dry, or a mode that does.
+        Raises DataError for a source without a single row and for one that runs dry against its
+        when_dry, or a mode that does, and ConfigError for a scheduled mode without any weight.
         """
         self.seq_len, self.total_rows, self.seed = seq_len, total_rows, seed
         self.integral = Integral(mix.mode2_fraction, seq_len, total_rows)
@@ -271,12 +270,6 @@ class Order:
         if given is None or needed <= given:
             return
         row = self.integral.row_of(mode, given, self.total_rows)
-        if not self._parts[mode].supplies:
-            raise ConfigError(
-                f"mix.mode{mode}.sources is empty, but mix.mode2_fraction plans {needed:,} Mode "
-                f"{mode} rows from row {row:,} on; add a source or set the fraction to "
-                f"{2 - mode} throughout"
-            )
         if self._parts[mode].is_starved:
             raise ConfigError(
                 f"no source in mix.mode{mode}.sources has a weight at {self._at(row)}, where "

@@ -17,15 +17,14 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Context, Decimal, localcontext
 from fractions import Fraction
+from typing import assert_never
 
 import numpy as np
 
 from megatron_mode.config.mix import Mode2FractionConfig
-from megatron_mode.errors import ConfigError
 from megatron_mode.mix.floors import IntArray, floor_quadratic, settle
 
 DIGITS = 60
@@ -45,14 +44,6 @@ class Segment:
     stop: Fraction
     area: Fraction
     cosine: bool = False
-
-    def share(self, at: Fraction) -> float:
-        """Return f at a point of the segment."""
-        if self.end is None or self.start == self.stop:
-            return float(self.start)
-        part = (at - self.begin) / (self.end - self.begin)
-        weight = (1 - math.cos(math.pi * part)) / 2 if self.cosine else float(part)
-        return float(self.start) + float(self.stop - self.start) * weight
 
 
 def segments(
@@ -80,48 +71,25 @@ def resolved_end_tokens(config: Mode2FractionConfig, total_tokens: int) -> int:
 
 
 def _knots(config: Mode2FractionConfig, total_tokens: int) -> list[tuple[int, Fraction]]:
-    """List (tokens, share) from token 0 on; two knots at the same token are a jump."""
-    start = Fraction(config.start)
-    if config.shape == "constant":
-        return [(0, start)]
-    if config.shape == "piecewise":
-        return _table(config.points)
-    if config.end is None:
-        raise ConfigError(
-            f"mix.mode2_fraction.end is unset, but shape '{config.shape}' needs a fraction from 0 "
-            "to 1 to arrive at; set mix.mode2_fraction.end"
-        )
-    stop, begin_tokens = Fraction(config.end), config.begin_tokens
-    if config.shape == "step":
-        return [(0, start), (begin_tokens, start), (begin_tokens, stop)]
-    end_tokens = resolved_end_tokens(config, total_tokens)
-    if end_tokens < begin_tokens:
-        raise ConfigError(
-            f"mix.mode2_fraction.end_tokens is {end_tokens} (unset means the end of the run), but "
-            f"it must be at least begin_tokens, {begin_tokens}; lower mix.mode2_fraction"
-            ".begin_tokens or set a later end_tokens"
-        )
-    return [(0, start), (begin_tokens, start), (end_tokens, stop)]
+    """List (tokens, share) from token 0 on; two knots at the same token are a jump.
 
-
-def _table(points: Sequence[tuple[int, Decimal]]) -> list[tuple[int, Fraction]]:
-    """Turn the piecewise table into knots that begin at token 0."""
-    tokens = [point[0] for point in points]
-    if not points or any(b <= a for a, b in itertools.pairwise(tokens)):
-        raise ConfigError(
-            f"mix.mode2_fraction.points has tokens {tokens}, but shape 'piecewise' needs at least "
-            "one (tokens, fraction) pair with strictly rising tokens; sort the points and drop "
-            "repeated ones"
-        )
-    table = [(at, Fraction(share)) for at, share in points]
-    return table if tokens[0] == 0 else [(0, table[0][1]), *table]
-
-
-def fraction_at(config: Mode2FractionConfig, tokens: int, total_tokens: int) -> float:
-    """Return the scheduled Mode 2 fraction after `tokens` tokens of a run of `total_tokens`."""
-    pieces = segments(config, total_tokens)
-    index = bisect_right([piece.begin for piece in pieces], tokens) - 1
-    return pieces[index].share(Fraction(tokens))
+    The rules of config/mix_rules.py hold: a ramp has an end after its begin, a table rises.
+    """
+    start, begin_tokens = Fraction(config.start), config.begin_tokens
+    match config.shape:
+        case "constant":
+            return [(0, start)]
+        case "piecewise":
+            table = [(at, Fraction(share)) for at, share in config.points]
+            return table if table[0][0] == 0 else [(0, table[0][1]), *table]
+        case "step":
+            assert config.end is not None
+            return [(0, start), (begin_tokens, start), (begin_tokens, Fraction(config.end))]
+        case "linear" | "cosine":
+            end_tokens = resolved_end_tokens(config, total_tokens)
+            assert config.end is not None and begin_tokens <= end_tokens
+            return [(0, start), (begin_tokens, start), (end_tokens, Fraction(config.end))]
+    assert_never(config.shape)
 
 
 class Integral:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 from megatron_mode.config.mix import MixConfig, SourceConfig
-from megatron_mode.errors import ConfigError, DataError
+from megatron_mode.errors import DataError
 from megatron_mode.mix.apportion import Apportionment, Supply
 
 PIECES = 32
@@ -23,28 +23,15 @@ WEIGHT_GRID = 10**15  # parts of the larger end's weight; so sums keep short den
 
 
 def source_rows(mix: MixConfig, seq_len: int, rows_by_source: Mapping[str, int]) -> list[int]:
-    """Check the source names against the data and return their rows in config order."""
-    seen: set[str] = set()
+    """Return the rows of each source in config order; DataError for a source without any."""
     for mode, section in ((1, mix.mode1), (2, mix.mode2)):
         for source in section.sources:
-            key = f"mix.mode{mode}.sources"
-            if source.name in seen:
-                raise ConfigError(
-                    f"{key} names '{source.name}' a second time, but a source may stand in one "
-                    "mode once; drop one of them or add up their weights"
-                )
-            if source.name not in rows_by_source:
-                raise ConfigError(
-                    f"{key} names '{source.name}', but the sources at hand are "
-                    f"{sorted(rows_by_source)}; prepare it or correct the name"
-                )
             if rows_by_source[source.name] < 1:
                 raise DataError(
-                    f"source '{source.name}' in {key} has {rows_by_source[source.name]} rows, but "
-                    f"at least 1 row of {seq_len} + 1 tokens is needed; add text or lower "
-                    "model.seq_len"
+                    f"source '{source.name}' in mix.mode{mode}.sources has "
+                    f"{rows_by_source[source.name]} rows, but at least 1 row of {seq_len} + 1 "
+                    "tokens is needed; add text or lower model.seq_len"
                 )
-            seen.add(source.name)
     return [rows_by_source[source.name] for source in (*mix.mode1.sources, *mix.mode2.sources)]
 
 

@@ -17,7 +17,7 @@ from megatron_mode.config.mix import (
     SourceConfig,
     SourcesConfig,
 )
-from megatron_mode.errors import ConfigError, DataError
+from megatron_mode.errors import DataError
 from megatron_mode.mix.audit.forecast import warnings
 from megatron_mode.mix.order import Order, Rows
 
@@ -246,25 +246,13 @@ def test_a_dry_mode_is_refused_with_when_and_fix() -> None:
         DataError, match=r"mode 2 runs dry at row 41 \(656 tokens\).*21.*20.*epochs_max"
     ):
         Order(mix, SEQ_LEN, 42, 3, sizes)
-    with pytest.raises(ConfigError, match=r"mix\.mode2\.sources is empty.*fraction to 0"):
-        Order(mix_of(half, [source("web")], []), SEQ_LEN, 42, 3, sizes)
-    with pytest.raises(ConfigError, match=r"mix\.mode1\.sources is empty.*fraction to 1"):
-        Order(mix_of(half, [], [source("chat")]), SEQ_LEN, 42, 3, sizes)
     Order(mix_of(half, [], [source("chat")]), SEQ_LEN, 0, 3, sizes)
 
 
-@pytest.mark.parametrize(
-    ("names", "sizes", "named"),
-    [
-        (["web"], {"chat": 4}, r"names 'web'.*at hand are \['chat'\]"),
-        (["web", "web"], {"web": 4}, "'web' a second time"),
-        (["web"], {"web": 0}, r"'web' in mix\.mode1\.sources has 0 rows"),
-    ],
-)
-def test_bad_sources_are_refused(names: list[str], sizes: dict[str, int], named: str) -> None:
-    mix = mix_of(Mode2FractionConfig(start=Decimal(0)), [source(name) for name in names], [])
-    with pytest.raises((ConfigError, DataError), match=named):
-        Order(mix, SEQ_LEN, 10, 3, sizes)
+def test_a_source_without_a_row_is_refused() -> None:
+    mix = mix_of(Mode2FractionConfig(start=Decimal(0)), [source("web")], [])
+    with pytest.raises(DataError, match=r"'web' in mix\.mode1\.sources has 0 rows"):
+        Order(mix, SEQ_LEN, 10, 3, {"web": 0})
 
 
 def test_rows_outside_the_run_are_refused() -> None:
