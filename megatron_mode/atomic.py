@@ -1,8 +1,9 @@
-"""Replace files and folders at once: what a crash leaves is the old or the new, never a part."""
+"""Replace files and folders at once, so that a crash leaves the old or the new; lock files."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -39,3 +40,15 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file for this process; False where another holds it.
+
+    None where the file system has no locks. The system drops the lock however the process ends.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True

@@ -182,7 +182,8 @@ class Recovery:
         if "rows" not in more and self.step < config.run.steps:  # the last save comes after all
             global_rows = config.batch.global_rows
             rows = self.order.rows(self.step * global_rows, (self.step + 1) * global_rows)
-            more["rows"] = self._described(rows)
+            with contextlib.suppress(DataError):  # a damaged table of documents hides no sentence
+                more["rows"] = self._described(rows)
         write_event(self.folder, kind, reason, action, step=self.step, **more)
 
     def _described(self, rows: Rows) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from megatron_mode.checkpoint.order_record import OrderRecord
 from megatron_mode.checkpoint.probe import Probe
 from megatron_mode.checkpoint.resume import resume
 from megatron_mode.checkpoint.save import Checkpoints
+from megatron_mode.checkpoint.source_files import DataCheck
 from megatron_mode.config import Config, dump_config
 from megatron_mode.engine.accelerators import accelerator_table
 from megatron_mode.engine.build import build_engine, build_mesh, implementations, join_group
@@ -98,9 +99,10 @@ def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason
     """Resume and take the steps that are left; return why they stopped early, and the last."""
     config, engine = run.config, run.engine
     record = OrderRecord.start(config, run.corpus, run.order)
-    probe = Probe(run.order, run.reader)
+    probe = Probe(run.order, run.reader, run.corpus.read_sources)
     checkpoints = Checkpoints(engine, run.folder, run.corpus.root / TOKENIZER_NAME, probe)
     watchdog.beat("the resume", is_long=True)
+    data_check = DataCheck(run.folder, config, run.corpus)
     first_step, notes = resume(engine, run.folder, record, run.order, probe)
     if run.reports:
         announce(run, first_step, notes)
@@ -125,6 +127,7 @@ def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason
                 line.update(evaluate(run))
             log.write(line)
             checkpoints.check()
+            data_check.check()
             stop = stopping.after_step(done, checkpoints.save_seconds)
             if stop or due(done, config.checkpoint.every_steps) or done == config.run.steps:
                 checkpoints.save(done, record)
@@ -133,6 +136,8 @@ def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason
                 break
             timer.stop()
         checkpoints.wait()
+        if not stop:
+            data_check.wait()
     return stop, done
 
 

@@ -1,30 +1,33 @@
 """Keep a second program out of a run's checkpoints: it would clear away what the first writes.
 
 The lock is one of the file system (flock), so it goes with the process at the latest, however that
-ends. Where a file system has none, nothing is checked.
+ends. Where the file system has no locks, a note says so, and a heartbeat file shows the other run:
+its holder changes it every few seconds. Only changes count, as clocks of machines differ.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_mode.atomic import try_lock, write_whole
 from megatron_mode.checkpoint.collective import from_rank_0
 from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME
 from megatron_mode.errors import CheckpointError
 from megatron_mode.process.launch import Process
 
-LOCK_NAME = ".lock"
+LOCK_NAME, HEARTBEAT_NAME = ".lock", ".heartbeat"
 # A run that was just killed may take a moment to go. A job that Slurm has put back in the queue
 # comes from a node that may be dead, whose locks NFS keeps for a lease of ninety seconds.
 PATIENCE_SECONDS, REQUEUED_PATIENCE_SECONDS = 10.0, 180.0
+BEAT_SECONDS, SILENT_BEATS = 5.0, 4
 
 
 @contextlib.contextmanager
@@ -56,28 +59,89 @@ def held(checkpoints: Path, holder: str, patience_seconds: float) -> Iterator[No
         yield
         return
     with os.fdopen(descriptor, "r+b", buffering=0):
-        _wait(descriptor, checkpoints, patience_seconds)
-        _note(descriptor, holder)
-        try:
-            yield
-        finally:
-            _note(descriptor, "")
+        has_locks = _wait(descriptor, checkpoints, patience_seconds)
+        with contextlib.nullcontext() if has_locks else heartbeat(checkpoints, holder):
+            _note(descriptor, holder)
+            try:
+                yield
+            finally:
+                _note(descriptor, "")
 
 
-def _wait(descriptor: int, checkpoints: Path, patience_seconds: float) -> None:
+def _wait(descriptor: int, checkpoints: Path, patience_seconds: float) -> bool:
+    """Wait for the lock; return False where the file system has none."""
     deadline = time.monotonic() + patience_seconds
-    told = patience_seconds <= PATIENCE_SECONDS
-    while not _is_locked(descriptor):
+    noted = patience_seconds <= PATIENCE_SECONDS
+    while (answer := try_lock(descriptor)) is False:
         by = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
         if time.monotonic() > deadline:
-            raise CheckpointError(
-                f"{checkpoints} is in use by {by}: accepted is one run a folder; wait for its end, "
-                "or choose another run.dir"
-            )
-        if not told:
+            raise in_use(checkpoints, by)
+        if not noted:
             print(f"note: waits up to {patience_seconds:g} s for {by}", file=sys.stderr, flush=True)
-            told = True
+            noted = True
         time.sleep(0.1)
+    return answer is not None
+
+
+def in_use(checkpoints: Path, by: str) -> CheckpointError:
+    """Say who holds the checkpoints."""
+    return CheckpointError(
+        f"{checkpoints} is in use by {by}: accepted is one run a folder; wait for its end, or "
+        "choose another run.dir"
+    )
+
+
+@contextlib.contextmanager
+def heartbeat(checkpoints: Path, holder: str) -> Iterator[None]:
+    """Hold the checkpoints by a file that changes while this process runs.
+
+    Raises CheckpointError where another process changes it. A file that a kill left stands still.
+    """
+    path, ended = checkpoints / HEARTBEAT_NAME, threading.Event()
+    print(
+        f"note: locks do not work in {checkpoints}; {path.name} there shows whether another run "
+        "uses it",
+        file=sys.stderr,
+        flush=True,
+    )
+
+    def beat() -> bytes:
+        text = f"{holder}\n{time.time_ns()}\n"
+        with contextlib.suppress(OSError):  # a full disk: what is written there says so itself
+            write_whole(path, text)
+        return text.encode()
+
+    def keep_beating() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            beat()
+
+    _refuse_change(checkpoints, path, _read(path), SILENT_BEATS * BEAT_SECONDS)
+    _refuse_change(checkpoints, path, beat(), BEAT_SECONDS / 5)  # another may start just now
+    thread = threading.Thread(target=keep_beating, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+def _refuse_change(checkpoints: Path, path: Path, before: bytes, seconds: float) -> None:
+    """Raise CheckpointError where another process changes a heartbeat within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while path.exists() and time.monotonic() < deadline:
+        now = _read(path)
+        if now and now != before:
+            raise in_use(checkpoints, now.decode(errors="replace").partition("\n")[0])
+        time.sleep(BEAT_SECONDS / 25)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _note(descriptor: int, holder: str) -> None:
@@ -85,12 +149,3 @@ def _note(descriptor: int, holder: str) -> None:
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, holder.encode(), 0)
-
-
-def _is_locked(descriptor: int) -> bool:
-    """Try to lock; True also where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True

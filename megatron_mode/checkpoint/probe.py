@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 
+from megatron_mode.checkpoint.collective import from_rank_0
 from megatron_mode.checkpoint.manifest import Manifest
+from megatron_mode.checkpoint.source_files import check_file, sealed_files
 from megatron_mode.engine.forward import forward_rows
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import DamagedError
 from megatron_mode.mix.loader import MicroBatch, micro_batch
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.rows import RowReader
+from megatron_mode.tokens.source.shards import Source
 
 PROBE_ROWS = 2
 PROBE_TOKENS = 64
@@ -32,10 +35,13 @@ RELATIVE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 class Probe:
     """Hold the fixed batch of a run."""
 
-    def __init__(self, order: Order, reader: RowReader) -> None:
+    def __init__(self, order: Order, reader: RowReader, sources: Sequence[Source] = ()) -> None:
+        """Take the run's first rows; `sources` are checked where their losses differ."""
         rows = order.rows(0, min(PROBE_ROWS, order.total_rows))
         self._sources, self._rows = rows.source.tolist(), rows.source_row.tolist()
         self._reader = reader
+        names = {reader.sources[index].name for index in self._sources}
+        self._files = sealed_files([s for s in sources if s.name in names], set(), reader.seq_len)
 
     def measure(self, engine: Engine) -> dict[str, Any]:
         """Return the mean LM and mode loss of the batch, in nats; all ranks call it.
@@ -61,11 +67,23 @@ class Probe:
         }
 
     def check(self, engine: Engine, manifest: Manifest, folder: Path) -> None:
-        """Measure again and compare with what the checkpoint's run measured; all ranks call it."""
+        """Measure again and compare with what the checkpoint's run measured; all ranks call it.
+
+        Raises DataError where prepared data changed, DamagedError where the losses differ and it
+        did not.
+        """
         found = self.measure(engine)
         # Ranks on other machines than the one that wrote the manifest have other conditions.
         differs = engine.largest_over_ranks(found["conditions"] != manifest.probe["conditions"])
-        check_probe(manifest.probe, found, manifest.precision, str(folder), exact=not differs)
+        try:
+            check_probe(manifest.probe, found, manifest.precision, str(folder), exact=not differs)
+        except DamagedError:
+            from_rank_0(self._check_data)
+            raise
+
+    def _check_data(self) -> None:
+        for path, digest in self._files.items():
+            check_file(path, digest)
 
     def _read(self, some: Sequence[int]) -> MicroBatch:
         whole = micro_batch(
@@ -110,9 +128,9 @@ def check_probe(
             bound = "to the last bit" if exact else f"to {tolerance:g} of it"
             raise DamagedError(
                 f"{where} is loaded, but its probe has {key} {value!r} where {expected!r} was "
-                f"saved, and they must agree {bound}: memory, device or program are not sound; "
-                "start on another machine, or set checkpoint.fallback=true to go on from the "
-                "checkpoint before it"
+                f"saved, and they must agree {bound}. Checkpoint and data are as "
+                "written, so memory, device or program differ; start on another machine, or set "
+                "checkpoint.fallback=true to resume from the checkpoint before it"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, finished_checkpoints
 from megatron_mode.checkpoint.manifest import Manifest, read_manifest
-from megatron_mode.errors import CheckpointError, DataError
+from megatron_mode.checkpoint.source_files import check_file, sealed_files
+from megatron_mode.errors import CheckpointError
 from megatron_mode.mix.digest import OrderDigest
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.steps import rows_of_steps
-from megatron_mode.tokens.source.row_table import table_path
-from megatron_mode.tokens.source.shards import SAMPLED, Source
+from megatron_mode.tokens.source.shards import Source
 
 MOST_NAMED = 6
 
@@ -96,37 +95,16 @@ def replay(order: Order, global_rows: int, manifests: Sequence[Manifest], report
 def check_source_files(
     sources: Sequence[Source], packed_whole: AbstractSet[str], seq_len: int, report: Report
 ) -> int:
-    """Hash every file of the sources again; return the bytes read.
+    """Hash every file of the sources and return the bytes read.
 
-    Row tables count where `packed_whole` names their source.
-
-    Raises DataError naming the file that is not what NAME.json says, or the index that is wrong in
-    itself; sources by Megatron's own tools record no digests, so only their index is checked.
+    Row tables count where `packed_whole` names their source. Raises DataError naming the file that
+    is not what NAME.json says, or the index that is wrong in itself.
     """
     total = 0
     for source in sources:
         source.verify_index()
-        expected = {
-            source.root / f"{source.name}{suffix}": digest
-            for suffix, digest in source.content_digests.items()
-            if suffix != SAMPLED
-        }
-        table = source.row_table_digest(seq_len)
-        if table and source.name in packed_whole:
-            expected[table_path(source.root, source.name, seq_len)] = table
-        for path, digest in expected.items():
-            try:
-                with path.open("rb") as stream:
-                    found = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError as error:
-                raise DataError(
-                    f"{path} cannot be read ({error.strerror}); copy or prepare it again"
-                ) from None
-            total += path.stat().st_size
-            report(path.stat().st_size)
-            if found != digest:
-                raise DataError(
-                    f"{path} has SHA-256 {found[:12]} but {source.name}.json says {digest[:12]}: "
-                    "it changed since it was prepared; copy or prepare it again"
-                )
+    for path, digest in sealed_files(sources, packed_whole, seq_len).items():
+        size_bytes = check_file(path, digest)
+        report(size_bytes)
+        total += size_bytes
     return total

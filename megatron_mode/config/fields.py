@@ -57,6 +57,8 @@ class DataConfig(Section):
     """Threads of each reading process that read rows ahead of the training loop."""
     prefetch_steps: Size = 4
     """Steps read ahead of the training loop."""
+    verify: bool = True
+    """Hash all prepared files once a run, in the background of its first steps."""
 
 
 class BlockingConfig(Section):

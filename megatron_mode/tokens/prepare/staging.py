@@ -8,7 +8,6 @@ another one.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_mode.atomic import write_whole
+from megatron_mode.atomic import try_lock, write_whole
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.prepare.workers import UnfinishedError
 from megatron_mode.tokens.vocabulary import INFO_FILE, MODEL_FILE
@@ -183,15 +182,14 @@ def locked_folder(path: Path, target: Path) -> int:
         path.mkdir(exist_ok=True)
         file = path / LOCK_FILE
         descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        locked = try_lock(descriptor)
+        if locked is False:
             os.close(descriptor)
             raise DataError(
                 f"--out {target} is being prepared by another run, in {path}; wait for it or stop "
                 "it, or name another --out."
-            ) from None
-        except OSError:
+            )
+        if locked is None:
             return descriptor
         # The run before may have removed the folder between our two calls.
         if file.exists() and os.path.samestat(os.stat(file), os.fstat(descriptor)):
