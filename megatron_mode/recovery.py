@@ -218,8 +218,8 @@ def row_losses(
     deal = order.deal(batch.step, len(batch.rows)).reshape(-1, readers, micro_rows)
     found: dict[int, float] = {}
     for dealt, output in zip(deal[:, engine.at.data], result.outputs, strict=True):
-        lm_B = _row_means(output.nll_BT, output.lm_weight_BT)
-        mode_B = _row_means(output.bce_BT, output.mode_weight_BT)
+        lm_B = _row_means(output.loss.nll_BT, output.batch.lm_weight_BT)
+        mode_B = _row_means(output.loss.bce_BT, output.batch.mode_weight_BT)
         loss_B = lm_B + engine.config.loss.mode_weight * mode_B
         found |= dict(zip(batch.rows.row[dealt].tolist(), loss_B.tolist(), strict=True))
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,8 @@ class Probe:
         sums = torch.zeros(4, dtype=torch.float64)
         for output in outputs:
             for offset, loss_BT, weight_BT in (
-                (0, output.nll_BT, output.lm_weight_BT),
-                (2, output.bce_BT, output.mode_weight_BT),
+                (0, output.loss.nll_BT, output.batch.lm_weight_BT),
+                (2, output.loss.bce_BT, output.batch.mode_weight_BT),
             ):
                 wide_BT = weight_BT.to(torch.float64)
                 sums[offset] += (loss_BT.to(torch.float64) * wide_BT).sum().cpu()
@@ -89,13 +88,11 @@ class Probe:
         whole = micro_batch(
             self._reader, [self._sources[i] for i in some], [self._rows[i] for i in some]
         )
-        short = {
-            name: tensor[:, :PROBE_TOKENS].contiguous() if tensor.dim() == 2 else tensor
-            for name, tensor in vars(whole).items()
-        }
-        batch = MicroBatch(**short)
-        ones_BT = torch.ones_like(batch.lm_weight_BT)
-        return replace(batch, lm_weight_BT=ones_BT, mode_weight_BT=ones_BT.clone())
+        short = MicroBatch(
+            *(t[:, :PROBE_TOKENS].contiguous() if t.dim() == 2 else t for t in whole)
+        )
+        ones_BT = torch.ones_like(short.lm_weight_BT)
+        return short._replace(lm_weight_BT=ones_BT, mode_weight_BT=ones_BT.clone())
 
 
 def conditions(engine: Engine) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from megatron_mode.cost.topology import Coordinates, Layout, accumulation_steps
 from megatron_mode.engine.health import APPLY, HealthJudge, Verdict
 from megatron_mode.engine.optimizer import learning_rate
 from megatron_mode.engine.update_gate import install_gate
-from megatron_mode.kernels.mode_loss import Targets
+from megatron_mode.kernels.mode_loss import LossOutput, Targets
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.loss.normalise import BlockedShares, LossScales, loss_scales, scaled_loss
 from megatron_mode.mix.loader import MicroBatch
@@ -31,19 +32,10 @@ from megatron_mode.model.heads import HeadInputs
 
 
 class TokenOutputs(NamedTuple):
-    """Hold what the loss knew of every token of a micro-batch, detached; `source_B` a row."""
+    """Hold a micro-batch and what the loss gave for each of its tokens, detached."""
 
-    nll_BT: Tensor
-    bce_BT: Tensor
-    mode_logit_BT: Tensor
-    blocked_BT: Tensor
-    target_BT: Tensor
-    lm_weight_BT: Tensor
-    mode_label_BT: Tensor
-    mode_weight_BT: Tensor
-    flags_BT: Tensor
-    position_BT: Tensor
-    source_B: Tensor
+    batch: MicroBatch
+    loss: LossOutput
 
 
 class StepResult(NamedTuple):
@@ -82,9 +74,15 @@ class StepLoss:
     def __call__(self, outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
         """Return the micro-batch's scalar loss, scaled so that the engine's average is global."""
         heads = HeadInputs(*outputs)
-        target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT, *rest = labels
-        flags_BT, position_BT, lm_rows_n, source_B = rest
-        targets = Targets(target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT, lm_rows_n)
+        *fields, lm_rows_n = labels
+        batch = MicroBatch(*fields)
+        targets = Targets(
+            batch.target_BT,
+            batch.lm_weight_BT,
+            batch.mode_label_BT,
+            batch.mode_weight_BT,
+            lm_rows_n,
+        )
         result = self.mode_loss(
             heads.hidden_TBD,
             heads.local_lm_weight_VD,
@@ -93,21 +91,8 @@ class StepLoss:
             targets,
             blocking_active=self.blocking_active,
         )
-        self.outputs.append(
-            TokenOutputs(
-                result.nll_BT,
-                result.bce_BT,
-                result.mode_logit_BT,
-                result.blocked_BT,
-                target_BT,
-                lm_weight_BT,
-                mode_label_BT,
-                mode_weight_BT,
-                flags_BT,
-                position_BT,
-                source_B,
-            )
-        )
+        detached = replace(result, lm_sum=result.lm_sum.detach(), mode_sum=result.mode_sum.detach())
+        self.outputs.append(TokenOutputs(batch, detached))
         loss = scaled_loss(result.lm_sum, result.mode_sum, self.scales)
         self.loss_sum = self.loss_sum + loss.detach().double()
         return loss
@@ -126,6 +111,7 @@ class Engine:
         self.device: torch.device = torch.device(pipeline_engine.device)
         self.accumulation_steps = accumulation_steps(config, layout.data)
         self.blocked_shares = BlockedShares()
+        """Of the newest step whose update was applied, for `loss.blocking.renormalise`."""
         self.judge = HealthJudge(config.health)
         self.gradient_square: Tensor | None = None
         """Sum of squares of this rank's part of the newest gradient, fp64 with one element."""
@@ -166,6 +152,8 @@ class Engine:
         norm = self.deepspeed.get_global_grad_norm()
         if norm is None or self._verdict.is_left_out:
             norm = math.nan
+        if blocking.policy != "none" and not self._verdict.is_left_out:
+            self.blocked_shares = self._sum_blocked()
         return StepResult(float(loss), float(norm), rate, self.step_loss.outputs, self._verdict)
 
     def evaluate(self, micro_batches: list[MicroBatch], count: int) -> list[TokenOutputs]:
@@ -245,24 +233,33 @@ class Engine:
             previous_shares=self.blocked_shares if renormalise else None,
         )
 
+    def _sum_blocked(self) -> BlockedShares:
+        """Return the shares of the LM and the mode weight of a step that blocking took."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        for batch, loss in self.step_loss.outputs:
+            for offset, weight_BT in ((0, batch.lm_weight_BT), (2, batch.mode_weight_BT)):
+                sums[offset] += weight_BT.sum(dtype=torch.float64).cpu()
+                sums[offset + 1] += (weight_BT * loss.blocked_BT).sum(dtype=torch.float64).cpu()
+        lm_weight, lm_blocked, mode_weight, mode_blocked = self.sum_over_ranks(sums).tolist()
+        policy = self.config.loss.blocking.policy
+        return BlockedShares(
+            lm=lm_blocked / lm_weight if lm_weight and policy in ("lm", "both") else 0.0,
+            mode=mode_blocked / mode_weight if mode_weight and policy in ("mode", "both") else 0.0,
+        )
+
 
 def _pairs(micro_batches: list[MicroBatch]) -> Iterator[tuple[Any, Any]] | None:
-    """Give DeepSpeed (inputs for the first stage, labels for the last) of each micro-batch."""
+    """Give DeepSpeed (inputs for the first stage, labels for the last) of each micro-batch.
+
+    Labels are the batch and the indices b * T + t of the tokens with an LM weight: the host knows
+    the masks, so a GPU is spared the other tokens, and the wait that finding them would cost.
+    """
     if not micro_batches:
         return None
     return (
         (
             (batch.input_BT, batch.position_BT),
-            (
-                batch.target_BT,
-                batch.lm_weight_BT,
-                batch.mode_label_BT,
-                batch.mode_weight_BT,
-                batch.flags_BT,
-                batch.position_BT,
-                batch.lm_rows_n,
-                batch.source_B,
-            ),
+            (*batch, batch.lm_weight_BT.reshape(-1).nonzero().squeeze(1)),
         )
         for batch in micro_batches
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_mode.engine.forward import forward_rows
 from megatron_mode.engine.step import Engine, TokenOutputs
-from megatron_mode.mix.loader import MicroBatch, micro_batch
+from megatron_mode.mix.loader import MicroBatch, as_tensors, micro_batch
 from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.mix.rows import RowReader
 from megatron_mode.report.metrics import (
@@ -74,14 +74,15 @@ def evaluate_source(
     windows = TokenStatistics.zero(EVALUATION_BITS)
     positions = PositionStatistics.from_vector(_zero_positions())
     for output in outputs:
-        middle_BT = output.mode_weight_BT * _middle_windows(output)
+        batch = output.batch
+        middle_BT = batch.mode_weight_BT * _middle_windows(batch)
         windows = windows + statistics_of([output], EVALUATION_BITS, mode_weight_N=middle_BT)
         part = PositionStatistics.of(
-            mode_logit_N=output.mode_logit_BT,
-            mode_label_N=output.mode_label_BT,
-            mode_weight_N=output.mode_weight_BT,
-            flags_N=output.flags_BT,
-            position_N=output.position_BT,
+            mode_logit_N=output.loss.mode_logit_BT,
+            mode_label_N=batch.mode_label_BT,
+            mode_weight_N=batch.mode_weight_BT,
+            flags_N=batch.flags_BT,
+            position_N=batch.position_BT,
         )
         positions = positions + PositionStatistics.from_vector(part.vector().cpu())
     summed = engine.sum_over_ranks(
@@ -112,11 +113,10 @@ def evaluate_window(engine: Engine, reader: RowReader, index: int, begin_token: 
     """Return the mode logits [T] of the row that starts at `begin_token`, on every rank."""
     rows = engine.config.batch.micro_rows
     batch = reader.read_windows([index] * rows, [begin_token] * rows)
-    fields = {name: torch.from_numpy(getattr(batch, name)) for name in MicroBatch.__annotations__}
-    mine = [MicroBatch(**fields)] if engine.reads_data else []
+    mine = [as_tensors(batch)] if engine.reads_data else []
     outputs = engine.evaluate(mine, 1)
     seq_len = reader.seq_len
-    logits = outputs[0].mode_logit_BT[0] if outputs else torch.zeros(seq_len)
+    logits = outputs[0].loss.mode_logit_BT[0] if outputs else torch.zeros(seq_len)
     if engine.at.data != 0:
         logits = torch.zeros(seq_len)
     return engine.sum_over_ranks(logits.to(torch.float64))
@@ -134,18 +134,19 @@ def _forward(engine: Engine, reader: RowReader, index: int, rows: int) -> list[T
     return forward_rows(engine, chosen, engine.config.batch.micro_rows, read)
 
 
-def _middle_windows(output: TokenOutputs) -> Tensor:
+def _middle_windows(batch: MicroBatch) -> Tensor:
     """Mark the tokens of a row's first document when the row does not begin with its start."""
-    first_BT = (output.position_BT == 0).cumsum(dim=1) == 1
-    starts_inside_B = (output.flags_BT[:, :1] & CONTROL) == 0
-    return (first_BT & starts_inside_B).to(output.mode_weight_BT.dtype)
+    first_BT = (batch.position_BT == 0).cumsum(dim=1) == 1
+    starts_inside_B = (batch.flags_BT[:, :1] & CONTROL) == 0
+    return (first_BT & starts_inside_B).to(batch.mode_weight_BT.dtype)
 
 
 def _pieces(output: TokenOutputs) -> Iterator[Piece]:
-    logit, label = output.mode_logit_BT.float().cpu(), output.mode_label_BT.cpu()
-    weight, flags = output.mode_weight_BT.cpu(), output.flags_BT.cpu()
-    document = (output.position_BT.cpu() == 0).cumsum(dim=1)
-    content = (weight > 0) & ((flags & CONTROL) == 0)
+    batch = MicroBatch(*(tensor.cpu() for tensor in output.batch))
+    logit, label = output.loss.mode_logit_BT.float().cpu(), batch.mode_label_BT
+    flags = batch.flags_BT
+    document = (batch.position_BT == 0).cumsum(dim=1)
+    content = (batch.mode_weight_BT > 0) & ((flags & CONTROL) == 0)
     for row in range(logit.shape[0]):
         for number in range(1, int(document[row, -1]) + 1):
             mine = document[row] == number
@@ -160,7 +161,7 @@ def _pieces(output: TokenOutputs) -> Iterator[Piece]:
 
 
 def _targets(output: TokenOutputs) -> list[int]:
-    kept: list[int] = output.target_BT[output.lm_weight_BT > 0].tolist()
+    kept: list[int] = output.batch.target_BT[output.batch.lm_weight_BT > 0].tolist()
     return kept
 
 

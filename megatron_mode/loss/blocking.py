@@ -1,18 +1,12 @@
-"""Turn the blocking policy of the config into the op's rule, and count what it took.
-
-Letters: B rows, T row length.
-"""
+"""Turn the blocking policy of the config into the op's rule."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
 
-import torch
-from torch import Tensor
-
 from megatron_mode.config.fields import BlockingConfig
-from megatron_mode.kernels.mode_loss import Blocking, Targets
+from megatron_mode.kernels.mode_loss import Blocking
 
 # Makes floor(cap * tokens) exact for caps of up to nine decimals: 0.29 * 100 is below 29 in floats.
 CAP_DENOMINATOR_MAX = 10**9
@@ -30,17 +24,4 @@ def blocking_of(config: BlockingConfig, *, active: bool) -> Blocking | None:
         cap=(cap.numerator, cap.denominator),
         lm=config.policy in ("lm", "both"),
         mode=config.policy in ("mode", "both"),
-    )
-
-
-def blocked_weight_sums(
-    blocked_BT: Tensor, targets: Targets, config: BlockingConfig
-) -> tuple[Tensor, Tensor]:
-    """Return the (LM weight, mode weight) that blocking took away, for the shares of a step."""
-    zero = torch.zeros((), device=blocked_BT.device)
-    lm = torch.where(blocked_BT, targets.lm_weight_BT, 0).sum()
-    mode = torch.where(blocked_BT, targets.mode_weight_BT, 0).sum()
-    return (
-        lm if config.policy in ("lm", "both") else zero,
-        mode if config.policy in ("mode", "both") else zero,
     )

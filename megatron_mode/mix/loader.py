@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -24,38 +24,14 @@ from torch import Tensor
 from megatron_mode.errors import ConfigError, DataError, MegatronModeError
 from megatron_mode.mix.floors import IntArray
 from megatron_mode.mix.order import Order, Rows
-from megatron_mode.mix.rows import RowReader
+from megatron_mode.mix.rows import ArrayBatch, Batch, RowReader
 from megatron_mode.mix.steps import steps_in_block
 
 KEPT_BLOCKS = 3
 ALIVE_EVERY_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Hold B rows of T tokens as CPU tensors; dtypes and meaning as in `rows.RowBatch`."""
-
-    input_BT: Tensor
-    target_BT: Tensor
-    lm_weight_BT: Tensor
-    mode_label_BT: Tensor
-    mode_weight_BT: Tensor
-    position_BT: Tensor
-    flags_BT: Tensor
-    source_B: Tensor
-
-    def pinned(self) -> MicroBatch:
-        """Return the same in page-locked memory."""
-        return MicroBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
-
-    @property
-    def lm_rows_n(self) -> Tensor:
-        """Return the indices b * T + t of the tokens with an LM weight, int64.
-
-        The host knows the masks: a GPU is spared the LM loss of the other tokens, and the wait
-        that finding them there would cost.
-        """
-        return self.lm_weight_BT.reshape(-1).nonzero().squeeze(1)
+MicroBatch = Batch[Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,14 +43,16 @@ class StepBatch:
     rows: Rows
 
 
+def as_tensors(batch: ArrayBatch) -> MicroBatch:
+    """Return the rows as CPU tensors that share the arrays' memory."""
+    return MicroBatch(*map(torch.from_numpy, batch))
+
+
 def micro_batch(
     reader: RowReader, source_index: Sequence[int], source_row: Sequence[int]
 ) -> MicroBatch:
     """Read the given rows as tensors."""
-    batch = reader.read_batch(source_index, source_row)
-    return MicroBatch(
-        **{field.name: torch.from_numpy(getattr(batch, field.name)) for field in fields(batch)}
-    )
+    return as_tensors(reader.read_batch(source_index, source_row))
 
 
 class Loader:
@@ -217,5 +195,7 @@ class Loader:
         for slot in slots[:, self._reader_index]:
             mine = rows[slot]
             batch = micro_batch(self._reader, mine.source.tolist(), mine.source_row.tolist())
-            micro_batches.append(batch.pinned() if self._pin_memory else batch)
+            if self._pin_memory:
+                batch = MicroBatch(*(tensor.pin_memory() for tensor in batch))
+            micro_batches.append(batch)
         return StepBatch(step, micro_batches, rows)

@@ -20,7 +20,7 @@ Letters: B rows read together, T row length (`seq_len`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,36 +47,29 @@ from megatron_mode.tokens.flags import (
 )
 
 Float32Array = npt.NDArray[np.float32]
+Array = TypeVar("Array")
 
 
-@dataclass(frozen=True)
-class RowBatch:
-    """Hold B rows of T tokens; `position_BT` is 0 where attention restarts.
+class Batch(NamedTuple, Generic[Array]):
+    """Hold B rows of T tokens: numpy arrays as read, tensors as the loader gives them.
 
-    `source_B` is the index of each row's source among those of the reader.
+    Weights and labels are float32, flags uint8, the others int64. A new field needs a line here and
+    one in `RowReader._batch`: it then travels to the loss and the metrics.
     """
 
-    input_BT: IntArray
-    target_BT: IntArray
-    lm_weight_BT: Float32Array
-    mode_label_BT: Float32Array
-    mode_weight_BT: Float32Array
-    position_BT: IntArray
-    flags_BT: ByteArray
-    source_B: IntArray
+    input_BT: Array
+    target_BT: Array
+    lm_weight_BT: Array
+    mode_label_BT: Array
+    mode_weight_BT: Array
+    position_BT: Array
+    """0 where attention restarts."""
+    flags_BT: Array
+    source_B: Array
+    """Index of each row's source among those of the reader."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """Hold one row of T tokens, the fields as in `RowBatch`, without its source."""
-
-    input_T: IntArray
-    target_T: IntArray
-    lm_weight_T: Float32Array
-    mode_label_T: Float32Array
-    mode_weight_T: Float32Array
-    position_T: IntArray
-    flags_T: ByteArray
+ArrayBatch = Batch[npt.NDArray[Any]]
 
 
 def role_weights(mix: MixConfig) -> Float32Array:
@@ -152,20 +145,7 @@ class RowReader:
             return packing.rows
         return rows_in_stream(self.sources[source_index].tokens, self.seq_len)
 
-    def read(self, source_index: int, source_row: int) -> Row:
-        """Read one row."""
-        batch = self.read_batch([source_index], [source_row])
-        return Row(
-            input_T=batch.input_BT[0],
-            target_T=batch.target_BT[0],
-            lm_weight_T=batch.lm_weight_BT[0],
-            mode_label_T=batch.mode_label_BT[0],
-            mode_weight_T=batch.mode_weight_BT[0],
-            position_T=batch.position_BT[0],
-            flags_T=batch.flags_BT[0],
-        )
-
-    def read_batch(self, source_index: Sequence[int], source_row: Sequence[int]) -> RowBatch:
+    def read_batch(self, source_index: Sequence[int], source_row: Sequence[int]) -> ArrayBatch:
         """Read B rows: a few slices of memory-mapped files, then arithmetic on all at once.
 
         Raises DataError for a row that its source does not have.
@@ -182,7 +162,7 @@ class RowReader:
             parts.append(self._read_row(index, row))
         return self._batch(parts, source_index)
 
-    def read_windows(self, source_index: Sequence[int], begin_token: Sequence[int]) -> RowBatch:
+    def read_windows(self, source_index: Sequence[int], begin_token: Sequence[int]) -> ArrayBatch:
         """Read B rows that begin at any token of their source with T + 1 tokens to go."""
         pairs = zip(source_index, begin_token, strict=True)
         return self._batch([self._window(index, begin) for index, begin in pairs], source_index)
@@ -203,7 +183,7 @@ class RowReader:
         self,
         parts: Sequence[tuple[IntArray, ByteArray, IntArray]],
         source_index: Sequence[int],
-    ) -> RowBatch:
+    ) -> ArrayBatch:
         rows, width = len(parts), self.seq_len + 1
         ids = np.empty((rows, width), np.int64)
         flags = np.empty((rows, width), np.uint8)
@@ -213,7 +193,7 @@ class RowReader:
             starts.append(row_starts + b * width)
         start = np.concatenate(starts)
         input_flags = np.ascontiguousarray(flags[:, :-1])
-        return RowBatch(
+        return ArrayBatch(
             input_BT=np.ascontiguousarray(ids[:, :-1]),
             target_BT=np.ascontiguousarray(ids[:, 1:]),
             lm_weight_BT=self._lm_weights(flags, start),

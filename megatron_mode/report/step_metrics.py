@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_mode.cost.hardware import peak_flops_per_second
 from megatron_mode.engine.step import Engine, StepResult, TokenOutputs
-from megatron_mode.loss.normalise import BlockedShares
 from megatron_mode.mix.audit.forecast import labels, planned_rows
 from megatron_mode.mix.loader import StepBatch
 from megatron_mode.mix.order import Order
@@ -47,23 +46,14 @@ def metrics_line(
 ) -> dict[str, object]:
     """Return the line of a step; all ranks call it, for the sums over ranks.
 
-    `step` counts finished steps. The engine learns the step's blocked shares, which
-    `loss.blocking.renormalise` needs for the next one.
+    `step` counts finished steps.
     """
     seconds = timer.step_seconds()
     tokens = statistics_of(result.outputs, DEFAULT_BITS)
-    blocked = torch.zeros(4, dtype=torch.float64)
-    for output in result.outputs:
-        for offset, weight_BT in ((0, output.lm_weight_BT), (2, output.mode_weight_BT)):
-            blocked[offset] += weight_BT.sum(dtype=torch.float64).cpu()
-            blocked[offset + 1] += (weight_BT * output.blocked_BT).sum(dtype=torch.float64).cpu()
     names = labels(order)
     by_source = source_sums(result.outputs, len(names))
-    summed = engine.sum_over_ranks(torch.cat((blocked, by_source.reshape(-1), tokens.vector())))
-    head = 4 + by_source.numel()
-    left_out = result.verdict.is_left_out
-    if not left_out:
-        engine.blocked_shares = _blocked_shares(engine, summed[:4].tolist())
+    summed = engine.sum_over_ranks(torch.cat((by_source.reshape(-1), tokens.vector())))
+    head = by_source.numel()
     end_row = (batch.step + 1) * len(batch.rows)
     tokens_seen = end_row * engine.config.model.seq_len
     return {
@@ -72,12 +62,12 @@ def metrics_line(
         "loss": result.loss,
         **TokenStatistics.from_vector(summed[head:]).metrics(),
         **_shares(order, batch, end_row),
-        **_by_source(order, batch, summed[4:head].reshape(-1, 2)),
+        **_by_source(order, batch, summed[:head].reshape(-1, 2)),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         **_speed(engine, len(batch.rows) * engine.config.model.seq_len, seconds),
         "data_wait_seconds": timer.data_wait_seconds,
-        **({"update_left_out": True} if left_out else {}),
+        **({"update_left_out": True} if result.verdict.is_left_out else {}),
     }
 
 
@@ -99,11 +89,11 @@ def _shares(order: Order, batch: StepBatch, end_row: int) -> dict[str, float]:
 def source_sums(outputs: Sequence[TokenOutputs], sources: int) -> Tensor:
     """Return [sources, 2]: the sums of weighted LM loss and of LM weight over rows of a source."""
     sums = torch.zeros(sources, 2, dtype=torch.float64)
-    for output in outputs:
-        weight_BT = output.lm_weight_BT.to(torch.float64)
+    for batch, loss in outputs:
+        weight_BT = batch.lm_weight_BT.to(torch.float64)
         # A token of weight zero reports 0, so nothing that is not finite comes in with it.
-        row_B2 = torch.stack(((output.nll_BT * weight_BT).sum(1), weight_BT.sum(1)), dim=1)
-        sums.index_add_(0, output.source_B.cpu(), row_B2.cpu())
+        row_B2 = torch.stack(((loss.nll_BT * weight_BT).sum(1), weight_BT.sum(1)), dim=1)
+        sums.index_add_(0, batch.source_B.cpu(), row_B2.cpu())
     return sums
 
 
@@ -136,15 +126,6 @@ def _speed(engine: Engine, tokens: int, seconds: float) -> dict[str, float | int
     }
 
 
-def _blocked_shares(engine: Engine, sums: list[float]) -> BlockedShares:
-    lm_weight, lm_blocked, mode_weight, mode_blocked = sums
-    policy = engine.config.loss.blocking.policy
-    return BlockedShares(
-        lm=lm_blocked / lm_weight if lm_weight and policy in ("lm", "both") else 0.0,
-        mode=mode_blocked / mode_weight if mode_weight and policy in ("mode", "both") else 0.0,
-    )
-
-
 def _device_name(engine: Engine) -> str:
     return torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
 
@@ -159,16 +140,16 @@ def _peak_memory_bytes(engine: Engine) -> int:
 def statistics_of(outputs: Sequence[TokenOutputs], bits: int, **changed: Any) -> TokenStatistics:
     """Add up micro-batches; none give the statistics of no tokens."""
     total = TokenStatistics.zero(bits)
-    for output in outputs:
+    for batch, loss in outputs:
         fields = {
-            "nll_N": output.nll_BT,
-            "bce_N": output.bce_BT,
-            "mode_logit_N": output.mode_logit_BT,
-            "blocked_N": output.blocked_BT,
-            "lm_weight_N": output.lm_weight_BT,
-            "mode_label_N": output.mode_label_BT,
-            "mode_weight_N": output.mode_weight_BT,
-            "flags_N": output.flags_BT,
+            "nll_N": loss.nll_BT,
+            "bce_N": loss.bce_BT,
+            "mode_logit_N": loss.mode_logit_BT,
+            "blocked_N": loss.blocked_BT,
+            "lm_weight_N": batch.lm_weight_BT,
+            "mode_label_N": batch.mode_label_BT,
+            "mode_weight_N": batch.mode_weight_BT,
+            "flags_N": batch.flags_BT,
         }
         part = TokenStatistics.of(**{**fields, **changed}, bits=bits)
         total = total + TokenStatistics.from_vector(part.vector().cpu())

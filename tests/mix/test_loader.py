@@ -50,14 +50,14 @@ def steps_of(plan: tuple[Order, RowReader], **keys: int) -> list[StepBatch]:
 def same(a: StepBatch, b: StepBatch) -> bool:
     pairs = zip(a.micro_batches, b.micro_batches, strict=True)
     return a.step == b.step and all(
-        torch.equal(getattr(x, name), getattr(y, name)) for x, y in pairs for name in vars(x)
+        torch.equal(getattr(x, name), getattr(y, name)) for x, y in pairs for name in x._fields
     )
 
 
 def row_bytes(batches: list[MicroBatch]) -> list[bytes]:
     """Return every row with all its fields as bytes, sorted."""
     return sorted(
-        b"".join(getattr(batch, name)[b].numpy().tobytes() for name in vars(batch))
+        b"".join(getattr(batch, name)[b].numpy().tobytes() for name in batch._fields)
         for batch in batches
         for b in range(len(batch.input_BT))
     )

@@ -12,14 +12,16 @@ import pytest
 from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.packing import rows_in_stream
-from megatron_mode.mix.rows import Row, RowReader
+from megatron_mode.mix.rows import Batch, RowReader
 
 ASSISTANT = 3
 
 
-def slow_row(source: Any, row: int, seq_len: int, reset: bool, assistant_only: bool) -> Row:
+def slow_row(
+    source: Any, row: int, seq_len: int, reset: bool, assistant_only: bool
+) -> dict[str, Any]:
     """Decide token by token, straight from the stream."""
-    fields: dict[str, list[Any]] = {name: [] for name in Row.__dataclass_fields__}
+    fields: dict[str, list[Any]] = {name: [] for name in Batch._fields if name != "source_B"}
     starts = set(source.starts.tolist())
     position = -1
     for t in range(row * seq_len, row * seq_len + seq_len):
@@ -27,16 +29,16 @@ def slow_row(source: Any, row: int, seq_len: int, reset: bool, assistant_only: b
         flag, next_flag = int(source.flags[t]), int(source.flags[t + 1])
         judge = flag if t + 1 in starts else next_flag
         other_role = judge & 1 and (judge >> 3 & 7) != ASSISTANT
-        fields["input_T"].append(source.ids[t])
-        fields["target_T"].append(source.ids[t + 1])
+        fields["input_BT"].append(source.ids[t])
+        fields["target_BT"].append(source.ids[t + 1])
         ends_untrained = t + 1 in starts and flag & 1 and flag & 2
         is_silent = next_flag & 2 or ends_untrained or (assistant_only and other_role)
-        fields["lm_weight_T"].append(not is_silent)
-        fields["mode_label_T"].append(flag & 1)
-        fields["mode_weight_T"].append(not flag & 4)
-        fields["position_T"].append(position)
-        fields["flags_T"].append(flag)
-    return Row(**{name: np.array(values) for name, values in fields.items()})
+        fields["lm_weight_BT"].append(not is_silent)
+        fields["mode_label_BT"].append(flag & 1)
+        fields["mode_weight_BT"].append(not flag & 4)
+        fields["position_BT"].append(position)
+        fields["flags_BT"].append(flag)
+    return {name: np.array(values) for name, values in fields.items()}
 
 
 @pytest.mark.parametrize("reset", [True, False])
@@ -54,12 +56,13 @@ def test_rows_equal_a_reading_token_by_token(
     dtypes = {"lm_weight": "f4", "mode_label": "f4", "mode_weight": "f4", "flags": "u1"}
     for b, (s, r) in enumerate(picks):
         truth = slow_row(sources[s], r, 25, reset, lm_loss == "assistant")
-        alone = reader.read(s, r)
-        for name, values in vars(truth).items():
-            together = getattr(batch, name.replace("_T", "_BT"))
-            assert np.array_equal(getattr(alone, name), values), name
+        alone = reader.read_batch([s], [r])
+        assert alone.source_B.tolist() == [batch.source_B[b]] == [s]
+        for name, values in truth.items():
+            together = getattr(batch, name)
+            assert np.array_equal(getattr(alone, name)[0], values), name
             assert np.array_equal(together[b], values), name
-            assert together.dtype == dtypes.get(name.removesuffix("_T"), "i8")
+            assert together.dtype == dtypes.get(name.removesuffix("_BT"), "i8")
             assert together.flags["C_CONTIGUOUS"]
 
 
@@ -75,9 +78,9 @@ def test_last_token_learns_to_stop_after_the_assistant_only(
         np.uint8,
     )
     reader = RowReader([source], 12, MixConfig.model_validate({"mode2_lm_loss": "assistant"}))
-    row = reader.read(0, 0)
-    assert row.lm_weight_T.tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 1]
-    assert row.position_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1]
+    row = reader.read_batch([0], [0])
+    assert row.lm_weight_BT[0].tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 1]
+    assert row.position_BT[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1]
 
 
 def test_no_stop_is_learnt_after_a_turn_that_is_not_trained(
@@ -104,10 +107,10 @@ def test_a_row_needs_one_token_more() -> None:
 
 def test_a_row_past_the_end_is_refused(memory_source: Callable[..., Any]) -> None:
     reader = RowReader([memory_source("web", 1, 100, 1)], 25, MixConfig())
-    reader.read(0, 2)
+    reader.read_batch([0], [2])
     for row in (3, -1):
         with pytest.raises(DataError, match=f"row {row} of source 'web'.*100 tokens, 3 rows of 25"):
-            reader.read(0, row)
+            reader.read_batch([0], [row])
 
 
 def test_a_source_of_the_other_mode_is_refused(memory_source: Callable[..., Any]) -> None:
