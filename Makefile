@@ -1,8 +1,8 @@
 # From a fresh clone: `make pretrain` trains the sample model, `make test` runs what CI runs.
 
 VENV := .venv
-# Byte code is compiled on all cores after an install, where pip would take one; files of other
-# Python versions inside the packages do not compile, which is no error.
+# After an install, compile byte code on all cores; pip would use one. Some packages hold files of
+# other Python versions that do not compile, which is no error.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 COMPILE := $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -64,13 +64,13 @@ test-faults: dev
 test-slurm: dev slurm
 	MEGATRON_MODE_REQUIRE_SLURM=1 pytest -m slurm tests/slurm --durations 0
 
-# Debian's Slurm, where root may install it: 12 s. Without it the tests that need it say so.
+# Install Debian's Slurm if root may: 12 s. Without it the tests that need it say so.
 slurm:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v slurmctld && command -v munged; } >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 		slurm-wlm munge iproute2 util-linux >/dev/null || echo "note: Slurm could not be installed" >&2; fi
 
-# On a machine with a GPU, at most ten minutes: parity of the fused loss on its whole matrix, the
+# On a machine with a GPU, at most ten minutes: parity of the fused loss on all its cases, the
 # benchmark against peers, a tiny bf16 pre-training with triton; a table of figures at the end.
 gpu-check: dev
 	@python -c "import sys, torch; torch.cuda.is_available() or sys.exit('error: torch sees no CUDA device; run make gpu-check on a machine with a GPU and a CUDA build of torch')"

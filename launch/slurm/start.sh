@@ -1,10 +1,10 @@
-# Sourced by the batch files, from the repository root: what all of them do to start a run.
+# How all batch files start a run; they source this file from the repository root.
 # shellcheck shell=bash
 
 # kernels/ in the repository would shadow a package of that name; see the Makefile.
 export PYTHONSAFEPATH=1
-# Where the processes meet: the first node, and a port that jobs on one node do not share. It lies
-# below those that the system gives to programs that ask for any.
+# Where the processes meet: the first node, and a port that jobs on one node do not share. It is
+# below the ports that the system hands out to programs that ask for any.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # tasks of an array have job numbers of their own
 export MASTER_ADDR MASTER_PORT
@@ -16,7 +16,7 @@ fi
 case ${MODE_LAUNCHER:-srun} in
 srun | deepspeed) ;;
 *)
-    echo "error: MODE_LAUNCHER is '$MODE_LAUNCHER': accepted is srun or deepspeed" >&2
+    echo "error: MODE_LAUNCHER is '$MODE_LAUNCHER'; accepted: srun or deepspeed" >&2
     exit 2
     ;;
 esac
@@ -27,7 +27,7 @@ start_training() {
     status=0
     case ${MODE_LAUNCHER:-srun} in
     srun)
-        # A process that fails takes the others along, which would wait for it in a collective.
+        # A failed process ends the others too: they would wait for it in a collective.
         srun --kill-on-bad-exit=1 python -u launch/pretrain.py "$@" || status=$?
         ;;
     deepspeed)
@@ -46,11 +46,11 @@ start_training() {
     esac
 }
 
-# Leave with `status`, after putting the job back in the queue where that is 75: stopped early, saved.
-# 0: finished. Anything else needs a person (2: a mistake, told above).
+# Exit with `status`. 75 (stopped early, saved): requeue the job first. 0: finished. Anything else
+# needs a person (2: a mistake, reported above).
 leave_or_requeue() {
     if [[ $status == 75 ]] && ! scontrol requeue "$1"; then
-        echo "note: Slurm does not requeue this job; submit it again and it goes on" >&2
+        echo "note: Slurm does not requeue this job; submit it again and it resumes" >&2
     fi
     exit "$status"
 }

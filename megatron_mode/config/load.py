@@ -139,10 +139,10 @@ def _explain(detail: ErrorDetails) -> str:
         parent, bounds, _ = find_field(location[:-1])
         known = list(unwrap(parent, bounds)[0].model_fields)
         fix = suggest(str(location[-1]), known) or _suggest_elsewhere(str(location[-1]))
-        return f"{key} is not a key: accepted is one of {', '.join(known)}{fix}"
+        return f"{key} is not a key; accepted: one of {', '.join(known)}{fix}"
     accepted = describe_accepted(annotation, metadata)
     if detail["type"] == "missing":
-        return f"{key} is missing: accepted is {accepted}; add it"
+        return f"{key} is missing; accepted: {accepted}; add it"
     given = detail["input"]
     fix = "; correct it"
     if isinstance(given, str):
@@ -152,9 +152,9 @@ def _explain(detail: ErrorDetails) -> str:
         fix = f"; put it in quotes: '{given}'"
     elif fix == "; correct it" and field is not None and not field.is_required():
         if is_section(unwrap(annotation)[0]):
-            return f"{key} is {write_value(given)[:60]}: accepted is {accepted}; write its keys"
+            return f"{key} is {write_value(given)[:60]}; accepted: {accepted}; write its keys"
         fix = f"; the default is {write_value(field.default)}"
-    return f"{key} is {write_value(given)[:60]}: accepted is {accepted}{fix}"
+    return f"{key} is {write_value(given)[:60]}; accepted: {accepted}{fix}"
 
 
 def _suggest_elsewhere(name: str) -> str:

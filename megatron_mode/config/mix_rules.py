@@ -35,22 +35,22 @@ def _check_fraction(plan: Mode2FractionConfig) -> Iterator[str]:
     needs_end = plan.shape in ("linear", "cosine", "step")
     uses_end_tokens = plan.shape in ("linear", "cosine")
     if needs_end and plan.end is None:
-        yield f"{here}.end is null: accepted is a fraction for shape {plan.shape}; set it"
+        yield f"{here}.end is null; accepted: a fraction for shape {plan.shape}; set it"
     if not needs_end and plan.end is not None:
-        yield f"{here}.end is {plan.end}: accepted is null for shape {plan.shape}; remove it"
+        yield f"{here}.end is {plan.end}; accepted: null for shape {plan.shape}; remove it"
     if not needs_end and plan.begin_tokens:
         yield (
-            f"{here}.begin_tokens is {plan.begin_tokens}: accepted is 0 for shape {plan.shape}; "
+            f"{here}.begin_tokens is {plan.begin_tokens}; accepted: 0 for shape {plan.shape}; "
             "remove it"
         )
     if not uses_end_tokens and plan.end_tokens is not None:
         yield (
-            f"{here}.end_tokens is {plan.end_tokens}: accepted is null for shape {plan.shape}; "
+            f"{here}.end_tokens is {plan.end_tokens}; accepted: null for shape {plan.shape}; "
             "remove it"
         )
     if uses_end_tokens and plan.end_tokens is not None and plan.end_tokens <= plan.begin_tokens:
         yield (
-            f"{here}.end_tokens is {plan.end_tokens}: accepted is more than begin_tokens = "
+            f"{here}.end_tokens is {plan.end_tokens}; accepted: more than begin_tokens = "
             f"{plan.begin_tokens}; raise it, or use shape step"
         )
 
@@ -59,9 +59,9 @@ def _check_points(plan: Mode2FractionConfig) -> Iterator[str]:
     here = "mix.mode2_fraction.points"
     tokens = [point[0] for point in plan.points]
     if plan.shape != "piecewise" and plan.points:
-        yield f"{here} is given: accepted is none for shape {plan.shape}; use shape piecewise"
+        yield f"{here} is given; accepted: none for shape {plan.shape}; use shape piecewise"
     if plan.shape == "piecewise" and not plan.points:
-        yield f"{here} is empty: accepted is a list of [tokens, fraction] for piecewise; add it"
+        yield f"{here} is empty; accepted: a list of [tokens, fraction] for piecewise; add it"
     yield from _check_table(here, tokens)
 
 
@@ -72,7 +72,7 @@ def _check_fraction_fits_run(
     needs_room = plan.shape in ("linear", "cosine") and plan.end_tokens is None
     if needs_room and plan.begin_tokens >= total_tokens:
         yield (
-            f"mix.mode2_fraction.begin_tokens is {plan.begin_tokens}: accepted is less than the "
+            f"mix.mode2_fraction.begin_tokens is {plan.begin_tokens}; accepted: less than the "
             f"run's {total_tokens} tokens; lower it or set end_tokens"
         )
 
@@ -87,26 +87,26 @@ def _check_sources(mix: MixConfig) -> Iterator[str]:
         if count > 1:
             yield (
                 f"the source name {name!r} stands {count} times in mix.mode1, mix.mode2 and "
-                "mix.valid: accepted is once; remove the others"
+                "mix.valid; accepted: once; remove the others"
             )
 
 
 def _check_source(key: str, source: SourceConfig, section: str) -> Iterator[str]:
     if not SOURCE_NAME.fullmatch(source.name):
         yield (
-            f"{key}.name is {source.name!r}: accepted is up to 100 letters, digits, '.', '_' and "
+            f"{key}.name is {source.name!r}; accepted: up to 100 letters, digits, '.', '_' and "
             "'-', as it is a file name; rename the source"
         )
     if source.mode is not None and section == f"mode{3 - source.mode}":
         yield (
-            f"{key}.mode is {source.mode}: accepted is {section[-1]} in mix.{section}; remove it "
+            f"{key}.mode is {source.mode}; accepted: {section[-1]} in mix.{section}; remove it "
             "or move the source"
         )
     yield from _check_table(f"{key}.weight_points", [at for at, _ in source.weight_points])
     yield from _check_weights(key, source)
     if source.when_dry != "share" and source.epochs_max is None:
         yield (
-            f"{key}.when_dry is {source.when_dry}: accepted is share where epochs_max is null, as "
+            f"{key}.when_dry is {source.when_dry}; accepted: share where epochs_max is null, as "
             "the source never runs dry; set epochs_max"
         )
     unused = ("weight", "onset_tokens", "ramp_tokens", "weight_points", "epochs_max", "packing")
@@ -114,21 +114,21 @@ def _check_source(key: str, source: SourceConfig, section: str) -> Iterator[str]
         default = SourceConfig.model_fields[name].default
         if getattr(source, name) != default:
             yield (
-                f"{key}.{name} is {getattr(source, name)}: accepted is the default in mix.valid, "
+                f"{key}.{name} is {getattr(source, name)}; accepted: the default in mix.valid, "
                 "which is read as a stream and never trained on; remove it"
             )
 
 
 def _check_weights(key: str, source: SourceConfig) -> Iterator[str]:
     if source.weight_points and not any(weight for _, weight in source.weight_points):
-        yield f"{key}.weight_points are all 0: accepted is one above 0; remove the source"
+        yield f"{key}.weight_points are all 0; accepted: one above 0; remove the source"
     for name in ("weight", "onset_tokens", "ramp_tokens"):
         if (
             source.weight_points
             and getattr(source, name) != SourceConfig.model_fields[name].default
         ):
             yield (
-                f"{key}.{name} is {getattr(source, name)}: accepted is the default beside "
+                f"{key}.{name} is {getattr(source, name)}; accepted: the default beside "
                 "weight_points, which say the same; keep one of them"
             )
 
@@ -137,7 +137,7 @@ def _check_table(key: str, tokens: list[int]) -> Iterator[str]:
     for before, after in itertools.pairwise(tokens):
         if after <= before:
             yield (
-                f"{key} has {after} tokens after {before}: accepted is rising tokens; sort the "
+                f"{key} has {after} tokens after {before}; accepted: rising tokens; sort the "
                 "points and give each number of tokens once"
             )
 
@@ -149,12 +149,12 @@ def _check_modes_have_sources(mix: MixConfig) -> Iterator[str]:
         fractions = [plan.start, *([plan.end] if plan.end is not None else [])]
     if not mix.mode2.sources and any(fraction > 0 for fraction in fractions):
         yield (
-            f"mix.mode2.sources is empty: accepted is at least one source while mix.mode2_fraction "
+            f"mix.mode2.sources is empty; accepted: at least one source while mix.mode2_fraction "
             f"reaches {max(fractions)}; add a source or set the fraction to 0"
         )
     if not mix.mode1.sources and any(fraction < 1 for fraction in fractions):
         yield (
-            f"mix.mode1.sources is empty: accepted is at least one source while mix.mode2_fraction "
+            f"mix.mode1.sources is empty; accepted: at least one source while mix.mode2_fraction "
             f"falls to {min(fractions)}; add a source or set the fraction to 1"
         )
 
@@ -162,7 +162,7 @@ def _check_modes_have_sources(mix: MixConfig) -> Iterator[str]:
 def _check_role_weights(mode2_lm_loss: str, weights: RoleWeightsConfig) -> Iterator[str]:
     if mode2_lm_loss != "weighted" and weights != RoleWeightsConfig():
         yield (
-            f"mix.role_weights are set: accepted is the default for mix.mode2_lm_loss "
+            f"mix.role_weights are set; accepted: the default for mix.mode2_lm_loss "
             f"{mode2_lm_loss}; set mix.mode2_lm_loss to weighted"
         )
 
@@ -183,7 +183,7 @@ def _check_edits(edits: EditsConfig, steps: int) -> Iterator[str]:
     for document, count in changed.items():
         if count > 1:
             yield (
-                f"{here} drops or replaces {document!r} {count} times: accepted is once; remove "
+                f"{here} drops or replaces {document!r} {count} times; accepted: once; remove "
                 "the others"
             )
 
@@ -196,7 +196,7 @@ def _check_edits_spare_valid(mix: MixConfig) -> Iterator[str]:
     for name in dict.fromkeys(asked):
         if name in held_out:
             yield (
-                f"mix.edits shows documents of {name}, which stands in mix.valid: accepted is a "
+                f"mix.edits shows documents of {name}, which stands in mix.valid; accepted: a "
                 "source that is not held out; name another or take it out of mix.valid"
             )
 
@@ -204,38 +204,38 @@ def _check_edits_spare_valid(mix: MixConfig) -> Iterator[str]:
 def _check_document(key: str, document: str) -> Iterator[str]:
     source, slash, identifier = document.partition("/")
     if not (SOURCE_NAME.fullmatch(source) and slash and identifier):
-        yield f"{key} is {document!r}: accepted is SOURCE/ID; name the source and the document's id"
+        yield f"{key} is {document!r}; accepted: SOURCE/ID; name the source and the document's id"
 
 
 def _check_injection(key: str, injection: InjectConfig, steps: int) -> Iterator[str]:
     if bool(injection.steps) == bool(injection.count):
         yield (
-            f"{key} has steps {list(injection.steps)} and count {injection.count}: accepted is one "
+            f"{key} has steps {list(injection.steps)} and count {injection.count}; accepted: one "
             "of them; give steps, or count with first_step and every_steps"
         )
         return
     if injection.steps and (injection.first_step or injection.every_steps != 1):
-        yield f"{key} has first_step or every_steps beside steps: accepted is steps alone; remove"
+        yield f"{key} has first_step or every_steps beside steps; accepted: steps alone; remove"
     last = max(injection.steps, default=0)
     if injection.count:
         last = injection.first_step + (injection.count - 1) * injection.every_steps
     if last >= steps:
-        yield f"{key} reaches step {last}: accepted is less than run.steps = {steps}; lower it"
+        yield f"{key} reaches step {last}; accepted: less than run.steps = {steps}; lower it"
 
 
 def _check_cohort(key: str, cohort: CohortConfig, steps: int) -> Iterator[str]:
     if not SOURCE_NAME.fullmatch(cohort.source):
-        yield f"{key}.source is {cohort.source!r}: accepted is the name of a source; correct it"
+        yield f"{key}.source is {cohort.source!r}; accepted: the name of a source; correct it"
     begin, end = cohort.begin_step, cohort.end_step
     if (begin is None) != (end is None):
-        yield f"{key} has one of begin_step and end_step: accepted is both or neither; add it"
+        yield f"{key} has one of begin_step and end_step; accepted: both or neither; add it"
     elif begin is not None and end is not None and not begin < end <= steps:
         yield (
-            f"{key} spans steps {begin} to {end}: accepted is begin_step < end_step <= run.steps = "
+            f"{key} spans steps {begin} to {end}; accepted: begin_step < end_step <= run.steps = "
             f"{steps}; correct them"
         )
     if begin is not None and cohort.window != "spread":
-        yield f"{key}.window is {cohort.window} beside begin_step: accepted is one of them; remove"
+        yield f"{key}.window is {cohort.window} beside begin_step; accepted: one of them; remove"
 
 
 MIX_RULES = (

@@ -60,22 +60,22 @@ def read_mapping(path: Path) -> Tree:
             content = file.read(MOST_BYTES + 1)
         text = content.decode("utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text: accepted is YAML in UTF-8; convert it") from None
+        raise ConfigError(f"{path} is not text; accepted: YAML in UTF-8; convert it") from None
     except OSError as error:
         near = suggest(path.stem, (p.stem for p in (find_configs() / "run").glob("*.yaml")))
         raise ConfigError(
-            f"config file {path} cannot be read ({error.strerror}): accepted is the path of a YAML "
+            f"config file {path} cannot be read ({error.strerror}); accepted: the path of a YAML "
             f"run file such as configs/run/tiny.yaml{near or '; correct the path'}"
         ) from None
     if len(content) > MOST_BYTES:
         raise ConfigError(
-            f"{path} is longer than {MOST_BYTES} bytes: accepted is a YAML run file such as "
+            f"{path} is longer than {MOST_BYTES} bytes; accepted: a YAML run file such as "
             "configs/run/tiny.yaml; name one"
         )
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path} holds {'nothing' if tree is None else repr(tree)[:60]}: accepted is a mapping "
+            f"{path} holds {'nothing' if tree is None else repr(tree)[:60]}; accepted: a mapping "
             "of sections such as configs/run/tiny.yaml; add them"
         )
     return tree
@@ -103,7 +103,7 @@ class TreeBuilder:
         key, equals, value_text = text.partition("=")
         if not equals or not all(key.split(".")):
             self.mistakes.append(
-                f"override {text!r} is not of the form key.path=value: accepted is for example "
+                f"override {text!r} is not of the form key.path=value; accepted: for example "
                 "batch.micro_rows=2; write it so"
             )
             return
@@ -112,7 +112,7 @@ class TreeBuilder:
             value = parse_yaml(value_text, f"the value of {key}")
         except UnicodeEncodeError:
             self.mistakes.append(
-                f"override {text!r} has a key in bytes that are not UTF-8: accepted is "
+                f"override {text!r} has a key in bytes that are not UTF-8; accepted: "
                 "key.path=value; correct the key"
             )
             return
@@ -151,7 +151,7 @@ class TreeBuilder:
         path = next((path for path in paths if path.is_file()), None)
         if not _PRESET_NAME.fullmatch(name_text) or path is None:
             raise ConfigError(
-                f"{section} names the preset {name_text!r}: accepted is one of {', '.join(known)}"
+                f"{section} names the preset {name_text!r}; accepted: one of {', '.join(known)}"
                 f"{suggest(name_text, known) or '; name one of them'}"
             )
         body = read_mapping(path)
@@ -160,7 +160,7 @@ class TreeBuilder:
             return {section: body}
         if strangers := [key for key in body if key not in sections]:
             raise ConfigError(
-                f"{path} has the key {strangers[0]!r}: accepted is {' and '.join(sections)}; "
+                f"{path} has the key {strangers[0]!r}; accepted: {' and '.join(sections)}; "
                 "move it to the run file"
             )
         return body
@@ -174,14 +174,14 @@ class TreeBuilder:
             if isinstance(here, list):
                 if not part.isdecimal() or int(part) >= len(here):
                     self.mistakes.append(
-                        f"{key} has no entry {part!r}: accepted is a position from 0 to "
+                        f"{key} has no entry {part!r}; accepted: a position from 0 to "
                         f"{len(here) - 1}; give the whole list as {key}=[...]"
                     )
                     return
                 step = int(part)
             elif not isinstance(here, dict):
                 self.mistakes.append(
-                    f"{key} is the value {write_value(here)}, not a section: accepted is "
+                    f"{key} is the value {write_value(here)}, not a section; accepted: "
                     f"{key}=VALUE; leave out .{'.'.join(parts[depth:])}"
                 )
                 return

@@ -40,7 +40,7 @@ def check_world_size(config: Config, world_size: int) -> int:
     near = [max((w for w in works if w < world_size), default=None),
             min((w for w in works if w > world_size), default=None)]  # fmt: skip
     raise ConfigError(
-        f"world size is {world_size}: accepted is parallel.tensor * parallel.pipeline = "
+        f"world size is {world_size}; accepted: parallel.tensor * parallel.pipeline = "
         f"{model_ranks} times a divisor of batch.global_rows / batch.micro_rows = {micro_batches}"
         f"{each}; start {' or '.join(str(w) for w in near if w)} processes, or change the batch"
     )
@@ -64,13 +64,13 @@ def _check_heads(hidden_size: int, attention_heads: int, kv_heads: int) -> Itera
         if hidden_size % 2 == 0:
             fix = f"use {_nearest_divisor(attention_heads, hidden_size // 2)}"
         yield (
-            f"model.attention_heads is {attention_heads}: accepted is a number that divides "
+            f"model.attention_heads is {attention_heads}; accepted: a number that divides "
             f"model.hidden_size = {hidden_size} into heads of even size (RoPE turns pairs); "
             f"{fix}"
         )
     if attention_heads % kv_heads:
         yield (
-            f"model.kv_heads is {kv_heads}: accepted is a divisor of model.attention_heads = "
+            f"model.kv_heads is {kv_heads}; accepted: a divisor of model.attention_heads = "
             f"{attention_heads}; use {_nearest_divisor(kv_heads, attention_heads)}"
         )
 
@@ -90,7 +90,7 @@ def _check_vocabulary(vocab_size: int | None) -> Iterator[str]:
     if vocab_size is not None and vocab_size % VOCAB_MULTIPLE:
         above = vocab_size + -vocab_size % VOCAB_MULTIPLE
         yield (
-            f"model.vocab_size is {vocab_size}: accepted is a multiple of {VOCAB_MULTIPLE} or "
+            f"model.vocab_size is {vocab_size}; accepted: a multiple of {VOCAB_MULTIPLE} or "
             f"null; use {above}"
         )
 
@@ -102,7 +102,7 @@ def _check_tensor(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
     undivided = [f"{key} = {size}" for key, size in sizes.items() if size % parallel.tensor]
     if undivided:
         yield (
-            f"parallel.tensor is {parallel.tensor}: accepted is a divisor of "
+            f"parallel.tensor is {parallel.tensor}; accepted: a divisor of "
             f"{' and of '.join(undivided)}; use "
             f"{_nearest_divisor(parallel.tensor, math.gcd(*sizes.values()))}"
         )
@@ -113,13 +113,13 @@ def _check_sequence_parallel(seq_len: int, parallel: ParallelConfig) -> Iterator
         return
     if parallel.tensor == 1:
         yield (
-            "parallel.sequence_parallel is true: accepted is false where parallel.tensor = 1, "
+            "parallel.sequence_parallel is true; accepted: false where parallel.tensor = 1, "
             "which leaves nothing to share; remove it or raise parallel.tensor"
         )
     elif seq_len % parallel.tensor:
         above = seq_len + -seq_len % parallel.tensor
         yield (
-            f"model.seq_len is {seq_len}: accepted is a multiple of parallel.tensor = "
+            f"model.seq_len is {seq_len}; accepted: a multiple of parallel.tensor = "
             f"{parallel.tensor} with parallel.sequence_parallel; use {above}"
         )
 
@@ -127,7 +127,7 @@ def _check_sequence_parallel(seq_len: int, parallel: ParallelConfig) -> Iterator
 def _check_pipeline(layers: int, pipeline: int) -> Iterator[str]:
     if pipeline > layers:
         yield (
-            f"parallel.pipeline is {pipeline}: accepted is at most model.layers = {layers}, one "
+            f"parallel.pipeline is {pipeline}; accepted: at most model.layers = {layers}, one "
             f"layer in each stage; use {layers}"
         )
 
@@ -136,8 +136,7 @@ def _check_zero(precision: str, zero_stage: int) -> Iterator[str]:
     # DeepSpeed sums bf16 gradients in fp32 under ZeRO-1 only, and raises NotImplementedError else.
     if precision == "bf16" and zero_stage == 0:
         yield (
-            "parallel.zero_stage is 0: accepted is 1 for run.precision bf16; use 1, or precision "
-            "fp32"
+            "parallel.zero_stage is 0; accepted: 1 for run.precision bf16; use 1, or precision fp32"
         )
 
 
@@ -147,13 +146,13 @@ def _check_schedule(layers: int, batch: BatchConfig, parallel: ParallelConfig) -
         return
     if pipeline == 1 or layers < 2 * pipeline:
         yield (
-            f"parallel.schedule is {parallel.schedule} with parallel.pipeline = {pipeline}: "
-            f"accepted is parallel.pipeline from 2 to model.layers / 2 = {layers // 2}, as each "
+            f"parallel.schedule is {parallel.schedule} with parallel.pipeline = {pipeline}; "
+            f"accepted: parallel.pipeline from 2 to model.layers / 2 = {layers // 2}, as each "
             "rank holds two stages; use 1f1b or change parallel.pipeline"
         )
     elif batch.global_rows // batch.micro_rows < least:
         yield (
-            f"batch.global_rows is {batch.global_rows}: accepted is at least 2 * parallel.pipeline "
+            f"batch.global_rows is {batch.global_rows}; accepted: at least 2 * parallel.pipeline "
             f"* batch.micro_rows = {least * batch.micro_rows} for parallel.schedule = "
             f"{parallel.schedule}; use {least * batch.micro_rows}"
         )
@@ -162,7 +161,7 @@ def _check_schedule(layers: int, batch: BatchConfig, parallel: ParallelConfig) -
 def _check_batch(batch: BatchConfig) -> Iterator[str]:
     if batch.global_rows % batch.micro_rows:
         yield (
-            f"batch.micro_rows is {batch.micro_rows}: accepted is a divisor of batch.global_rows = "
+            f"batch.micro_rows is {batch.micro_rows}; accepted: a divisor of batch.global_rows = "
             f"{batch.global_rows}; use {_nearest_divisor(batch.micro_rows, batch.global_rows)}"
         )
 
@@ -171,12 +170,12 @@ def _check_places(folder: str, root: str, name: str) -> Iterator[str]:
     for key, text in {"run.dir": folder, "data.root": root, "model.name": name}.items():
         if not text.strip() or _CONTROL.search(text):
             yield (
-                f"{key} is {text[:60]!r}: accepted is text that is not empty, without line breaks "
+                f"{key} is {text[:60]!r}; accepted: text that is not empty, without line breaks "
                 "and control characters; name it anew"
             )
     if any(sign in folder for sign in "*?["):
         yield (
-            f"run.dir is {folder[:60]!r}: accepted is a path without *, ? and [, by which "
+            f"run.dir is {folder[:60]!r}; accepted: a path without *, ? and [, by which "
             "DeepSpeed would look for other folders; name it anew"
         )
 
@@ -184,7 +183,7 @@ def _check_places(folder: str, root: str, name: str) -> Iterator[str]:
 def _check_run_rows(steps: int, global_rows: int) -> Iterator[str]:
     if steps * global_rows > LARGEST_RUN_ROWS:
         yield (
-            f"run.steps * batch.global_rows is {steps * global_rows} rows: accepted is up to "
+            f"run.steps * batch.global_rows is {steps * global_rows} rows; accepted: up to "
             f"{LARGEST_RUN_ROWS}; lower one of them"
         )
 
@@ -192,7 +191,7 @@ def _check_run_rows(steps: int, global_rows: int) -> Iterator[str]:
 def _check_time_limit(limit_seconds: float | None, margin_seconds: float) -> Iterator[str]:
     if limit_seconds is not None and limit_seconds <= margin_seconds:
         yield (
-            f"run.time_limit_seconds is {limit_seconds:g}: accepted is more than "
+            f"run.time_limit_seconds is {limit_seconds:g}; accepted: more than "
             f"run.time_margin_seconds = {margin_seconds:g}, or every start would stop after one "
             "step; raise it or lower the margin"
         )
@@ -202,20 +201,20 @@ def _check_learning_rate(optimizer: OptimizerConfig, steps: int) -> Iterator[str
     wsd = optimizer.schedule == "wsd"
     if optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
-            f"optimizer.min_learning_rate is {optimizer.min_learning_rate}: accepted is at most "
+            f"optimizer.min_learning_rate is {optimizer.min_learning_rate}; accepted: at most "
             f"optimizer.learning_rate = {optimizer.learning_rate}; lower it"
         )
     if wsd and not optimizer.decay_steps:
-        yield "optimizer.decay_steps is 0: accepted is at least 1 for schedule wsd; set it"
+        yield "optimizer.decay_steps is 0; accepted: at least 1 for schedule wsd; set it"
     if not wsd and optimizer.decay_steps:
         yield (
-            f"optimizer.decay_steps is {optimizer.decay_steps}: accepted is 0 for schedule "
+            f"optimizer.decay_steps is {optimizer.decay_steps}; accepted: 0 for schedule "
             f"{optimizer.schedule}; remove it or use wsd"
         )
     if optimizer.warmup_steps + optimizer.decay_steps > steps:
         yield (
             f"optimizer.warmup_steps + optimizer.decay_steps is "
-            f"{optimizer.warmup_steps + optimizer.decay_steps}: accepted is at most run.steps = "
+            f"{optimizer.warmup_steps + optimizer.decay_steps}; accepted: at most run.steps = "
             f"{steps}; shorten them"
         )
 
@@ -230,7 +229,7 @@ def _check_health(health: HealthConfig, steps: int) -> Iterator[str]:
     rolls_back = "rollback" in (health.non_finite, health.spike)
     if rolls_back and health.rollback_steps > health.max_skips:
         yield (
-            f"health.rollback_steps is {health.rollback_steps}: accepted is at most "
+            f"health.rollback_steps is {health.rollback_steps}; accepted: at most "
             f"health.max_skips = {health.max_skips}, or the first rollback stops the run; lower it"
         )
 

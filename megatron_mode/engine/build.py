@@ -44,7 +44,7 @@ def choose_dtype(config: Config) -> torch.dtype:
         precision = "bf16" if torch.cuda.is_available() else "fp32"
         if precision == "bf16" and config.parallel.zero_stage == 0:
             raise ConfigError(
-                "parallel.zero_stage is 0: accepted is 1 for bf16, which run.precision auto is on "
+                "parallel.zero_stage is 0; accepted: 1 for bf16, which run.precision auto is on "
                 "a GPU; use 1, or precision fp32"
             )
     return torch.bfloat16 if precision == "bf16" else torch.float32

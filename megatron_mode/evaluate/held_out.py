@@ -1,8 +1,8 @@
-"""Evaluate on held-out sources: losses and how well the mode is told, by source and rendering.
+"""Evaluate on held-out sources: losses and mode separation, by source and rendering.
 
-Rows are spread evenly over a source; ranks share them, and every sum is added over ranks once.
-A row begins anywhere in a document, so rows hold whole documents and windows cut from their middle;
-the latter are also scored alone. T row length, B rows.
+Rows are spread evenly over a source, ranks share them, and each sum is added over ranks once. A row
+begins anywhere in a document, so it holds complete documents and windows cut from the middle of
+one; these windows are also scored alone. T row length, B rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Pick the held-out passages of the heat map: a prose passage, a dialogue, prose that quotes one.
 
-Windows of a row's length are looked at, at places spread evenly over each source, beginning where a
-document does if one starts nearby. The choice depends on the sources alone, so that two
-checkpoints of a run colour the same text.
+Candidates are windows of a row's length, spread evenly over each source and moved to the start of
+a document nearby. The choice depends on the sources alone, so that two checkpoints of a run colour
+the same text.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class _Window:
 def choose_passages(sources: Sequence[Source], tokenizer: Tokenizer, seq_len: int) -> list[Passage]:
     """Return up to three passages, in the order prose, dialogue, quoting.
 
-    A kind that the sources do not offer is left out: no Mode 2 source with two turns in a row,
-    say. Windows with digits, brackets and markup give way to running text.
+    A kind that the sources do not offer is left out, such as a dialogue without a Mode 2 source.
+    Running text is preferred to digits, brackets and markup.
     """
     windows = [window for source in sources for window in _windows(source, tokenizer, seq_len)]
     prose = [window for window in windows if not window.mode2]

@@ -1,7 +1,8 @@
 """Turn the results of held-out sources into the `valid_` metrics.
 
-Mode 2 documents are held out in two renderings. `plain` has no role markers and carries the primary
-AUROC; `chat` stands beside it. The LM loss counts each document once: Mode 1 and `chat`.
+Mode 2 documents are held out in two renderings. `plain` has no role markers and gives the primary
+AUROC; that of `chat` is reported beside it. The LM loss counts each document once: Mode 1 and
+`chat`.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def packed_sources(config: Config, corpus: Corpus) -> list[PackedSource]:
 
 
 def build_order(config: Config, corpus: Corpus) -> Order:
-    """Return the order of the whole run."""
+    """Return the order of the complete run."""
     total_rows = config.run.steps * config.batch.global_rows
     packed = packed_sources(config, corpus)
     return Order(

@@ -54,7 +54,7 @@ class OrderDigest:
     """Hash the rows of one step after the other onto a chain."""
 
     def __init__(self, hex_digest: str = START_HEX) -> None:
-        """Start a chain, or go on from the digest of the last step taken.
+        """Start a chain, or continue from the digest of the last step taken.
 
         Raises CheckpointError for a text that is no SHA-256 digest.
         """

@@ -164,7 +164,7 @@ class Loader:
         step = self._next_step - len(self._pending) - 1
         return DataError(
             f"the rows of step {step} cannot be read ({what}): mend the data or the disk and start "
-            "the run again, it goes on from its newest checkpoint"
+            "the run again to resume from its newest checkpoint"
         )
 
     def _submit(self) -> None:

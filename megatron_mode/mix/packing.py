@@ -1,10 +1,10 @@
 """Say which tokens of a source stand in which of its rows.
 
     stream     row r is tokens [r*T, (r + 1)*T]: nothing is lost, documents are cut anywhere
-    whole      row r holds the whole documents that the row table names, then padding
+    whole      row r holds the undivided documents that the row table names, then padding
     document   row r is document r alone, cut to T tokens or padded
 
-After the last whole document of a row stands one more `<|doc|>`, so that its last token learns to
+One more `<|doc|>` follows the last document of a row, so that its last token learns to
 stop as it does in a stream; it is a target only. Padding repeats that piece and takes no loss.
 
 Letters: T row length (`seq_len`); a row has T + 1 tokens.

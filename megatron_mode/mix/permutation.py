@@ -61,7 +61,7 @@ def _walk(
     start = np.atleast_1d(np.asarray(index, dtype=np.int64))
     sizes = np.atleast_1d(np.asarray(size, dtype=np.int64))
     if np.any(start < 0) or np.any(start >= sizes) or np.any(sizes > LARGEST_SIZE):
-        raise ValueError("an index must lie in [0, size), with size at most 2**62")
+        raise ValueError("an index must be in [0, size), with size at most 2**62")
     keys = np.atleast_1d(np.asarray(key, dtype=np.uint64))
     # Any a with a*b >= size serves; the root of a float64 is rounded alike everywhere.
     a = (np.sqrt(sizes.astype(np.float64)).astype(np.int64) + 1).astype(np.uint64)

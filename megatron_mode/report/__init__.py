@@ -1,1 +1,1 @@
-"""Turn what a run measured into files and pages: metrics, writers, evaluation, the HTML report."""
+"""Turn what a run measured into files and pages: metrics, writers, charts, the HTML report."""

@@ -1,7 +1,7 @@
 """Say which curves the report draws: key in metrics.jsonl, label, axis.
 
-In the report of one run a colour is a mode or a kind of figure; where several runs are overlaid a
-colour is a run and the dashes tell the curves apart.
+In the report of one run, a colour is a mode or a kind of figure. In the report of several, a colour
+is a run and the dashes distinguish the curves.
 """
 
 from __future__ import annotations
@@ -184,14 +184,14 @@ def _figure(
 
 
 def legend(lines: Sequence[Line], y_axis: Axis) -> Iterable[str]:
-    """Return an entry a curve, with its last value."""
+    """Return one entry for each curve, with its last value."""
     for line in lines:
         value = escape(y_axis.text(float(f"{line.points[-1][1]:.4g}")))
         yield f"<li>{_sample(line, f'c{line.colour}')}{escape(line.label)} <b>{value}</b></li>"
 
 
 def _shared_legend(lines: Sequence[Line], runs: Sequence[RunFolder]) -> Iterable[str]:
-    """Return an entry a run for its colour, then one a kind of curve for its dashes."""
+    """Return one entry for each run's colour, then one for each kind of curve's dashes."""
     for index, run in enumerate(runs):
         swatch = _sample(Line("", []), f"c{index % COLOURS}")
         yield f"<li>{swatch}<b>{escape(run.name)}</b></li>"

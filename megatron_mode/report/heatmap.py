@@ -1,8 +1,8 @@
 """Colour tokens by mode probability, alike on the page and in a terminal.
 
-Blue is Mode 1, orange Mode 2, grey undecided: hues that most colour-blind readers tell apart.
-Between the three anchors colours run straight in OKLab (Ottosson, 2020), where equal steps look
-equal; both ends are equally light, so neither mode looks weightier than the other.
+Blue is Mode 1, orange Mode 2, grey undecided: hues that most colour-blind readers can
+distinguish. Between the three anchors colours are linear in OKLab (Ottosson, 2020), where
+equal steps look equal; both ends are equally light, so neither mode looks weightier than the other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal, TextIO
 Rgb = tuple[int, int, int]
 Theme = Literal["light", "dark"]
 
-LEVELS = 41  # steps of 2.5 %: finer ones cannot be told apart by eye
+LEVELS = 41  # steps of 2.5 %: the eye cannot distinguish finer ones
 # Lightness, a (green to red) and b (blue to yellow) at p = 0, 0.5 and 1, and the text's colour.
 _ANCHORS: dict[Theme, tuple[tuple[float, float, float], ...]] = {
     "light": ((0.80, -0.045, -0.100), (0.96, 0.0, 0.0), (0.80, 0.070, 0.115)),

@@ -1,4 +1,4 @@
-"""Draw an order before anything is trained: shares, tokens and epochs by source, and the ends."""
+"""Draw an order before training: shares, tokens and epochs by source, and where sources run dry."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Build report.html: one self-contained file from one or several run folders.
 
 Sections, top to bottom: head figures, curves, held-out figures by source, heat map, provenance.
-Nothing is fetched and nothing is executed by the page, so it can be mailed and archived.
+The page fetches and executes nothing, so you can mail and archive it.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def _token(token: Mapping[str, Any]) -> str:
 
 
 def _provenance(runs: Sequence[RunFolder]) -> str:
-    """Name what the figures can be traced to (folder, config, order, machine) and what lacks."""
+    """Name what the figures come from (folder, config, order, machine) and what is missing."""
     items = []
     for run in runs:
         facts = [f"run folder {run.name}"]

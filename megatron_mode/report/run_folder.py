@@ -77,12 +77,12 @@ def number(value: object) -> float | None:
         return None
     try:
         return float(value) if math.isfinite(value) else None
-    except OverflowError:  # JSON has whole numbers of any length
+    except OverflowError:  # JSON has integers of any length
         return None
 
 
 def read_run(run_dir: Path) -> RunFolder:
-    """Read one run; a run still going or without held-out data reads too.
+    """Read one run, also one that still trains or has no held-out data.
 
     Raises ConfigError where there is no such folder or it has no line of metrics.
     """
@@ -128,7 +128,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[Point]], int, int]:
         for line in lines:
             try:
                 row = json.loads(line)
-                float(row["tokens_seen"])  # whole numbers that no float holds are no tokens
+                float(row["tokens_seen"])  # integers beyond a float's range are no tokens
                 last_step, tokens_seen = int(row["step"]), int(row["tokens_seen"])
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue

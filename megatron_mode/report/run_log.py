@@ -1,4 +1,4 @@
-"""Show how a run gets on, on the one rank that reports: the progress bar and the metrics files."""
+"""Show a run's progress on the one rank that reports: the progress bar and the metrics files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunLog:
             self._bar.update()
 
     def rewind(self, step: int) -> None:
-        """Go on from `step`: what was written of later ones goes."""
+        """Continue from `step` and remove what was written of later steps."""
         if self._writer is not None:
             self._writer = self._writer.rewound(step)
             self._bar.update(step - self._bar.n)

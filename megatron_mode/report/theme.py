@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_mode.report.heatmap import LEVELS, TEXT_COLOUR, Theme, rgb
 
-# Tableau-like hues, told apart by most colour-blind readers; the dark row is lighter.
+# Tableau-like hues, distinct to most colour-blind readers; the dark row is lighter.
 _LIGHT = ("#2f6fb7", "#d9730d", "#5c6470", "#2a8f6d", "#b5407f", "#8a6d1f")
 _DARK = ("#6fa8e6", "#f0a050", "#a5adb8", "#5cc7a1", "#e386b8", "#d0b25a")
 

@@ -78,7 +78,7 @@ def _check_kinds(vocabulary: Vocabulary) -> None:
     """Raise TypeError for a field of another kind than `Vocabulary.write` gives it."""
     sizes = (vocabulary.vocab_size, vocabulary.padded_vocab_size, *vocabulary.control.values())
     if not isinstance(vocabulary.digest, str) or any(type(size) is not int for size in sizes):
-        raise TypeError("the digest is no text, or a size or piece no whole number")
+        raise TypeError("the digest is no text, or a size or piece no integer")
 
 
 def check_digest(model: Path, digest: str, vocabulary: Vocabulary) -> None:

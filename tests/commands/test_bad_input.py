@@ -110,9 +110,9 @@ def test_prepare_refuses_a_full_disk(verb: Call, tmp_path: Path, small_disk: Pat
     [
         (["--cofnig", "x"], "--cofnig is not an option; did you mean --config?"),
         (["run.stesp=3"], "time_margin_seconds; did you mean steps?"),
-        (["parallel.tensor=3"], "parallel.tensor is 3: accepted is a divisor of "
+        (["parallel.tensor=3"], "parallel.tensor is 3; accepted: a divisor of "
          "model.attention_heads = 2 and of model.kv_heads = 1; use 1"),
-        (["parallel.pipeline=2"], "world size is 1: accepted is parallel.tensor * "
+        (["parallel.pipeline=2"], "world size is 1; accepted: parallel.tensor * "
          "parallel.pipeline = 2 times a divisor of"),
         (["data.root=nowhere"], "nowhere/tokenizer.json does not exist; data.root must be"),
         (["mix.mode1.sources.0.name=bokos"], "the sources in "),
@@ -152,7 +152,7 @@ def test_a_mistake_is_said_once_by_rank_0(trained: Trained, tmp_path: Path) -> N
     said = [process.communicate()[1] for process in processes]
     assert said[0] == ""
     assert refusal(Outcome(processes[1].returncode, "", said[1])) == (
-        "error: world size is 3: accepted is parallel.tensor * parallel.pipeline = 1 times a "
+        "error: world size is 3; accepted: parallel.tensor * parallel.pipeline = 1 times a "
         "divisor of batch.global_rows / batch.micro_rows = 2; start 2 processes, or change the "
         "batch\n"
     )

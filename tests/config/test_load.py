@@ -74,34 +74,33 @@ def test_a_users_own_folder_wins_over_the_presets_of_the_project(tiny, tmp_path)
 
 def test_all_mistakes_are_reported_at_once(tiny):
     wrong = {
-        "batch.micro_row=2": "batch.micro_row is not a key: accepted is one of global_rows, "
+        "batch.micro_row=2": "batch.micro_row is not a key; accepted: one of global_rows, "
         "micro_rows; did you mean micro_rows?",
-        "batch.micro_rows=0": "batch.micro_rows is 0: accepted is an integer from 1 to 16777216; "
+        "batch.micro_rows=0": "batch.micro_rows is 0; accepted: an integer from 1 to 16777216; "
         "the default is 1",
-        "loss.implementation=chunk": "loss.implementation is chunk: accepted is one of auto, "
+        "loss.implementation=chunk": "loss.implementation is chunk; accepted: one of auto, "
         "triton, chunked, reference; did you mean chunked?",
-        "run.steps=true": "run.steps is true: accepted is an integer from 1 to 1e15; "
+        "run.steps=true": "run.steps is true; accepted: an integer from 1 to 1e15; "
         "the default is 100",
-        "run.dir=2024": "run.dir is 2024: accepted is text; put it in quotes: '2024'",
-        "mix.reset_at_documents=1": "mix.reset_at_documents is 1: accepted is true or false; "
+        "run.dir=2024": "run.dir is 2024; accepted: text; put it in quotes: '2024'",
+        "mix.reset_at_documents=1": "mix.reset_at_documents is 1; accepted: true or false; "
         "the default is true",
-        "loss.blocking.tau=0.3": "loss.blocking.tau is 0.3: accepted is a number above 0.5 and "
+        "loss.blocking.tau=0.3": "loss.blocking.tau is 0.3; accepted: a number above 0.5 and "
         "below 1; the default is 0.95",
-        'loss.z_weight="3"': "loss.z_weight is '3': accepted is a number of at least 0; "
+        'loss.z_weight="3"': "loss.z_weight is '3'; accepted: a number of at least 0; "
         "the default is 0.0",
-        "model.layers=1.5": "model.layers is 1.5: accepted is an integer from 1 to 10000; "
-        "correct it",
-        "mode2_fraction.start=1": "mode2_fraction is not a key: accepted is one of run, model, "
+        "model.layers=1.5": "model.layers is 1.5; accepted: an integer from 1 to 10000; correct it",
+        "mode2_fraction.start=1": "mode2_fraction is not a key; accepted: one of run, model, "
         "data, mix, loss, parallel, accelerators, batch, optimizer, checkpoint, health; did you "
         "mean mix.mode2_fraction?",
-        "mix.mode1.sources.0.weight=-1": "mix.mode1.sources.0.weight is -1: accepted is an exact "
+        "mix.mode1.sources.0.weight=-1": "mix.mode1.sources.0.weight is -1; accepted: an exact "
         "decimal above 0; the default is 1",
-        "foo": "override 'foo' is not of the form key.path=value: accepted is for example "
+        "foo": "override 'foo' is not of the form key.path=value; accepted: for example "
         "batch.micro_rows=2; write it so",
         # Rules between fields are still looked at where their fields are right.
-        "model.hidden_size=130": "model.attention_heads is 4: accepted is a number that divides "
+        "model.hidden_size=130": "model.attention_heads is 4; accepted: a number that divides "
         "model.hidden_size = 130 into heads of even size (RoPE turns pairs); use 5",
-        "optimizer.warmup_steps=-1": "optimizer.warmup_steps is -1: accepted is an integer from "
+        "optimizer.warmup_steps=-1": "optimizer.warmup_steps is -1; accepted: an integer from "
         "0 to 1e15; the default is 0",
     }
     assert sorted(mistakes_of(tiny, *wrong)) == sorted(wrong.values())
@@ -110,26 +109,26 @@ def test_all_mistakes_are_reported_at_once(tiny):
 @pytest.mark.parametrize(
     ("override", "fragment"),
     [
-        ("model=tinny", "accepted is one of 1.3b, 125m, 13b, 70b, 7b, real-small, tiny; did you"),
+        ("model=tinny", "accepted: one of 1.3b, 125m, 13b, 70b, 7b, real-small, tiny; did you"),
         ("model=7", "did you mean 7b?"),
-        ("mix=../mix/tiny", "accepted is one of"),
-        ("model=null", "model is null: accepted is a mapping of name"),
+        ("mix=../mix/tiny", "accepted: one of"),
+        ("model=null", "model is null; accepted: a mapping of name"),
         ("run.steps.x=3", "leave out .x"),
-        ("mix.mode1.sources.7.weight=2", "accepted is a position from 0 to 0"),
+        ("mix.mode1.sources.7.weight=2", "accepted: a position from 0 to 0"),
         ("mix.mode1.sources=[{weight: 2}]", "mix.mode1.sources.0.name is missing"),
         ("mix.valid.sources.0=3", "mix.valid.sources.0 is 3"),
-        ("mix.mode2_fraction.points=[[0, x]]", "points.0.1 is x: accepted is an exact decimal"),
+        ("mix.mode2_fraction.points=[[0, x]]", "points.0.1 is x; accepted: an exact decimal"),
         ("mix.mode2_fraction.points=[[0]]", "points.0.1 is missing"),
         ("run.steps=[", "the value of run.steps is not YAML"),
         ("run.steps=", "run.steps is null"),
-        ("parallel.zero_stage=true", "parallel.zero_stage is 'true': accepted is one of 0, 1"),
-        ("loss.blocking=3", "loss.blocking is 3: accepted is a mapping of policy"),
-        ("data=[1]", "data is [1]: accepted is a mapping of root, workers"),
+        ("parallel.zero_stage=true", "parallel.zero_stage is 'true'; accepted: one of 0, 1"),
+        ("loss.blocking=3", "loss.blocking is 3; accepted: a mapping of policy"),
+        ("data=[1]", "data is [1]; accepted: a mapping of root, workers"),
         ("\udcff=3", "has a key in bytes that are not UTF-8"),
-        ("data.workers=1e40", "accepted is an integer from 1 to 1024"),
+        ("data.workers=1e40", "accepted: an integer from 1 to 1024"),
         (
             "run.seed=9223372036854775808",
-            "run.seed is 9223372036854775808: accepted is an integer from 0",
+            "run.seed is 9223372036854775808; accepted: an integer from 0",
         ),
     ],
 )

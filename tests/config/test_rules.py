@@ -20,12 +20,12 @@ BROKEN = [
     (["parallel.tensor=4"], "parallel.tensor is 4", "model.kv_heads = 2; use 2"),
     (["parallel.pipeline=5"], "parallel.pipeline is 5", "model.layers = 4"),
     (["parallel.zero_stage=0", "run.precision=bf16"], "parallel.zero_stage is 0", "use 1"),
-    (["run.dir="], "run.dir is null", "accepted is text"),
+    (["run.dir="], "run.dir is null", "accepted: text"),
     (["run.dir=''"], "run.dir is ''", "not empty"),
     (["run.dir='runs/lr[3e-3]'"], "run.dir is 'runs/lr[3e-3]'", "without *, ? and ["),
     (
         ["run.time_limit_seconds=60", "run.time_margin_seconds=60"],
-        "run.time_limit_seconds is 60: accepted is more than run.time_margin_seconds = 60",
+        "run.time_limit_seconds is 60; accepted: more than run.time_margin_seconds = 60",
         "raise it or lower the margin",
     ),
     (["data.root='a\tb'"], "data.root is 'a\\tb'", "control characters"),
@@ -69,7 +69,7 @@ BROKEN = [
     (
         ["mix.mode2_fraction={shape: constant, begin_tokens: 9}"],
         "mix.mode2_fraction.begin_tokens is 9",
-        "accepted is 0",
+        "accepted: 0",
     ),
     (["mix.mode2_fraction.points=[[0, 0.1]]"], "mix.mode2_fraction.points is given", "piecewise"),
     ([PIECEWISE + "[]}"], "mix.mode2_fraction.points is empty", "add it"),
@@ -77,7 +77,7 @@ BROKEN = [
     (["mix.mode1.sources.0.name=bfcl"], "the source name 'bfcl' stands 2 times", "once"),
     (["mix.mode1.sources.0.name=a/b"], "mix.mode1.sources.0.name is 'a/b'", "file name"),
     (["mix.mode1.sources.0.name=../a"], "mix.mode1.sources.0.name is '../a'", "file name"),
-    (["mix.mode1.sources.0.mode=2"], "mix.mode1.sources.0.mode is 2", "accepted is 1"),
+    (["mix.mode1.sources.0.mode=2"], "mix.mode1.sources.0.mode is 2", "accepted: 1"),
     (
         ["mix.mode1.sources.0={name: a, weight_points: [[0, 1], [0, 2]]}"],
         "mix.mode1.sources.0.weight_points has 0 tokens after 0",
@@ -100,7 +100,7 @@ BROKEN = [
     ),
     (["mix.valid.sources.0.packing=whole"], "mix.valid.sources.0.packing is whole", "remove it"),
     (["mix.role_weights.tool=0"], "mix.role_weights are set", "mode2_lm_loss to weighted"),
-    (["mix.edits.drop=[x]"], "mix.edits.drop.0 is 'x'", "accepted is SOURCE/ID"),
+    (["mix.edits.drop=[x]"], "mix.edits.drop.0 is 'x'", "accepted: SOURCE/ID"),
     (["mix.edits.drop=[a/b, a/b]"], "drops or replaces 'a/b' 2 times", "once"),
     (
         ["mix.edits.replace=[{document: a/b, by: c}]"],
@@ -157,7 +157,7 @@ def test_a_broken_rule_names_key_value_and_fix(tiny, overrides, start, fix):
         load_config(tiny, overrides)
     (line,) = str(caught.value).splitlines()
     assert start in line
-    assert "accepted is" in line
+    assert "accepted: " in line
     assert fix in line
 
 
@@ -205,7 +205,7 @@ def test_a_world_size_works_iff_the_batch_divides(
     if world_size in fits:
         assert check_world_size(config, world_size) == fits[world_size]
         return
-    with pytest.raises(ConfigError, match=f"world size is {world_size}: ") as caught:
+    with pytest.raises(ConfigError, match=f"world size is {world_size}; ") as caught:
         check_world_size(config, world_size)
     named = re.search(r"start ([\d or]+) processes", str(caught.value))
     near = {

@@ -108,5 +108,5 @@ def test_auto_on_a_gpu_needs_zero(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_dtype(tiny()) == torch.bfloat16
-    with pytest.raises(ConfigError, match=r"parallel.zero_stage is 0: accepted is 1 for bf16"):
+    with pytest.raises(ConfigError, match=r"parallel.zero_stage is 0; accepted: 1 for bf16"):
         choose_dtype(tiny("parallel.zero_stage=0"))

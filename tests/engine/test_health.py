@@ -154,5 +154,5 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     for steps in ([10], [4, 3], [3, 3]):
         assert f"health.leave_out_steps is {steps}" in broken(leave_out_steps=steps)
     sentence = broken(spike="rollback", rollback_steps=9, max_skips=8)
-    assert "health.rollback_steps is 9: accepted is at most health.max_skips = 8" in sentence
+    assert "health.rollback_steps is 9; accepted: at most health.max_skips = 8" in sentence
     assert broken(rollback_steps=9, max_skips=8) == ""

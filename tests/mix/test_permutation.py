@@ -72,5 +72,5 @@ EXPECTED_IMAGE = [717391, 531055, 379577, 810974, 755242, 738590]
 
 @pytest.mark.parametrize(("index", "size"), [(-1, 5), (5, 5), (0, 2**62 + 1)])
 def test_outside_is_refused(index: int, size: int) -> None:
-    with pytest.raises(ValueError, match="must lie in"):
+    with pytest.raises(ValueError, match="must be in"):
         permute(index, size, 0)

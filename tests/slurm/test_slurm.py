@@ -170,7 +170,7 @@ def test_a_profile_leaves_its_figures_and_no_checkpoint(cluster, run_file, tmp_p
     assert not (tmp_path / "profile/checkpoints").exists()
     again = cluster.submit(*ONE_TASK, "launch/slurm/profile.sbatch", *arguments, **variables)
     assert cluster.wait(again)["ExitCode"] == "2:0"
-    assert "profile', which exists: accepted is a new folder" in cluster.log(again)
+    assert "profile', which exists; accepted: a new folder" in cluster.log(again)
 
 
 @pytest.mark.slow

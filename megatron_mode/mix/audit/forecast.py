@@ -29,7 +29,7 @@ class SourceForecast(NamedTuple):
 
 
 def forecast(order: Order, end_row: int | None = None) -> list[SourceForecast]:
-    """Return what the rows before `end_row` (the whole run) take from each source of the mix."""
+    """Return what the rows before `end_row` (default: all) take from each source of the mix."""
     end_row = order.total_rows if end_row is None else end_row
     found = []
     for source, config in enumerate(order.configs):

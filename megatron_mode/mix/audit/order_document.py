@@ -134,7 +134,7 @@ def _rebuild(fields: Mapping[str, Any]) -> OrderDocument:
     seed, seq_len = int(fields["seed"]), int(fields["seq_len"])
     global_rows, steps = int(fields["global_rows"]), int(fields["steps"])
     if min(seq_len, global_rows, steps) < 1 or seed < 0:
-        raise ValueError("seed, seq_len, global_rows and steps are whole numbers, the last above 0")
+        raise ValueError("seed, seq_len, global_rows and steps are not integers, the last above 0")
     clock = Clock(
         Integral(mix.mode2_fraction, seq_len, steps * global_rows), global_rows, steps, seed
     )
