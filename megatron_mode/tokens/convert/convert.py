@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.tokens.convert.formats import converted
-from megatron_mode.tokens.prepare.progress import progress_bar
+from megatron_mode.tokens.prepare.output import progress_bar
 from megatron_mode.tokens.prepare.verdicts import BadLines
 from megatron_mode.tokens.read.readers import size_bytes
 

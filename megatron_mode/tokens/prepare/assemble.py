@@ -1,15 +1,15 @@
-"""Turn the runs of one source into its prepared sources: merged, without copies, ids unique.
+"""Write the prepared sources of one source: sorted, without copies, ids unique.
 
-Two passes over the sorted records: the first sees the ids, the second writes. Memory holds a piece
-of each run's records, some 16 MB of payload, and what the writers buffer.
+Two passes over the buckets: the first sees the ids, the second writes. Memory holds one bucket and
+what the writers buffer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 
 from megatron_mode.atomic import write_whole
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.prepare.encoded import (
+from megatron_mode.tokens.prepare.buckets import Buckets
+from megatron_mode.tokens.prepare.identifiers import Identifiers
+from megatron_mode.tokens.prepare.records import (
+    DIGEST_BYTES,
     HELD_OUT_CHAT,
     RENDERINGS,
     Block,
@@ -28,26 +31,12 @@ from megatron_mode.tokens.prepare.encoded import (
     is_primary,
     output_name,
     place,
-    positions,
 )
-from megatron_mode.tokens.prepare.identifiers import Identifiers, Numbers, Repeat
-from megatron_mode.tokens.prepare.runs import (
-    PartOfRun,
-    Run,
-    RunWriter,
-    cut,
-    exclusive_sum,
-    gather,
-    parts_of_source,
-)
-from megatron_mode.tokens.prepare.sorting import Copies, merge_sorted
-from megatron_mode.tokens.prepare.tally import Tally
 from megatron_mode.tokens.source.seal import SEALED_SUFFIXES
 from megatron_mode.tokens.source.shards import SourceWriter
 from megatron_mode.tokens.vocabulary import Vocabulary
 
 SCRATCH_FOLDER = "scratch"
-BLOCK_BYTES = 16 << 20
 SUMMARY_KEYS = (
     "name", "mode", "rendering", "documents", "tokens", "text_bytes", "tokens_per_byte",
     "plain_documents", "repeated_ids", "duplicates_dropped", "held_out_share", "licence",
@@ -61,9 +50,7 @@ class Assembly:
 
     source: str
     mode: int
-    parts: list[PartOfRun]
-    duplicates: int
-    """Copies dropped on the way into the runs."""
+    buckets: Buckets
     result: Path
     vocabulary: Vocabulary
     input_names: list[str]
@@ -72,60 +59,23 @@ class Assembly:
     """Entries of NAME.json that all sources share."""
 
     @property
-    def scratch(self) -> Path:
-        """Return the beginning of the names of temporary files."""
-        return self.result.parent / SCRATCH_FOLDER / self.source
-
-    @property
     def mark(self) -> Path:
         """Return the file that says that the source is done."""
         return self.result.with_name(f"{self.source}.done")
 
 
-def survivors(parts: list[PartOfRun]) -> Iterator[tuple[Records, NDArray[np.intp], int]]:
-    """Yield sorted records without later copies, the part of each, and the copies left out."""
-    copies = Copies()
-    for records, part_of in merge_sorted([part.reader() for part in parts]):
-        kept = copies.is_first(records["key"])
-        yield records[kept], part_of[kept], int(is_primary(records[~kept]).sum())
-
-
-def blocks(parts: list[PartOfRun]) -> Iterator[tuple[Block, int]]:
-    """Yield the surviving documents of a source in order, and how many copies were left out."""
-    token_bytes = parts[0].token_bytes
-    for records, part_of, dropped in survivors(parts):
-        for piece in cut(records, BLOCK_BYTES, token_bytes):
-            yield gather(parts, records[piece], part_of[piece]), 0
-        yield Block(records[:0], b"", b"", b""), dropped
-
-
-def merge_runs(base: Path, runs: list[Run]) -> Run:
-    """Merge runs into one; they stay as they are."""
-    done = Run.open(base)
-    if done is not None:
-        return done
-    with RunWriter(base, runs[0].token_bytes) as writer:
-        for source in sorted({name for run in runs for name in run.sources}):
-            spans = [run.sources[source] for run in runs if source in run.sources]
-            writer.add_source(source, spans[0].mode, sum(span.duplicates for span in spans))
-            for block, dropped in blocks(parts_of_source(runs, source)):
-                writer.append(block)
-                writer.run.sources[source].duplicates += dropped
-        return writer.finish()
-
-
 def finished(assembly: Assembly) -> list[dict[str, Any]] | None:
-    """Return the summaries of a source that an earlier run wrote as a whole."""
+    """Return the summaries of a source that an earlier run completed."""
     try:
         summaries: list[dict[str, Any]] = json.loads(assembly.mark.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = all(
+    complete = all(
         (assembly.result / f"{s['name']}{suffix}").exists()
         for s in summaries
         for suffix in (*SEALED_SUFFIXES, ".json")
     )
-    return summaries if whole else None
+    return summaries if complete else None
 
 
 def assemble_source(assembly: Assembly) -> list[dict[str, Any]]:
@@ -133,46 +83,47 @@ def assemble_source(assembly: Assembly) -> list[dict[str, Any]]:
     summaries = finished(assembly)
     if summaries is not None:
         return summaries
-    identifiers = Identifiers(assembly.scratch)
+    scratch = assembly.result.with_name(SCRATCH_FOLDER) / assembly.source
     try:
+        identifiers = Identifiers(scratch, assembly.buckets.borders)
         facts = collect_identifiers(assembly, identifiers)
-        written = write_outputs(assembly, identifiers.number(), facts)
+        written = write_outputs(assembly, identifiers, facts)
     finally:
-        identifiers.remove()
+        shutil.rmtree(scratch, ignore_errors=True)
     summaries = [{key: info[key] for key in SUMMARY_KEYS} for info in written]
     write_whole(assembly.mark, json.dumps(summaries))
     return summaries
 
 
 def collect_identifiers(assembly: Assembly, identifiers: Identifiers) -> dict[str, Any]:
-    """Take the ids of all documents that survive; return what the outputs share in NAME.json."""
+    """Make the ids of all documents unique; return what the outputs share in NAME.json."""
     documents = held_out = 0
-    duplicates = assembly.duplicates
-    for records, _, dropped in survivors(assembly.parts):
+    duplicates = assembly.buckets.duplicates
+    for records, dropped in assembly.buckets.records():
         duplicates += dropped
         primary = records[is_primary(records)]
         documents += len(primary)
         held_out += int((codes(primary) >= HELD_OUT_CHAT).sum())
         identifiers.add(primary)
     if assembly.refuses_repeated_ids:
-        repeat = identifiers.first_repeat()
-        if repeat is not None:
-            raise repeated_id_error(assembly, repeat)
+        for first, second, _ in identifiers.repeats():
+            raise repeated_id_error(assembly, first, second)
+    identifiers.number()
     share = round(held_out / max(1, documents), 6)
     return {"duplicates_dropped": duplicates, "held_out_share": share}
 
 
-def repeated_id_error(assembly: Assembly, repeat: Repeat) -> DataError:
+def repeated_id_error(assembly: Assembly, *keys: bytes) -> DataError:
     """Name the id that two documents share, and their places."""
-    keys = np.array(list(repeat), f"S{len(repeat.first)}")
-    found = [place(int(at)) for at in positions(keys)]
+    found = [place(int.from_bytes(key[DIGEST_BYTES:], "big")) for key in keys]
     first, second = (f"{assembly.input_names[index]}:{line}" for index, line in found)
     identifier = ""
-    for records, part_of, _ in survivors(assembly.parts):
-        same = document_keys(records) == repeat.first
-        if same.any():
-            identifier = gather(assembly.parts, records[same], part_of[same]).ids.decode()
-            break
+    for block in assembly.buckets.blocks():
+        for index in np.flatnonzero(document_keys(block.records) == keys[0])[:1]:
+            record = block.records[index]
+            width = np.dtype(assembly.vocabulary.token_dtype).itemsize + 1  # a flag each
+            begin = int(record["begin"]) + int(record["tokens"]) * width
+            identifier = block.payload[begin : begin + int(record["id_bytes"])].decode()
     return DataError(
         f"Source {assembly.source} has the id {identifier[:100]} at {first} and at {second} with "
         "different contents; --duplicate-ids error accepts each once, so mend one or give "
@@ -180,59 +131,88 @@ def repeated_id_error(assembly: Assembly, repeat: Repeat) -> DataError:
     )
 
 
-class Outputs:
-    """Hold the writers of one source's outputs, each opened by its first document."""
+@dataclass
+class Output:
+    """Hold the writer of one prepared source and count what it holds."""
 
-    def __init__(self, assembly: Assembly, stack: contextlib.ExitStack) -> None:
-        self._assembly, self._stack = assembly, stack
-        self.open: dict[str, tuple[SourceWriter, Tally]] = {}
+    writer: SourceWriter
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    plain: int = 0
+    renamed: int = 0
+    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(32, np.int64))
 
-    def __getitem__(self, name: str) -> tuple[SourceWriter, Tally]:
-        if name not in self.open:
-            a = self._assembly
-            writer = SourceWriter(a.result, name, mode=a.mode, vocabulary=a.vocabulary, **a.info)
-            self.open[name] = self._stack.enter_context(writer), Tally()
-        return self.open[name]
+    def count(self, records: Records, renamed: int) -> None:
+        """Count documents, some of them with a new id."""
+        lengths = records["tokens"].astype(np.int64)
+        self.documents += len(records)
+        self.tokens += int(lengths.sum())
+        self.text_bytes += int(records["text_bytes"].sum(dtype=np.int64))
+        self.plain += int((codes(records) & 1).sum())
+        self.renamed += renamed
+        bins = np.log2(lengths).astype(np.int64)
+        self.lengths += np.bincount(bins, minlength=len(self.lengths))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the entries of NAME.json.
+
+        Bin k of lengths_log2 counts the documents of 2**k to 2**(k+1)-1 tokens.
+        """
+        is_mixed = 0 < self.plain < self.documents
+        return {
+            "rendering": "mixed" if is_mixed else RENDERINGS[self.plain > 0],
+            "plain_documents": self.plain,
+            "repeated_ids": self.renamed,
+            "text_bytes": self.text_bytes,
+            "tokens_per_byte": round(self.tokens / max(1, self.text_bytes), 6),
+            "lengths_log2": np.trim_zeros(self.lengths, "b").tolist(),
+        }
 
 
 def write_outputs(
-    assembly: Assembly, numbers: Numbers, facts: dict[str, Any]
+    assembly: Assembly, identifiers: Identifiers, facts: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Write all documents of a source; return NAME.json of each output."""
+    outputs: dict[str, Output] = {}
     with contextlib.ExitStack() as stack:
-        outputs = Outputs(assembly, stack)
-        for block, _ in blocks(assembly.parts):
-            if len(block.records):
-                write_block(assembly, block, numbers.of(document_keys(block.records)), outputs)
-        for writer, tally in outputs.open.values():
-            writer.info.update(tally.facts(), **facts)
-    return [outputs.open[name][0].info for name in sorted(outputs.open)]
+        for bucket, block in enumerate(assembly.buckets.blocks()):
+            numbers = identifiers.numbers_of(bucket, block.records)
+            code_of = codes(block.records)
+            targets = {}
+            for code in np.unique(code_of).tolist():
+                name = output_name(assembly.source, assembly.mode, code)
+                if name not in outputs:
+                    outputs[name] = Output(stack.enter_context(source_writer(assembly, name)))
+                targets[code] = outputs[name]
+                mine = code_of == code
+                targets[code].count(block.records[mine], int((numbers[mine] > 0).sum()))
+            write_block(assembly, block, numbers, targets)
+        for output in outputs.values():
+            output.writer.info.update(output.facts(), **facts)
+    return [outputs[name].writer.info for name in sorted(outputs)]
+
+
+def source_writer(assembly: Assembly, name: str) -> SourceWriter:
+    """Open the writer of an output."""
+    a = assembly
+    return SourceWriter(a.result, name, mode=a.mode, vocabulary=a.vocabulary, **a.info)
 
 
 def write_block(
-    assembly: Assembly, block: Block, numbers: NDArray[np.uint64], outputs: Outputs
+    assembly: Assembly, block: Block, numbers: NDArray[np.uint64], targets: dict[int, Output]
 ) -> None:
-    """Write the documents of a block to their outputs; a number makes a repeated id unique."""
-    records, code_of = block.records, codes(block.records)
-    targets = {}
-    for code in np.unique(code_of).tolist():
-        writer, tally = outputs[output_name(assembly.source, assembly.mode, code)]
-        targets[code] = writer
-        mine = code_of == code
-        tally.add(records[mine], int((numbers[mine] > 0).sum()))
-    tokens = np.frombuffer(block.tokens, assembly.vocabulary.token_dtype)
-    begins = exclusive_sum(records["tokens"])
-    id_begins = exclusive_sum(records["id_bytes"])
-    columns = (
-        code_of, begins, begins + records["tokens"], id_begins, id_begins + records["id_bytes"],
-        numbers,
-    )  # fmt: skip
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    for code, begin, end, id_begin, id_end, number in rows:
-        identifier = block.ids[id_begin:id_end].decode()
-        targets[code].add(
-            tokens[begin:end],
-            block.flags[begin:end],
+    """Write documents to the outputs by code; a number makes a repeated id unique."""
+    dtype = np.dtype(assembly.vocabulary.token_dtype)
+    records = block.records
+    columns = (codes(records), records["begin"], records["tokens"], records["id_bytes"], numbers)
+    for code, begin, length, id_bytes, number in zip(*(c.tolist() for c in columns), strict=True):
+        flags_begin = begin + length * dtype.itemsize
+        id_begin = flags_begin + length
+        identifier = block.payload[id_begin : id_begin + id_bytes].decode()
+        targets[code].writer.add(
+            np.frombuffer(block.payload, dtype, length, begin),
+            bytes(block.payload[flags_begin:id_begin]),
             id=f"{identifier}#{number}" if number else identifier,
             source=assembly.source,
             rendering=RENDERINGS[code & 1],

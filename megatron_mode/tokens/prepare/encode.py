@@ -11,9 +11,19 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megatron_mode.tokens.documents import BadLineError, Document, file_stem, parse_line
-from megatron_mode.tokens.prepare.encoded import Block, Staging, output_code, position
+from megatron_mode.tokens.prepare.records import (
+    RECORD,
+    Block,
+    id_digest,
+    numbered,
+    output_code,
+    position,
+)
 from megatron_mode.tokens.prepare.split import Output, Split, mode_token_key
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.read.readers import open_reader
@@ -45,9 +55,8 @@ class EncodedBatch:
     path: Path
     end: tuple[int, int]
     """Input index and number of the last line."""
-    sources: dict[tuple[str, int], set[int]]
-    """Output codes by source and mode, in the order of their numbers in the records."""
-    block: Block
+    blocks: dict[tuple[str, int], Block]
+    """Documents by source and mode."""
     bad_lines: list[tuple[int, str]]
 
 
@@ -94,10 +103,10 @@ def parse_batch(batch: LineBatch) -> tuple[list[tuple[int, Document]], list[tupl
 
 def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> EncodedBatch:
     """Parse, render and tokenise a batch."""
-    numbered, bad_lines = parse_batch(batch)
+    documents, bad_lines = parse_batch(batch)
     routed: list[tuple[Document, int, Output]] = [
         (document, number, output)
-        for number, document in numbered
+        for number, document in documents
         for output in split.outputs(document, number)
     ]
     rendered = render_batch(
@@ -105,21 +114,41 @@ def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> Encode
         [output.rendering for _, _, output in routed],
         tokenizer,
     )
-    staging = Staging()
+    rows: dict[tuple[str, int], list[tuple[Any, ...]]] = {}
+    payloads: dict[tuple[str, int], bytearray] = {}
     for (document, number, output), (ids, flags) in zip(routed, rendered, strict=True):
         if split.mode_tokens.placement != "none":
             key = mode_token_key(split.seed, document)
             with_tokens = split.mode_tokens.insert((ids.tolist(), flags), tokenizer.control, key)
             ids, flags = array("i", with_tokens[0]), with_tokens[1]
+        source = document.source, document.mode
+        payload = payloads.setdefault(source, bytearray())
         contents = content_bytes(document)
-        at = position(batch.input_index, number)
-        digest = split.order_digest(document.source, at, contents)
-        code = output_code(output, document.source)
-        order_key = digest + at.to_bytes(8, "big") + bytes([code])
-        staging.add(document, order_key, ids, flags, text_bytes(document, contents))
-    block = staging.block(tokenizer.vocabulary.token_dtype)
-    end = (batch.input_index, batch.numbers[-1])
-    return EncodedBatch(batch.path, end, staging.sources, block, bad_lines)
+        name, (base, suffix) = document.id.encode(), numbered(document.id)
+        row = (
+            order_key(split, document, position(batch.input_index, number), output, contents),
+            len(flags),
+            len(name),
+            text_bytes(document, contents),
+            len(payload),
+            id_digest(document.id),
+            id_digest(base) if suffix else b"",
+            suffix,
+        )
+        rows.setdefault(source, []).append(row)
+        payload += np.frombuffer(ids, np.int32).astype(tokenizer.vocabulary.token_dtype).tobytes()
+        payload += flags
+        payload += name
+    blocks = {key: Block(np.array(rows[key], RECORD), bytes(payloads[key])) for key in rows}
+    return EncodedBatch(batch.path, (batch.input_index, batch.numbers[-1]), blocks, bad_lines)
+
+
+def order_key(
+    split: Split, document: Document, at: int, output: Output, contents: Sequence[bytes]
+) -> bytes:
+    """Return the key by which the renderings of a source's documents are sorted."""
+    digest = split.order_digest(document.source, at, contents)
+    return digest + at.to_bytes(8, "big") + bytes([output_code(output, document.source)])
 
 
 def text_bytes(document: Document, contents: Sequence[bytes]) -> int:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.prepare.assemble import (
-    SCRATCH_FOLDER,
-    Assembly,
-    assemble_source,
-    merge_runs,
-)
-from megatron_mode.tokens.prepare.catalogue import Catalogue
-from megatron_mode.tokens.prepare.progress import progress_bar
-from megatron_mode.tokens.prepare.runs import Run, parts_of_source
-from megatron_mode.tokens.prepare.sorting import MOST_FILES
+from megatron_mode.tokens.prepare.assemble import Assembly, assemble_source
+from megatron_mode.tokens.prepare.buckets import Buckets
+from megatron_mode.tokens.prepare.output import progress_bar
 from megatron_mode.tokens.prepare.staging import WorkFolder
-from megatron_mode.tokens.prepare.verdicts import SHOWN_BAD_LINES, check_sources, split_warnings
+from megatron_mode.tokens.prepare.units import Unit
+from megatron_mode.tokens.prepare.verdicts import (
+    SHOWN_BAD_LINES,
+    Catalogue,
+    check_sources,
+    split_warnings,
+)
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.tokenizer import Tokenizer
 from megatron_mode.tokens.vocabulary import MODEL_FILE
@@ -33,25 +33,25 @@ TOTALS = ("documents", "tokens", "text_bytes", "repeated_ids")
 class Tokenised:
     """Hold the units of a preparation and the digests of its inputs, by index as text."""
 
-    runs: list[Run]
+    units: list[Unit]
     input_digests: dict[str, str]
 
     @property
     def tokens(self) -> int:
         """Return the tokens in all units."""
-        return sum(run.files[".flags"] for run in self.runs)
+        return sum(unit.tokens for unit in self.units)
 
     @property
     def bad_lines(self) -> Counter[str]:
         """Return the bad lines by input index as text."""
         counts: Counter[str] = Counter()
-        for run in self.runs:
-            counts.update(run.facts["bad_lines"])
+        for unit in self.units:
+            counts.update(unit.facts["bad_lines"])
         return counts
 
     def first_bad_lines(self, names: list[str]) -> list[str]:
         """Describe the first bad lines."""
-        found = sorted(tuple(line) for run in self.runs for line in run.facts["first_bad_lines"])
+        found = sorted(tuple(line) for unit in self.units for line in unit.facts["first_bad_lines"])
         shown = found[:SHOWN_BAD_LINES]
         return [f"{names[index]}:{number}: {reason}" for index, number, reason in shown]
 
@@ -67,15 +67,14 @@ def gather_sources(
 ) -> dict[str, Any]:
     """Write all prepared sources and the tokenizer into the result; return the summary."""
     catalogue = Catalogue()
-    for run in tokenised.runs:
-        for source, span in run.sources.items():
+    for unit in tokenised.units:
+        for source, span in unit.sources.items():
             catalogue.add(source, span.mode, span.codes)
     names = [entry["name"] for entry in plan["inputs"]]
     check_sources(
         [entry["path"] for entry in plan["inputs"]], plan["valid_sources"], catalogue.modes
     )
     check_bad_lines(plan, tokenised, names)
-    (work.path / SCRATCH_FOLDER).mkdir(exist_ok=True)
     assemblies = plan_assemblies(work, plan, tokenised, tokenizer, catalogue)
     by_source: dict[str, list[dict[str, Any]]] = {}
     with progress_bar("merge", tokenised.tokens, show_progress, "tokens") as bar:
@@ -128,17 +127,15 @@ def plan_assemblies(
         "bad_lines_by_input": named(tokenised.bad_lines, names),
         "inputs": {names[int(index)]: digests[index] for index in sorted(digests, key=int)},
     }
-    runs = reduced(work.path, tokenised.runs)
+    token_bytes = np.dtype(tokenizer.vocabulary.token_dtype).itemsize
     assemblies = []
     for source, mode in sorted(catalogue.modes.items()):
-        spans = [run.sources[source] for run in runs if source in run.sources]
         licence = plan["licences"].get(source, plan["licence"])
         assemblies.append(
             Assembly(
                 source=source,
                 mode=mode,
-                parts=parts_of_source(runs, source),
-                duplicates=sum(span.duplicates for span in spans),
+                buckets=Buckets(tokenised.units, source, token_bytes),
                 result=work.result,
                 vocabulary=tokenizer.vocabulary,
                 input_names=names,
@@ -146,20 +143,7 @@ def plan_assemblies(
                 info={**info, "licence": licence},
             )
         )
-    return sorted(assemblies, key=lambda a: -sum(part.end - part.begin for part in a.parts))
-
-
-def reduced(folder: Path, runs: list[Run]) -> list[Run]:
-    """Merge runs by groups until few are left: each is read a piece at a time."""
-    level = 0
-    while len(runs) > MOST_FILES:
-        groups = [runs[i : i + MOST_FILES] for i in range(0, len(runs), MOST_FILES)]
-        runs = [
-            merge_runs(folder / f"level-{level}-{number:06d}", group)
-            for number, group in enumerate(groups)
-        ]
-        level += 1
-    return runs
+    return sorted(assemblies, key=lambda a: -a.buckets.size_bytes)
 
 
 def named(counts: Counter[str], names: list[str]) -> dict[str, int]:

@@ -10,175 +10,98 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mode.tokens.prepare.encoded import (
+from megatron_mode.tokens.prepare.buckets import Spread
+from megatron_mode.tokens.prepare.records import (
     DIGEST_BYTES,
     DOCUMENT_KEY_BYTES,
     Records,
+    Rows,
+    as_rows,
     document_keys,
-    key_part,
-    positions,
 )
-from megatron_mode.tokens.prepare.runs import RecordFile
-from megatron_mode.tokens.prepare.sorting import Entries, ExternalSort
 
-# Digest of an id; 0 and the position of a document with it, or 1 and a number that is taken.
-ID_ENTRY = np.dtype([("key", "S25"), ("document", f"S{DOCUMENT_KEY_BYTES}")])
-NUMBER_ENTRY = np.dtype([("key", f"S{DOCUMENT_KEY_BYTES}"), ("number", "<u8")])
+# Digest of an id; 0 and the position of a document with it, or 1 and a number that is taken; the
+# digest of the document.
 IS_DOCUMENT, IS_TAKEN = 0, 1
+NUMBER_END = DIGEST_BYTES + 1 + 8
+ENTRY_BYTES = NUMBER_END + DIGEST_BYTES
 SCANNED_ENTRIES = 1 << 16
-
-
-class Repeat(NamedTuple):
-    """Name two documents of one id by their keys."""
-
-    first: bytes
-    second: bytes
 
 
 class Identifiers:
     """Collect the ids of a source's documents, then number those that repeat one."""
 
-    def __init__(self, base: Path) -> None:
-        self._base = base
-        self._ids = ExternalSort(base.with_name(f"{base.name}.ids"), ID_ENTRY)
-        self._numbers = ExternalSort(base.with_name(f"{base.name}.numbers"), NUMBER_ENTRY)
-        self._sorted_path = base.with_name(f"{base.name}.ids.sorted")
+    def __init__(self, folder: Path, borders: NDArray[np.uint64]) -> None:
+        self._buckets = len(borders)
+        self._ids = Spread(folder / "ids", ENTRY_BYTES, borders)
+        self._numbers = Spread(folder / "numbers", DOCUMENT_KEY_BYTES + 8, borders)
 
     def add(self, records: Records) -> None:
         """Take documents, one record of each."""
-        documents = document_keys(records)
-        self._ids.add(id_entries(records["name"], IS_DOCUMENT, positions(documents), documents))
+        keys = as_rows(document_keys(records))
+        self._ids.add(entries(records["name"], IS_DOCUMENT, keys[:, DIGEST_BYTES:], keys))
         taken = records[records["number"] > 0]
-        if len(taken):
-            nobody = np.zeros(len(taken), documents.dtype)
-            self._ids.add(id_entries(taken["base"], IS_TAKEN, taken["number"], nobody))
+        numbers = as_rows(taken["number"].astype(">u8"))
+        self._ids.add(entries(taken["base"], IS_TAKEN, numbers, np.zeros_like(keys[: len(taken)])))
 
-    def first_repeat(self) -> Repeat | None:
-        """Return two documents that share an id, if any do."""
-        previous = np.empty(0, ID_ENTRY)
-        for entries in self._ids.sorted():
-            chain = np.concatenate([previous, entries])
-            found = np.flatnonzero(is_repeat(chain))
-            if len(found):
-                first, second = chain["document"][found[0] - 1], chain["document"][found[0]]
-                return Repeat(padded(first), padded(second))
-            previous = chain[-1:]
-        return None
+    def repeats(self) -> Iterator[tuple[bytes, bytes, int]]:
+        """Yield the keys of the document before and of one with the same id, and its number."""
+        current, free = b"", iter(range(0))
+        for bucket in range(self._buckets):
+            found = self._ids.read(bucket)
+            for begin in range(0, len(found), SCANNED_ENTRIES):
+                chain = found[max(0, begin - 1) : begin + SCANNED_ENTRIES]
+                same = (chain[1:, :DIGEST_BYTES] == chain[:-1, :DIGEST_BYTES]).all(axis=1)
+                for index in np.flatnonzero(same & (chain[1:, DIGEST_BYTES] == IS_DOCUMENT)):
+                    name = chain[index, :DIGEST_BYTES].tobytes()
+                    if name != current:
+                        current, free = name, free_numbers(taken_numbers(found, name))
+                    before, repeat = map(document_key, chain[index : index + 2])
+                    yield before, repeat, next(free)
 
-    def number(self) -> Numbers:
+    def number(self) -> None:
         """Give the repeats their numbers, once all documents are there."""
-        with self._sorted_path.open("wb") as stream:
-            for entries in self._ids.sorted():
-                stream.write(entries.tobytes())
-        self._ids.remove()
-        for entries in self._numbered():
-            self._numbers.add(entries)
-        return Numbers(self._numbers.sorted())
+        rows = (repeat + number.to_bytes(8, "big") for _, repeat, number in self.repeats())
+        while batch := list(itertools.islice(rows, SCANNED_ENTRIES)):
+            joined = np.frombuffer(b"".join(batch), np.uint8)
+            self._numbers.add(joined.reshape(len(batch), -1))
 
-    def remove(self) -> None:
-        """Remove the files."""
-        self._ids.remove()
-        self._numbers.remove()
-        self._sorted_path.unlink(missing_ok=True)
-
-    def _numbered(self) -> Iterator[Entries]:
-        reader = RecordFile(self._sorted_path, ID_ENTRY, 0, self._ids.count)
-        previous = np.empty(0, ID_ENTRY)
-        current = b""
-        free: Iterator[int] = iter(())
-        while len(entries := reader.read(SCANNED_ENTRIES)):
-            chain = np.concatenate([previous, entries])
-            repeats = chain[is_repeat(chain)]
-            numbers = np.empty(len(repeats), NUMBER_ENTRY)
-            numbers["key"] = repeats["document"]
-            for index, digest in enumerate(key_part(repeats["key"], 0, DIGEST_BYTES).tolist()):
-                if digest != current:
-                    current = digest
-                    free = free_numbers(self._taken_numbers(digest.ljust(DIGEST_BYTES, b"\0")))
-                numbers["number"][index] = next(free)
-            yield numbers
-            previous = chain[-1:]
-
-    def _taken_numbers(self, digest: bytes) -> Iterator[int]:
-        """Yield the numbers that stand behind an id somewhere, in order."""
-        begin = self._position_of(digest + bytes([IS_TAKEN]))
-        reader = RecordFile(self._sorted_path, ID_ENTRY, begin, self._ids.count)
-        while len(entries := reader.read(SCANNED_ENTRIES)):
-            same = key_part(entries["key"], 0, DIGEST_BYTES + 1) == digest + bytes([IS_TAKEN])
-            keys = entries["key"][same]
-            yield from key_part(keys, DIGEST_BYTES + 1, 25).view(">u8").tolist()
-            if not same.all():
-                return
-
-    def _position_of(self, key: bytes) -> int:
-        """Return the first entry that is not below a key."""
-        low, high = 0, self._ids.count
-        while low < high:
-            middle = (low + high) // 2
-            entry = RecordFile(self._sorted_path, ID_ENTRY, middle, middle + 1).read(1)
-            if padded(entry["key"][0], 25) < key:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+    def numbers_of(self, bucket: int, records: Records) -> NDArray[np.uint64]:
+        """Return the number of each document of a bucket, 0 where it keeps its id."""
+        rows = self._numbers.read(bucket)
+        keys = np.ascontiguousarray(rows[:, :DOCUMENT_KEY_BYTES])
+        known = dict(
+            zip(
+                keys.view(f"S{DOCUMENT_KEY_BYTES}").ravel().tolist(),
+                np.ascontiguousarray(rows[:, DOCUMENT_KEY_BYTES:]).view(">u8").ravel().tolist(),
+                strict=True,
+            )
+        )
+        found = [known.get(key, 0) for key in document_keys(records).tolist()]
+        return np.array(found, np.uint64)
 
 
-class Numbers:
-    """Look up the numbers of documents whose keys come in order."""
-
-    def __init__(self, batches: Iterator[Entries]) -> None:
-        self._batches = batches
-        self._held = np.empty(0, NUMBER_ENTRY)
-        self._at_end = False
-
-    def of(self, keys: NDArray[np.bytes_]) -> NDArray[np.uint64]:
-        """Return the number of each document, 0 where it keeps its id."""
-        numbers = np.zeros(len(keys), np.uint64)
-        last = keys[-1]
-        while not self._at_end and not (len(self._held) and self._held["key"][-1] >= last):
-            more = next(self._batches, None)
-            if more is None:
-                self._at_end = True
-            else:
-                self._held = np.concatenate([self._held, more])
-        self._held = self._held[np.searchsorted(self._held["key"], keys[0]) :]
-        if len(self._held):
-            places = np.searchsorted(self._held["key"], keys).clip(max=len(self._held) - 1)
-            found = self._held["key"][places] == keys
-            numbers[found] = self._held["number"][places[found]]
-        return numbers
-
-
-def id_entries(
-    digests: NDArray[np.bytes_],
-    kind: int,
-    numbers: NDArray[np.uint64],
-    documents: NDArray[np.bytes_],
-) -> Entries:
+def entries(names: NDArray[np.bytes_], kind: int, numbers: Rows, keys: Rows) -> Rows:
     """Return the entries of documents or of numbers taken."""
-    entries = np.empty(len(digests), ID_ENTRY)
-    rows = np.empty((len(digests), 25), np.uint8)
-    digests = np.ascontiguousarray(digests)
-    rows[:, :DIGEST_BYTES] = digests.view(np.uint8).reshape(len(digests), DIGEST_BYTES)
-    rows[:, DIGEST_BYTES] = kind
-    rows[:, DIGEST_BYTES + 1 :] = numbers.astype(">u8").view(np.uint8).reshape(len(digests), 8)
-    entries["key"] = rows.view("S25").reshape(len(digests))
-    entries["document"] = documents
-    return entries
+    kinds = np.full((len(names), 1), kind, np.uint8)
+    return np.concatenate([as_rows(names), kinds, numbers, keys[:, :DIGEST_BYTES]], axis=1)
 
 
-def is_repeat(chain: Entries) -> NDArray[np.bool_]:
-    """Mark the documents whose id the entry before has too."""
-    digests = key_part(chain["key"], 0, DIGEST_BYTES)
-    kinds = key_part(chain["key"], DIGEST_BYTES, DIGEST_BYTES + 1).view(np.uint8)
-    marks = np.zeros(len(chain), bool)
-    marks[1:] = (digests[1:] == digests[:-1]) & (kinds[1:] == IS_DOCUMENT)
-    return marks
+def document_key(entry: Rows) -> bytes:
+    """Return the key of the document of an entry."""
+    return entry[NUMBER_END:].tobytes() + entry[DIGEST_BYTES + 1 : NUMBER_END].tobytes()
+
+
+def taken_numbers(found: Rows, name: bytes) -> Iterator[int]:
+    """Yield the numbers that stand behind an id somewhere, in order."""
+    flat = found.view(f"S{ENTRY_BYTES}").ravel()
+    begin, end = (int(flat.searchsorted(name + bytes([k]))) for k in (IS_TAKEN, IS_TAKEN + 1))
+    for entry in found[begin:end]:
+        yield int.from_bytes(entry[DIGEST_BYTES + 1 : NUMBER_END].tobytes(), "big")
 
 
 def free_numbers(taken: Iterable[int]) -> Iterator[int]:
@@ -190,8 +113,3 @@ def free_numbers(taken: Iterable[int]) -> Iterator[int]:
             number += 1
         number = max(number, other + 1)
     yield from itertools.count(number)
-
-
-def padded(key: bytes, size_bytes: int = DOCUMENT_KEY_BYTES) -> bytes:
-    """Return a key with the zeros at its end that numpy cuts off."""
-    return bytes(key).ljust(size_bytes, b"\0")

@@ -14,9 +14,8 @@ from typing import Any
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.prepare.gathering import Tokenised, gather_sources
 from megatron_mode.tokens.prepare.prepare import TOKENISED_FILE, UNITS_FOLDER, input_digests
-from megatron_mode.tokens.prepare.runs import Run
 from megatron_mode.tokens.prepare.staging import PLAN_FILE, WorkFolder, work_name, work_parent
-from megatron_mode.tokens.prepare.units import finished_units
+from megatron_mode.tokens.prepare.units import Unit, finished_units
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.tokenizer import Tokenizer
 from megatron_mode.tokens.vocabulary import MODEL_FILE
@@ -85,7 +84,7 @@ def shard_folders(out: Path) -> list[Path]:
 
 def shard_digests(folder: Path) -> dict[str, str] | None:
     """Return the input digests of a finished shard, None for one that is not whole."""
-    units = len(list(finished_units(folder / UNITS_FOLDER)))
+    units = len(finished_units(folder / UNITS_FOLDER))
     return input_digests(folder / TOKENISED_FILE, units)
 
 
@@ -113,9 +112,9 @@ def common_plan(out: Path, folders: Sequence[Path]) -> dict[str, Any]:
 
 def tokenised(folders: Sequence[Path]) -> Tokenised:
     """Return the units of all shards."""
-    runs: list[Run] = []
+    units: list[Unit] = []
     digests: dict[str, str] = {}
     for folder in folders:
-        runs += finished_units(folder / UNITS_FOLDER)
+        units += finished_units(folder / UNITS_FOLDER)
         digests.update(shard_digests(folder) or {})
-    return Tokenised(runs, digests)
+    return Tokenised(units, digests)

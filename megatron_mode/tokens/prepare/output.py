@@ -140,3 +140,17 @@ def lengths_line(histograms: list[list[int]]) -> str:
             bins[index] += count
     shown = [f"{2**index}:{count}" for index, count in enumerate(bins) if count]
     return f"documents by tokens from {' '.join(shown)}"
+
+
+def progress_bar(label: str, total: int, show: bool, unit: str = "B") -> Any:
+    """Return a bar over bytes or tokens; silent where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=label,
+        unit=unit,
+        unit_scale=True,
+        leave=False,
+        disable=None if show else True,
+    )

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_mode.atomic import write_whole
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.prepare.catalogue import Catalogue
 from megatron_mode.tokens.prepare.encode import (
     LineBatch,
     check_readable,
@@ -25,12 +26,13 @@ from megatron_mode.tokens.prepare.encode import (
     line_batches,
 )
 from megatron_mode.tokens.prepare.gathering import Tokenised, gather_sources
-from megatron_mode.tokens.prepare.progress import progress_bar
+from megatron_mode.tokens.prepare.output import progress_bar
+from megatron_mode.tokens.prepare.records import codes
 from megatron_mode.tokens.prepare.request import Preparation, content_digest, deal_files, stamp
 from megatron_mode.tokens.prepare.staging import WorkFolder
 from megatron_mode.tokens.prepare.training_sample import sample_texts
 from megatron_mode.tokens.prepare.units import UnitWriter
-from megatron_mode.tokens.prepare.verdicts import BadLines
+from megatron_mode.tokens.prepare.verdicts import BadLines, Catalogue
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.read.readers import size_bytes
 from megatron_mode.tokens.tokenizer import Tokenizer, train_tokenizer
@@ -73,18 +75,18 @@ def tokenise(
     """Write the units that are not there yet; return what all of them hold."""
     units = UnitWriter(folder / UNITS_FOLDER, tokenizer.vocabulary.token_dtype)
     done = folder / TOKENISED_FILE
-    if (known := input_digests(done, len(units.runs))) is not None:
-        return Tokenised(units.runs, known)
+    if (known := input_digests(done, len(units.units))) is not None:
+        return Tokenised(units.units, known)
     catalogue, bad_lines = Catalogue(), BadLines(plan.max_bad_lines)
-    for run in units.runs:
-        bad_lines.count += sum(run.facts["bad_lines"].values())
-        for source, span in run.sources.items():
+    for unit in units.units:
+        bad_lines.count += sum(unit.facts["bad_lines"].values())
+        for source, span in unit.sources.items():
             catalogue.add(source, span.mode, span.codes)
     batches = remaining_batches(plan, units, show_progress)
     for batch in encoded_batches(batches, folder / MODEL_FILE, plan.split, workers):
         bad_lines.add(batch.path, batch.bad_lines)
-        for (source, mode), codes in batch.sources.items():
-            catalogue.add(source, mode, codes)
+        for (source, mode), block in batch.blocks.items():
+            catalogue.add(source, mode, np.unique(codes(block.records)).tolist())
         units.add(batch)
     units.flush()
     mine = dealt_inputs(plan)
@@ -92,8 +94,8 @@ def tokenise(
         mine = [index for index in mine if index % plan.shard.count == plan.shard.index]
     digests = workers.map(content_digest, [plan.inputs[index] for index in mine])
     inputs = dict(zip(map(str, mine), digests, strict=True))
-    write_whole(done, json.dumps({"units": len(units.runs), "inputs": inputs}))
-    return Tokenised(units.runs, inputs)
+    write_whole(done, json.dumps({"units": len(units.units), "inputs": inputs}))
+    return Tokenised(units.units, inputs)
 
 
 def input_digests(mark: Path, units: int) -> dict[str, str] | None:
@@ -160,7 +162,7 @@ def shard_summary(plan: Preparation, tokenised: Tokenised, continues: bool) -> d
         "out": str(plan.out),
         "shard": str(plan.shard),
         "continued": continues,
-        "units": len(tokenised.runs),
+        "units": len(tokenised.units),
         "tokens": tokenised.tokens,
         "bad_lines": sum(tokenised.bad_lines.values()),
         "first_bad_lines": tokenised.first_bad_lines([str(path) for path in plan.inputs]),

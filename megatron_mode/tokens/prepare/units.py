@@ -1,4 +1,7 @@
-"""Collect encoded batches into units: sorted runs that a killed preparation need not make again.
+"""Collect encoded batches into units: sorted files that a killed preparation need not make again.
+
+    unit-NNNNNN.records   RECORD, by source and key       .payload   in the order of the records
+    unit-NNNNNN.json      what is where; its appearance says that the unit is complete
 
 Units follow each other through the input; each says where it ends. How they are cut has no
 influence on the prepared sources.
@@ -6,20 +9,27 @@ influence on the prepared sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_mode.tokens.prepare.encode import EncodedBatch
-from megatron_mode.tokens.prepare.encoded import Block, is_primary
-from megatron_mode.tokens.prepare.runs import Run, RunWriter, exclusive_sum, in_order
-from megatron_mode.tokens.prepare.sorting import Copies
+from megatron_mode.tokens.prepare.records import (
+    RECORD,
+    Block,
+    codes,
+    sizes_bytes,
+    without_copies,
+)
 from megatron_mode.tokens.prepare.verdicts import SHOWN_BAD_LINES
 
 UNIT_BYTES = 48 << 20
-"""Payload of a unit; making one takes about twice as much memory."""
+"""Records and payload of a unit; making one takes about twice as much memory."""
+RECORDS, PAYLOAD = ".records", ".payload"
 
 
 class Place(NamedTuple):
@@ -29,25 +39,66 @@ class Place(NamedTuple):
     line: int
 
 
+@dataclass
+class Span:
+    """Say which records of a unit belong to a source, and how many copies were dropped before."""
+
+    mode: int
+    begin: int
+    end: int
+    payload_bytes: int
+    duplicates: int
+    codes: list[int]
+
+
+@dataclass
+class Unit:
+    """Describe one unit."""
+
+    base: Path
+    tokens: int = 0
+    sources: dict[str, Span] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes by suffix."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, suffix: str) -> Path:
+        """Return one of the files."""
+        return self.base.with_name(self.base.name + suffix)
+
+    @classmethod
+    def open(cls, base: Path) -> Unit | None:
+        """Read a unit's description; None where it is missing or a file is cut off."""
+        try:
+            stored = json.loads(base.with_name(f"{base.name}.json").read_text(encoding="utf-8"))
+            sources = {name: Span(**span) for name, span in stored.pop("sources").items()}
+            unit = cls(base, sources=sources, **stored)
+            sizes = {suffix: unit.path(suffix).stat().st_size for suffix in (RECORDS, PAYLOAD)}
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return unit if sizes == unit.files else None
+
+
 class UnitWriter:
     """Collect batches, and write a unit whenever there is enough."""
 
     def __init__(self, folder: Path, token_dtype: str) -> None:
-        self._folder, self._token_dtype = folder, np.dtype(token_dtype)
+        self._folder, self._token_bytes = folder, np.dtype(token_dtype).itemsize
         folder.mkdir(exist_ok=True)
-        self.runs = list(finished_units(folder))
+        self.units = finished_units(folder)
         self._batches: list[EncodedBatch] = []
         self._size_bytes = 0
 
     @property
     def end(self) -> Place:
         """Return the last line that finished units cover."""
-        return Place(*self.runs[-1].facts["end"]) if self.runs else Place(0, 0)
+        return Place(*self.units[-1].facts["end"]) if self.units else Place(0, 0)
 
     def add(self, batch: EncodedBatch) -> None:
         """Take the next batch of the input."""
         self._batches.append(batch)
-        self._size_bytes += len(batch.block.tokens) + len(batch.block.flags)
+        for block in batch.blocks.values():
+            self._size_bytes += block.records.nbytes + len(block.payload)
         if self._size_bytes >= UNIT_BYTES:
             self.flush()
 
@@ -55,84 +106,58 @@ class UnitWriter:
         """Write what was collected, if anything."""
         if not self._batches:
             return
-        base = self._folder / f"unit-{len(self.runs):06d}"
-        facts: dict[str, Any] = {
+        unit = Unit(self._folder / f"unit-{len(self.units):06d}")
+        found = [(b.end[0], *bad_line) for b in self._batches for bad_line in b.bad_lines]
+        unit.facts = {
             "end": self._batches[-1].end,
-            "bad_lines": bad_lines_by_input(self._batches),
-            "first_bad_lines": first_bad_lines(self._batches),
+            # By input index as text: JSON has no other keys.
+            "bad_lines": Counter(str(index) for index, _, _ in found),
+            "first_bad_lines": found[:SHOWN_BAD_LINES],
         }
-        with RunWriter(base, self._token_dtype.itemsize) as writer:
-            for source, mode, duplicates, block in self._sorted_sources():
-                writer.add_source(source, mode, duplicates)
-                writer.append(block)
-            self.runs.append(writer.finish(**facts))
+        self._write(unit)
+        stored = asdict(unit)
+        del stored["base"]
+        write_whole(unit.path(".json"), json.dumps(stored))
+        self.units.append(unit)
         self._batches, self._size_bytes = [], 0
 
-    def _sorted_sources(self) -> Iterator[tuple[str, int, int, Block]]:
-        """Yield source, mode, copies dropped and the documents left, by source."""
-        modes = dict(source for batch in self._batches for source in batch.sources)
-        names = sorted(modes)
-        records = self._joined_records(names)
-        payload = [
-            b"".join(getattr(batch.block, kind) for batch in self._batches)
-            for kind in ("tokens", "flags", "ids")
-        ]
-        self._batches.clear()
-        width = self._token_dtype.itemsize
-        records = records[np.argsort(records["key"], kind="stable")]
-        records = records[np.argsort(records["source"], kind="stable")]
-        borders = np.searchsorted(records["source"], np.arange(len(names) + 1)).tolist()
-        for name, begin, end in zip(names, borders[:-1], borders[1:], strict=True):
-            found = records[begin:end]
-            kept = found[Copies().is_first(found["key"])]
-            duplicates = int(is_primary(found).sum() - is_primary(kept).sum())
-            begins, lengths = kept["begin"].astype(np.int64), kept["tokens"].astype(np.int64)
-            yield (
-                name,
-                modes[name],
-                duplicates,
-                Block(
-                    kept,
-                    in_order(payload[0], begins * width, lengths * width),
-                    in_order(payload[1], begins, lengths),
-                    in_order(payload[2], kept["id_begin"].astype(np.int64), kept["id_bytes"]),
-                ),
-            )
-
-    def _joined_records(self, names: list[str]) -> Any:
-        """Return the records of all batches, their sources and offsets those of the unit."""
-        tokens = exclusive_sum(np.array([len(b.block.flags) for b in self._batches]))
-        ids = exclusive_sum(np.array([len(b.block.ids) for b in self._batches]))
-        joined = []
-        for batch, token_offset, id_offset in zip(self._batches, tokens, ids, strict=True):
-            records = batch.block.records
-            numbers = np.array([names.index(name) for name, _ in batch.sources], np.uint32)
-            records["source"] = numbers[records["source"]]
-            records["begin"] += token_offset
-            records["id_begin"] += id_offset
-            joined.append(records)
-        return np.concatenate(joined)
+    def _write(self, unit: Unit) -> None:
+        with unit.path(RECORDS).open("wb") as records, unit.path(PAYLOAD).open("wb") as payload:
+            for source, mode in sorted({key for b in self._batches for key in b.blocks}):
+                found_blocks = [b.blocks.pop((source, mode), None) for b in self._batches]
+                block, duplicates = joined([b for b in found_blocks if b], self._token_bytes)
+                begin = records.tell() // RECORD.itemsize
+                end = begin + len(block.records)
+                present = np.unique(codes(block.records)).tolist()
+                size_bytes = len(block.payload)
+                unit.sources[source] = Span(mode, begin, end, size_bytes, duplicates, present)
+                unit.tokens += int(block.records["tokens"].sum(dtype=np.int64))
+                block.records["begin"] += payload.tell()
+                records.write(block.records.tobytes())
+                payload.write(block.payload)
+            for suffix, stream in ((RECORDS, records), (PAYLOAD, payload)):
+                unit.files[suffix] = stream.tell()
+                stream.flush()
+                os.fsync(stream.fileno())
 
 
-def bad_lines_by_input(batches: list[EncodedBatch]) -> dict[str, int]:
-    """Count the bad lines by input index (as text: JSON has no other keys)."""
-    counts: dict[str, int] = {}
-    for batch in batches:
-        if batch.bad_lines:
-            key = str(batch.end[0])
-            counts[key] = counts.get(key, 0) + len(batch.bad_lines)
-    return counts
+def joined(blocks: list[Block], token_bytes: int) -> tuple[Block, int]:
+    """Join the documents of a source in order, without copies; count the copies."""
+    offset = 0
+    for block in blocks:
+        block.records["begin"] += offset
+        offset += len(block.payload)
+    payload = memoryview(b"".join(block.payload for block in blocks))
+    records, duplicates = without_copies(np.concatenate([block.records for block in blocks]))
+    begins, sizes = records["begin"].astype(np.int64), sizes_bytes(records, token_bytes)
+    pieces = map(slice, begins.tolist(), (begins + sizes).tolist())
+    records["begin"] = np.cumsum(sizes) - sizes
+    return Block(records, b"".join(map(payload.__getitem__, pieces))), duplicates
 
 
-def first_bad_lines(batches: list[EncodedBatch]) -> list[tuple[int, int, str]]:
-    """Return input index, line and reason of the first bad lines."""
-    found = [(b.end[0], number, reason) for b in batches for number, reason in b.bad_lines]
-    return found[:SHOWN_BAD_LINES]
-
-
-def finished_units(folder: Path) -> Iterator[Run]:
-    """Yield the complete units of a folder up to the first one missing."""
-    number = 0
-    while (run := Run.open(folder / f"unit-{number:06d}")) is not None:
-        yield run
-        number += 1
+def finished_units(folder: Path) -> list[Unit]:
+    """Return the complete units of a folder up to the first one missing."""
+    units: list[Unit] = []
+    while (unit := Unit.open(folder / f"unit-{len(units):06d}")) is not None:
+        units.append(unit)
+    return units

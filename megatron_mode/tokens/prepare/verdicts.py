@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.documents import bad_line_error
+from megatron_mode.tokens.prepare.records import output_name
 
 SHOWN_BAD_LINES = 10
 
@@ -29,6 +30,30 @@ class BadLines:
                 raise bad_line_error(path, number, reason)
             if len(self.first) < SHOWN_BAD_LINES:
                 self.first.append(f"{path}:{number}: {reason}")
+
+
+class Catalogue:
+    """Know the sources met so far and refuse names that mean two things."""
+
+    def __init__(self) -> None:
+        self.modes: dict[str, int] = {}
+        self._owners: dict[str, str] = {}
+
+    def add(self, source: str, mode: int, codes: Iterable[int]) -> None:
+        """Enter a source with its outputs; raise DataError when a name is taken."""
+        if self.modes.setdefault(source, mode) != mode:
+            raise DataError(
+                f"Source {source} has lines of Mode 1 (text) and of Mode 2 (messages); a "
+                "source has one mode, so give the lines of one mode another source name."
+            )
+        for name in {output_name(source, mode, code) for code in codes}:
+            owner = self._owners.setdefault(name, source)
+            if owner != source:
+                held_out = owner if name == source else source
+                raise DataError(
+                    f"Source {name} and the held-out part of {held_out} would both be named "
+                    f"{name}; rename one source."
+                )
 
 
 def empty_corpus(inputs: Sequence[Path | str]) -> DataError:
