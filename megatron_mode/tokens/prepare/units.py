@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_mode.atomic import write_whole
 from megatron_mode.tokens.prepare.encode import EncodedBatch
 from megatron_mode.tokens.prepare.records import (
     RECORD,
@@ -111,7 +113,7 @@ class UnitWriter:
         unit.facts = {
             "end": self._batches[-1].end,
             # By input index as text: JSON has no other keys.
-            "bad_lines": Counter(str(index) for index, _, _ in found),
+            "bad_lines": dict(Counter(str(index) for index, _, _ in found)),
             "first_bad_lines": found[:SHOWN_BAD_LINES],
         }
         self._write(unit)
