@@ -24,12 +24,13 @@ MOST_BYTES = 600 << 20
 SMALL_PROGRAM = """
 import sys
 from megatron_mode.__main__ import main
-from megatron_mode.tokens.prepare import assemble, sorting, units
+from megatron_mode.tokens.prepare import buckets, identifiers, units
 from megatron_mode.tokens.source import document_table, index
 from megatron_mode.tokens import words
 if __name__ == "__main__":
-    units.UNIT_BYTES = assemble.BLOCK_BYTES = 1 << 20
-    sorting.HELD_ENTRIES = sorting.SPILL_ENTRIES = 1 << 11
+    units.UNIT_BYTES = buckets.BUCKET_BYTES = 1 << 20
+    buckets.SPREAD_BYTES = 1 << 16
+    identifiers.SCANNED_ENTRIES = 1 << 11
     words.KEPT_WORDS = index.CHUNK_DOCUMENTS = document_table.BATCH_DOCUMENTS = 1 << 10
     sys.exit(main())
 """

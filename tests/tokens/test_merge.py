@@ -14,7 +14,7 @@ import pytest
 from megatron_mode.__main__ import run_verb
 from megatron_mode.commands import merge as merge_command
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.tokens.prepare import assemble, gathering, sorting, units
+from megatron_mode.tokens.prepare import buckets, units
 from megatron_mode.tokens.source.shards import Source
 
 RunPrepare = Callable[..., int]
@@ -61,18 +61,15 @@ def undisturbed(
     return folder_bytes(tmp_path / "whole")
 
 
-def test_units_and_runs_leave_no_trace(
+def test_units_and_buckets_leave_no_trace(
     tmp_path: Path, mixed_inputs: list[Path], run_prepare: RunPrepare,
     undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out = tmp_path / "d"
-    for unit_bytes, block_bytes, files in ((1, 100, 2), (40_000, 5_000, 256), (1, 1 << 20, 3)):
+    for unit_bytes, bucket_bytes, spread_bytes in ((1, 100, 1 << 20), (40_000, 5_000, 1)):
         monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
-        monkeypatch.setattr(assemble, "BLOCK_BYTES", block_bytes)
-        monkeypatch.setattr(sorting, "SPILL_ENTRIES", 50)
-        monkeypatch.setattr(sorting, "HELD_ENTRIES", 60)
-        monkeypatch.setattr(sorting, "MOST_FILES", files)
-        monkeypatch.setattr(gathering, "MOST_FILES", files)
+        monkeypatch.setattr(buckets, "BUCKET_BYTES", bucket_bytes)
+        monkeypatch.setattr(buckets, "SPREAD_BYTES", spread_bytes)
         run_prepare("--out", out, "--input", *mixed_inputs, *OPTIONS, "--workers", 1)
         assert folder_bytes(out) == undisturbed
 
@@ -163,7 +160,7 @@ def test_a_finished_shard_is_not_made_again(
 ) -> None:
     arguments = ("--out", tmp_path / "d", "--input", *corpus, "--shard", "0/1")
     run_prepare(*arguments)
-    unit = tmp_path / ".d.preparing-0-of-1/units/unit-000000.tokens"
+    unit = tmp_path / ".d.preparing-0-of-1/units/unit-000000.payload"
     before = unit.stat().st_mtime_ns
     run_prepare(*arguments)
     assert unit.stat().st_mtime_ns == before

@@ -22,9 +22,10 @@ Dialogue = Callable[..., dict[str, Any]]
 PROGRAM = """
 import sys
 from megatron_mode.__main__ import main
-from megatron_mode.tokens.prepare import units
+from megatron_mode.tokens.prepare import buckets, units
 if __name__ == "__main__":
     units.UNIT_BYTES = 1 << 16
+    buckets.BUCKET_BYTES = 1 << 15
     sys.exit(main())
 """
 

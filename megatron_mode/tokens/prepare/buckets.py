@@ -118,7 +118,8 @@ class Spread:
 
     def add(self, rows: Rows) -> None:
         """Take rows in any order."""
-        self._held.append(rows)
+        if len(rows):
+            self._held.append(rows)
         self._held_bytes += rows.nbytes
         if self._held_bytes >= SPREAD_BYTES:
             self._spill()
