@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,9 +24,12 @@ SIGNS = r"!-@\[-`{-~"
 BESIDE_ASCII = r"(?![^\x00-\x7f])"
 # Possessive, so that no shorter run of letters is tried before an accented one: that word, and
 # what follows it up to the next space, stays whole.
+# Longer than any word of a language: lines without spaces are cut there, since SentencePiece takes
+# 65 bytes and more a character of what it is given at once.
+UP_TO = "{1,65536}"
 WORD = re.compile(
-    rf" *(?:[A-Za-z]++{BESIDE_ASCII}|[{SIGNS}]++{BESIDE_ASCII}|[^ \n{SPACE_MARK}]+)"
-    rf"|\n|{SPACE_MARK}| +"
+    rf" {{0,65536}}(?:[A-Za-z]{UP_TO}+{BESIDE_ASCII}|[{SIGNS}]{UP_TO}+{BESIDE_ASCII}"
+    rf"|[^ \n{SPACE_MARK}]{UP_TO})|\n|{SPACE_MARK}| {UP_TO}"
 )
 CROSSING = re.compile(
     rf"[A-Za-z][\x00-@\[-`{{-\x7f]|[{SIGNS}][\x00- A-Za-z\x7f]|[^{SPACE_MARK}]{SPACE_MARK}|[ \n]"
@@ -35,6 +38,7 @@ CROSSING = re.compile(
 KEPT_WORDS = 1 << 18
 # Longer words (base64, lines without spaces) hardly come twice.
 KEPT_WORD_CHARACTERS = 32
+SEARCHED_CHARACTERS = 1 << 18
 ID_TYPE = np.dtype(np.int32)
 
 
@@ -48,6 +52,19 @@ def keeps_words_apart(processor: SentencePieceProcessor) -> bool:
         if not any(kind(index) for kind in never_from_text)
     )
     return not any(map(CROSSING.search, texts))
+
+
+def pieces(words: list[str]) -> Iterator[list[str]]:
+    """Cut a list of words so that each part has some SEARCHED_CHARACTERS."""
+    part, characters = list[str](), 0
+    for word in words:
+        part.append(word)
+        characters += len(word)
+        if characters >= SEARCHED_CHARACTERS:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 class WordEncoder:
@@ -72,7 +89,8 @@ class WordEncoder:
             self._ids_of = dict(self._fixed)
             new = [word for word in used if word not in self._ids_of]
         if new:
-            self._ids_of.update(zip(new, self._search(new), strict=True))
+            for words in pieces(new):
+                self._ids_of.update(zip(words, self._search(words), strict=True))
         ids_of = self._ids_of.__getitem__
         found = [array("i", b"".join(map(ids_of, words))) for words in words_by_text]
         for word in new:
