@@ -187,7 +187,20 @@ def _plan(config: Config, corpus: Corpus, packed: Sequence[PackedSource]) -> Pla
     )
     notes = cut_notes([corpus.edits[s.name] for s in planned.streams if s.packing == "document"],
                       seq_len)  # fmt: skip
+    notes += silent_notes(config, corpus)
     return dataclasses.replace(planned, notes=(*planned.notes, *notes))
+
+
+def silent_notes(config: Config, corpus: Corpus) -> list[str]:
+    """Say where the mix gives Mode 2 no LM loss because its sources hold no assistant turn."""
+    flags = [source.info.get("flags", {}) for source in corpus.train if source.mode == 2]
+    has_turns = any(counts.get("role_assistant", 0) for counts in flags)
+    if config.mix.mode2_lm_loss != "assistant" or has_turns or not flags:
+        return []
+    return [
+        "mix.mode2_lm_loss is assistant, but no Mode 2 source holds an assistant turn: Mode 2 "
+        "carries no LM loss; set it to all to train on these texts"
+    ]
 
 
 def _open(root: Path, configs: tuple[SourceConfig, ...], mode: int | None) -> tuple[Source, ...]:

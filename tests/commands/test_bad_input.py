@@ -45,7 +45,7 @@ def refused_early(trained: Trained, tmp_path: Path) -> Callable[..., str]:
         (GOOD + '{"text": "cut\n', "in.jsonl:2: malformed JSON at column"),
         ("", "in.jsonl holds no documents"),
         (GOOD + f'{{"messages": [{TURN.replace("user", "human")}]}}\n',
-         'in.jsonl:2: messages[0].role is "human"; accepted are system, developer, user, assistant, tool'),
+         'in.jsonl:2: messages[0].role is "human"; accepted are system, developer, user'),
         (GOOD + f'{{"id": "b", "messages": [{TURN}]}}\n', "has lines of Mode 1 (text) and of"),
     ],
 )  # fmt: skip

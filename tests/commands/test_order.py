@@ -166,6 +166,20 @@ def test_an_exported_order_replays_without_the_data(
     assert "needs the data" in refusal(verb("order", out, "--document", "books/x"))
 
 
+def test_dialogues_without_assistant_turns_are_noted(
+    verb: Call, trained: Trained, tmp_path: Path
+) -> None:
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    info = json.loads((data / "chat.json").read_text())
+    words = ("order", trained.config, f"data.root={data}", "--plot", tmp_path / "plan.html")
+    for tokens, loss, is_noted in ((5, "assistant", 0), (0, "all", 0), (0, "assistant", 1)):
+        info["flags"]["role_assistant"] = tokens
+        (data / "chat.json").write_text(json.dumps(info))
+        assert verb(*words, f"mix.mode2_lm_loss={loss}").status == 0
+        page = (tmp_path / "plan.html").read_text()
+        assert page.count("no Mode 2 source holds an assistant turn") == is_noted
+
+
 def test_a_picture_of_the_plan(ask: Call, tmp_path: Path) -> None:
     out = tmp_path / "order.html"
     answer(ask("mix.mode2.sources.0.epochs_max=2", "--plot", out, "--json"))

@@ -267,3 +267,14 @@ def test_source_names_come_from_the_file() -> None:
     assert {file_stem(Path("x") / name) for name in names} == {"a"}
     assert file_stem(Path("v1.2.jsonl")) == "v1.2"
     assert json_lines([{"a": 1}]) == b'{"a": 1}\n'
+
+
+def test_a_window_beyond_the_limit_of_zstd_is_named(tmp_path: Path) -> None:
+    """A frame by hand: window of 2 GiB, one raw block."""
+    block = (len(GOOD) << 3 | 1).to_bytes(3, "little") + GOOD
+    path = tmp_path / "long.jsonl.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd\x00\xa8" + block)
+    with pytest.raises(DataError, match=r"window of more than 128 MiB; .* zstd -dc --long=31"):
+        lines_of(path)
+    path.write_bytes(b"\x28\xb5\x2f\xfd\x00\x58" + block)  # 2 MiB
+    assert lines_of(path) == [(1, GOOD)]

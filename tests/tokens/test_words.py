@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from typing import Any, cast
 
 import pytest
 import sentencepiece
@@ -65,3 +66,30 @@ def test_models_with_longer_pieces_encode_whole_texts() -> None:
 
 def test_our_own_models_use_the_table(tokenizer: Tokenizer) -> None:
     assert keeps_words_apart(tokenizer._processor)
+
+
+def test_a_word_beyond_all_bounds_takes_little_memory_and_reads_back(tokenizer: Tokenizer) -> None:
+    """Up to the bound a word is encoded at once; a longer one is cut into such words."""
+    bound = 65536
+    letters = "".join(random.Random(1).choices("abcdefghij", k=2 * bound + 5))
+    word = letters[:bound]
+    assert tokenizer.encode(word) == whole(tokenizer, word)
+    expected = [whole(tokenizer, letters[n : n + bound]) for n in (0, bound, 2 * bound)]
+    assert tokenizer.encode(letters) == [token_id for ids in expected for token_id in ids]
+    for text in (letters, "\u00e9" * (bound + 3), " " * (bound + 3) + "a"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_words_are_searched_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(f"sea{n} wave{n}" for n in range(300))
+    sizes = []
+
+    class Watched:
+        def encode(self, searched: str, num_threads: int) -> list[int]:
+            sizes.append(len(searched))
+            return list(tokenizer._processor.encode(searched, num_threads=num_threads))
+
+    monkeypatch.setattr(words, "SEARCHED_CHARACTERS", 100)
+    encoder = WordEncoder(cast(Any, Watched()), tokenizer._byte_ids)
+    assert encoder.encode_batch([text])[0].tolist() == whole(tokenizer, text)
+    assert max(sizes) < 150

@@ -44,6 +44,11 @@ class JsonLines:
                 if not line.isspace():
                     yield number, line
         except (EOFError, zlib.error, OSError) as error:
+            if "too much memory" in str(error):
+                raise DataError(
+                    f"{self.path} was compressed with a window of more than 128 MiB; accepted are "
+                    "smaller ones, so write it again: zstd -dc --long=31 FILE | zstd -o NEW.zst"
+                ) from None
             what = f"{self._compression} file" if self._compression else "file"
             raise DataError(
                 f"{self.path}:{number + 1}: the {what} is damaged or cut off near byte "
