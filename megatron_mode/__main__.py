@@ -12,14 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_mode import __version__
-from megatron_mode.command_line import (
-    BAD_INPUT,
-    CommandParser,
-    Formatter,
-    exit_status,
-    suggest,
-)
-from megatron_mode.errors import ConfigError
+from megatron_mode.command_line import CommandParser, Formatter, exit_status, suggest
+from megatron_mode.errors import ConfigError, ExitStatus
+from megatron_mode.streams import discard_stdout
 
 
 class Verb(NamedTuple):
@@ -68,7 +63,7 @@ def run_verb(arguments: Sequence[str]) -> int:
     """Run one verb and return its exit status; raises MegatronModeError for a user's mistake."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help_text())
-        return 0 if arguments else BAD_INPUT
+        return ExitStatus.DONE if arguments else ExitStatus.MISTAKE
     name, *rest = arguments
     if name == "--version":
         print(f"megatron-mode {__version__}")
@@ -90,7 +85,13 @@ def run_verb(arguments: Sequence[str]) -> int:
 
 def main() -> int:
     """Run the verb on the command line."""
-    return exit_status(lambda: run_verb(sys.argv[1:]))
+    try:
+        status = exit_status(lambda: run_verb(sys.argv[1:]))
+    except BrokenPipeError:
+        status = ExitStatus.BROKEN_PIPE
+    if status:
+        discard_stdout()
+    return status
 
 
 if __name__ == "__main__":

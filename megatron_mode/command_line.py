@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from megatron_mode.errors import ConfigError, MegatronModeError
+from megatron_mode.errors import ConfigError, ExitStatus, MegatronModeError
+from megatron_mode.streams import open_streams
 
-BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 # What the machine refuses, as opposed to what our code does wrong.
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT,
              errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -30,6 +30,11 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class CommandParser(argparse.ArgumentParser):
     """Report a usage error as one sentence that names the nearest option."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Begin; options of type Path expand `~`, which the shell leaves in --out=~/data."""
+        super().__init__(**settings)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage and leaving."""
@@ -54,6 +59,16 @@ def suggest(given: str, known: Sequence[str]) -> str:
     """Return the words that name the nearest known name, or nothing."""
     near = difflib.get_close_matches(given, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"the value is {text[:40]!r}, but no user of that name has a home folder; write the "
+            "path out"
+        ) from None
 
 
 def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
@@ -97,10 +112,10 @@ def exit_status(
 ) -> int:
     """Run a program and return its exit status; a user's mistake is one sentence, no traceback.
 
-    Bad input, a full disk or a read-only target give 2, a stop by a policy of `health` 3, Ctrl-C
-    130, a closed pipe 141. Our own bugs keep their traceback. `speaks(status)` is false in a
-    process whose peers print the sentence.
+    Our own bugs keep their traceback. `speaks(status)` is false in a process whose peers print the
+    sentence.
     """
+    open_streams()
 
     def say(sentence: str, status: int) -> int:
         if speaks(status):
@@ -113,11 +128,7 @@ def exit_status(
     except MegatronModeError as error:
         return say(f"error: {error}", error.exit_status)
     except KeyboardInterrupt:
-        return say("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit: give it a place that accepts the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return say("interrupted", ExitStatus.INTERRUPTED)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
@@ -125,6 +136,6 @@ def exit_status(
             f"error: {error.filename or 'the target'} cannot be used: {error.strerror}; accepted "
             "is a path that exists where it is read and a folder with write permission and room "
             "where it is written",
-            BAD_INPUT,
+            ExitStatus.MISTAKE,
         )
     return status

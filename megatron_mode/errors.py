@@ -1,10 +1,34 @@
 """Raise these for a user's mistake: a message names field, value, what is accepted and the fix."""
 
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """Name every status with which a program of ours ends by itself."""
+
+    DONE = 0
+    FAULT = 1
+    """A bug of ours, with a traceback; also where nobody knows which peer failed first."""
+    MISTAKE = 2
+    """Bad input, or a disk or folder that refuses: one sentence says what to mend."""
+    UNHEALTHY = 3
+    """A policy of `health` stopped the run."""
+    STALLED = 4
+    """A rank never joined, or nothing moved any more."""
+    STOPPED = 75
+    """Stopped early and saved: EX_TEMPFAIL of sysexits.h."""
+    INTERRUPTED = 130
+    """Ctrl-C."""
+    BROKEN_PIPE = 141
+    """Nobody reads the answer of a verb."""
+
 
 class MegatronModeError(Exception):
     """Report what a user can mend; programs print one sentence and leave with `exit_status`."""
 
-    exit_status = 2
+    exit_status = ExitStatus.MISTAKE
 
 
 class ConfigError(MegatronModeError):
@@ -24,12 +48,12 @@ class DamagedError(CheckpointError):
 
 
 class StallError(MegatronModeError):
-    """Report processes that wait for others in vain; `engine/watchdog` ends a run alike."""
+    """Raised when a rank never joins or stops responding; the watchdog ends a run alike."""
 
-    exit_status = 4
+    exit_status = ExitStatus.STALLED
 
 
 class HealthError(MegatronModeError):
     """Report that training ended because a step cannot be right (a policy of `health`)."""
 
-    exit_status = 3
+    exit_status = ExitStatus.UNHEALTHY

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from megatron_mode.mix.loader import StepBatch
 from megatron_mode.mix.order import Order, Rows
 from megatron_mode.process.failures import is_first_to_tell
 from megatron_mode.process.watchdog import Watchdog
-from megatron_mode.report.writers import HEALTH_FILE, append_event
+from megatron_mode.report.writers import HEALTH_FILE, write_event
 
 WORST_ROWS = 4
 KINDS = {DataError: "data", CheckpointError: "checkpoint", OSError: "disk"}
@@ -199,13 +198,6 @@ def tell_stall(folder: Path, sentence: str) -> None:
 def say_stall(sentence: str) -> None:
     """Print the sentence below the progress bar."""
     print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
-
-
-def write_event(folder: Path, kind: str, reason: str, action: str, **more: object) -> None:
-    """Write an event; a full disk, which may be what it tells of, is no further error."""
-    event = {"time": time.time(), "kind": kind, "action": action, "reason": reason}
-    with contextlib.suppress(OSError):
-        append_event(folder, {**event, **more})
 
 
 def row_losses(

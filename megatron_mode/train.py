@@ -43,10 +43,10 @@ from megatron_mode.model.size import parameters
 from megatron_mode.process.launch import Process
 from megatron_mode.process.stopping import Reason, Stopping, StopRequest
 from megatron_mode.process.watchdog import Watchdog
-from megatron_mode.recovery import Recovery, tell_stall, write_event
+from megatron_mode.recovery import Recovery, tell_stall
 from megatron_mode.report.run_log import RunLog
 from megatron_mode.report.step_metrics import StepTimer, metrics_line
-from megatron_mode.report.writers import write_environment
+from megatron_mode.report.writers import write_environment, write_event
 
 
 @dataclass(frozen=True)

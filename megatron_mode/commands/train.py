@@ -1,8 +1,8 @@
 """Train: `megatron-mode train --config configs/run/X.yaml [key.path=value ...]`.
 
 `deepspeed launch/pretrain.py`, `torchrun`, `srun python` and plain `python` start the same. A run
-resumes from the newest checkpoint of its folder. SIGTERM, SIGUSR1 or a near time limit stop it
-after a step: it saves and exits with status 75, so start it again.
+resumes from the newest checkpoint of its folder. SIGTERM, SIGUSR1, SIGHUP or a near time limit stop
+it after a step: it saves and exits with status 75, so start it again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_mode.command_line import CommandParser, exit_status
+from megatron_mode.errors import ExitStatus
 from megatron_mode.process.failures import (
-    FAULT,
     note_failure,
     outlast_peers,
     peers_status,
@@ -25,7 +25,8 @@ from megatron_mode.process.failures import (
 )
 from megatron_mode.process.job_end import job_end_seconds
 from megatron_mode.process.launch import identify, prepare_environment, quiet_libraries
-from megatron_mode.process.stopping import STOPPED, Reason, StopRequest
+from megatron_mode.process.stopping import Reason, StopRequest
+from megatron_mode.streams import outlast_readers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,16 +47,18 @@ def run(options: argparse.Namespace) -> NoReturn:
 def pretrain(options: argparse.Namespace, request: StopRequest) -> int:
     """Train; report what is wrong with the config or the data before torch loads."""
     process = identify(os.environ)
-    if process.rank == 0:
-        request.job_end_seconds = job_end_seconds(os.environ)
     from megatron_mode.config import check_world_size, load_config
     from megatron_mode.mix.corpus import check_corpus
-    from megatron_mode.report.writers import check_writable, silence_tensorboard
+    from megatron_mode.report.writers import check_writable, silence_tensorboard, write_event
 
     config = load_config(options.config, options.overrides)
+    run_dir = Path(config.run.dir)
+    outlast_readers(lambda loss: write_event(run_dir, "output", loss, "drop"))
     check_world_size(config, process.world_size)
     check_corpus(config)
-    check_writable(Path(config.run.dir))
+    check_writable(run_dir)
+    if process.rank == 0:
+        request.job_end_seconds = job_end_seconds(os.environ)
     prepare_environment(process)
     quiet_libraries()
     silence_tensorboard()
@@ -69,7 +72,7 @@ def pretrain(options: argparse.Namespace, request: StopRequest) -> int:
         # A write to a full disk names no file; whatever a run writes lies in its folder.
         error.filename = error.filename or config.run.dir
         raise
-    return STOPPED if stop else 0
+    return ExitStatus.STOPPED if stop else ExitStatus.DONE
 
 
 def supervise(program: Callable[[StopRequest], int]) -> int:
@@ -78,7 +81,7 @@ def supervise(program: Callable[[StopRequest], int]) -> int:
     try:
         status = exit_status(
             lambda: program(request),
-            lambda said: wait_to_speak(os.environ, said, lambda: request.reason is Reason.SIGTERM),
+            lambda said: wait_to_speak(os.environ, said, lambda: request.reason >= Reason.SIGHUP),
         )
     except RuntimeError:
         found = peers_status(os.environ)
@@ -86,9 +89,9 @@ def supervise(program: Callable[[StopRequest], int]) -> int:
             raise
         status = found
     except Exception:
-        note_failure(FAULT)
+        note_failure(ExitStatus.FAULT)
         raise
-    if status not in (0, STOPPED):
+    if status not in (ExitStatus.DONE, ExitStatus.STOPPED):
         outlast_peers(os.environ)
     return status
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from os.path import expanduser
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megatron_mode.config.mix import MixConfig
 from megatron_mode.config.section import (
@@ -17,6 +18,8 @@ from megatron_mode.config.section import (
     Section,
     Size,
 )
+
+FolderPath = Annotated[str, AfterValidator(expanduser)]
 
 
 class ModelConfig(Section):
@@ -51,7 +54,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Say where prepared sources and their tokenizer lie."""
 
-    root: str = "data/tiny"
+    root: FolderPath = "data/tiny"
     """Folder written by `megatron-mode prepare`."""
     workers: Annotated[int, Field(ge=1, le=LARGEST_THREADS)] = 1
     """Threads of each reading process that read rows ahead of the training loop."""
@@ -186,7 +189,7 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """Name the run, its length, its seed and its reports."""
 
-    dir: str = "runs/tiny"
+    dir: FolderPath = "runs/tiny"
     """Run folder: config, metrics, checkpoints, report."""
     resume_from: Annotated[str, Field(pattern=r"^step-[0-9]+$")] | None = None
     """step-N: go back to this checkpoint, once; a checkpoint saved since then is resumed as usual,

@@ -173,6 +173,11 @@ def _check_places(folder: str, root: str, name: str) -> Iterator[str]:
                 f"{key} is {text[:60]!r}; accepted: text that is not empty, without line breaks "
                 "and control characters; name it anew"
             )
+        if key != "model.name" and text.startswith("~"):
+            yield (
+                f"{key} is {text[:60]!r}: accepted after ~ is nothing or the name of a user with a "
+                "home folder; write the path out, or ./~ for a folder of that name"
+            )
     if any(sign in folder for sign in "*?["):
         yield (
             f"run.dir is {folder[:60]!r}; accepted: a path without *, ? and [, by which "

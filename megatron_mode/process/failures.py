@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
+from megatron_mode.errors import ExitStatus
+
 COUNT_KEY, STATUS_KEY, EVENT_KEY = "failures", "failure status", "failure event"
 OUTLAST_SECONDS = 5.0
-FAULT = 1
 
 
 def wait_to_speak(
@@ -59,9 +60,9 @@ def peers_status(environment: Mapping[str, str]) -> int | None:
     This process is counted as failed with a fault, which is also said where rank 0 is gone and
     nobody knows: launchers report the largest status, or that of the first to leave.
     """
-    order = note_failure(FAULT)
+    order = note_failure(ExitStatus.FAULT)
     if order is None:
-        return None if _is_rank_0(environment) else FAULT
+        return None if _is_rank_0(environment) else ExitStatus.FAULT
     return None if order == 1 else _told_status()
 
 
@@ -112,7 +113,7 @@ def _told_status() -> int:
         _store().wait([STATUS_KEY], timedelta(seconds=OUTLAST_SECONDS))
         return int(_store().get(STATUS_KEY))
     except RuntimeError:
-        return FAULT
+        return ExitStatus.FAULT
 
 
 def _store() -> Any:

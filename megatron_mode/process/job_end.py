@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
@@ -26,6 +27,8 @@ def job_end_seconds(
 ) -> float | None:
     """Return the end of the Slurm job in Unix time; None outside Slurm and without a limit.
 
+    An end that has passed is another job's: a shell that outlived its job keeps the variables.
+
     SLURM_JOB_END_TIME came after Slurm 22.05; where it is missing the controller is asked once, by
     rank 0 only: a thousand ranks that ask at once would stall it.
     """
@@ -33,9 +36,18 @@ def job_end_seconds(
     if job_id is None:
         return None
     stated = environment.get("SLURM_JOB_END_TIME", "")
-    if stated.isdecimal():
-        return float(stated)
     try:
-        return datetime.fromisoformat(ask(job_id).strip()).timestamp()
+        end = float(stated) if stated.isdecimal() else _local_time(ask(job_id).strip())
     except ValueError:  # N/A, NONE or Unknown: there is no limit
         return None
+    if end <= time.time():
+        print(
+            f"note: job {job_id} of SLURM_JOB_ID ended at {datetime.fromtimestamp(end)}, before "
+            "this start: its time limit is ignored"
+        )
+        return None
+    return end
+
+
+def _local_time(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()

@@ -16,6 +16,24 @@ from dataclasses import dataclass, replace
 from megatron_mode.errors import ConfigError
 
 
+def _is_in_shell(environment: Mapping[str, str]) -> bool:
+    """Tell whether a user typed the command in a shell of `srun --pty`: it is alone there.
+
+    The shell is a task and hands its variables down. The tasks of a further srun inherit
+    SLURM_PTY_PORT, but they have no terminal.
+    """
+    is_task_itself = environment.get("SLURM_TASK_PID") == str(os.getpid())
+    return "SLURM_PTY_PORT" in environment and not is_task_itself and _has_terminal()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Process:
     """Say which process this is and where the group meets."""
@@ -38,9 +56,10 @@ def identify(environment: Mapping[str, str]) -> Process:
 
     Raises ConfigError when a launcher's variables are incomplete or contradict each other.
     """
+    is_task = environment.keys() >= {"SLURM_PROCID", "SLURM_STEP_ID"}
     if "RANK" in environment:
         process = _from_torch_variables(environment)
-    elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+    elif is_task and not _is_in_shell(environment):
         process = _from_slurm(environment)
     else:
         process = Process(0, 1, 0, 1, "127.0.0.1", _free_port(), "python")
@@ -147,10 +166,12 @@ def _check_agreement(process: Process, environment: Mapping[str, str]) -> None:
     machines = -(-process.world_size // process.local_world_size)
     too_few_machines = machines < (min(nodes, 2) if process.launcher == "srun" else nodes)
     if process.world_size < tasks or too_few_machines:
+        # The step of an `srun --pty` shell holds the job's resources: srun would wait for them.
+        srun = "srun --overlap" if "SLURM_PTY_PORT" in environment else "srun"
         raise ConfigError(
             f"the allocation has SLURM_NTASKS = {tasks} on SLURM_NNODES = {nodes} but "
             f"{process.launcher} started {process.world_size}, {process.local_world_size} "
-            "of them here: accepted is a run that fills it; start with srun, give deepspeed a "
+            f"of them here: accepted is a run that fills it; start with {srun}, give deepspeed a "
             "hostfile, or unset both"
         )
 

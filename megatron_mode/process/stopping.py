@@ -1,10 +1,10 @@
 """Stop a run early without losing a step: on a signal, or before a time limit.
 
-SIGTERM and SIGUSR1 only set a flag. After each step all ranks agree on the largest reason that one
-of them has, by an all-reduce of one number, and so stop at the same step, save and leave with
-`STOPPED`. A signal during an evaluation or a save waits for its end, one more changes nothing, and
-every start takes at least one step, while there is one, so that a run which is stopped again and
-again still moves on.
+SIGTERM, SIGUSR1 and SIGHUP only set a flag. After each step all ranks agree on the largest reason
+that one of them has, by an all-reduce of one number, and so stop at the same step, save and exit
+with status 75. A signal during an evaluation or a save waits for its end, and a second one changes
+nothing. Every start takes at least one step while there is one, so that a run which is stopped
+again and again still moves on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Literal, Self
 if TYPE_CHECKING:  # the program listens for signals before it imports what takes time
     from megatron_mode.config.fields import RunConfig
 
-# Exit status of a run that was stopped early and has saved: EX_TEMPFAIL of sysexits.h.
-STOPPED = 75
 # A save that is under way in the background must end before the last one begins.
 SAVE_FACTOR = 2.0
 REMEMBERED = 8
@@ -36,7 +34,8 @@ class Reason(IntEnum):
     NONE = 0
     TIME_LIMIT = 1
     SIGUSR1 = 2
-    SIGTERM = 3
+    SIGHUP = 3
+    SIGTERM = 4
 
 
 class StopRequest:
@@ -49,8 +48,10 @@ class StopRequest:
         self.reason = Reason.NONE
 
     def listen(self) -> Self:
-        """Let SIGTERM and SIGUSR1 set the flag instead of ending the process."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        """Let signals set the flag instead of ending the process; `nohup` keeps its meaning."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             signal.signal(number, self._note)
             # System calls of libraries go on where they were, rather than fail with EINTR.
             signal.siginterrupt(number, False)

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -112,10 +113,18 @@ class MetricsWriter:
         self.close()
 
 
-def append_event(run_dir: Path, event: Mapping[str, object]) -> None:
-    """Append one object to RUN/health.jsonl; any rank may."""
-    with (run_dir / HEALTH_FILE).open("a", encoding="utf-8") as lines:
-        lines.write(_to_json(event) + "\n")
+def write_event(run_dir: Path, kind: str, reason: str, action: str, **more: object) -> bool:
+    """Append an event to RUN/health.jsonl, as any rank may; tell whether the disk took it.
+
+    A full disk, of which the event may tell, is no further error.
+    """
+    event = {"time": time.time(), "kind": kind, "action": action, "reason": reason, **more}
+    try:
+        with (run_dir / HEALTH_FILE).open("a", encoding="utf-8") as lines:
+            lines.write(_to_json(event) + "\n")
+    except OSError:
+        return False
+    return True
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, object]) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 from forked_pretrain import Server
 from run_files import metrics
-from tiny_run import Outcome, Trained, tree
+from tiny_run import PRETRAIN, ROOT, Outcome, Trained, tree, variables
 
 Call = Callable[..., Outcome]
 ONLY_MODE_1 = ("mix.mode2.sources=[]", "mix.mode2_fraction.start=0")
@@ -109,3 +111,60 @@ def test_a_longer_run_whose_past_is_unchanged_goes_on(pretrain: Call, tmp_path: 
     longer = pretrain(fixed, "run.steps=4", "mix.mode2.sources.0.weight=1.0")
     assert longer.status == 0, longer.err
     assert "resumes at step 3" in longer.out
+
+
+@pytest.mark.parametrize("output", ["no reader", "/dev/full"])
+def test_a_run_outlives_what_reads_its_output(
+    trained: Trained, tmp_path: Path, output: str
+) -> None:
+    """It takes all steps, writes the report and exits as the table says; the loss is on record."""
+    log = Path("/dev/full")
+    if output == "no reader":
+        log = tmp_path / "pipe"
+        os.mkfifo(log)
+        reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    with log.open("w") as writer:
+        if output == "no reader":
+            os.close(reader)
+        places = (f"data.root={trained.data}", f"run.dir={tmp_path / 'run'}")
+        done = subprocess.run(
+            [sys.executable, str(PRETRAIN), "--config", str(trained.config), *places],
+            stdout=writer,
+            stderr=writer,
+            check=False,
+            cwd=ROOT,
+            env=variables(),
+        )
+    assert done.returncode == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 0
+    (line,) = (tmp_path / "run" / "health.jsonl").read_text().splitlines()
+    event = json.loads(line)
+    assert (event["kind"], event["action"]) == ("output", "drop")
+    assert "cannot be written" in event["reason"]
+
+
+def test_a_run_whose_terminal_hangs_up_saves(
+    server: Server, trained: Trained, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    places = ("--config", trained.config, f"data.root={trained.data}", f"run.dir={run}")
+    started = server.start(*places, "run.steps=100000", "run.eval_every_steps=0")
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or not metrics(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(started.process_id, signal.SIGHUP)
+    outcome = started.wait()
+    assert outcome.status == 75, outcome.err
+    assert "(SIGHUP) and saved in" in outcome.out
+    assert (run / "checkpoints/latest").read_text() == f"step-{len(metrics(run)):08d}"
+
+
+def test_a_tilde_in_the_config_is_the_home_folder(
+    pretrain: Call, trained: Trained, tmp_path: Path
+) -> None:
+    words = ("run.dir=~/run", f"data.root=~/{trained.data.name}")
+    outcome = pretrain(*words, "run.eval_every_steps=0", HOME=str(trained.data.parent))
+    assert trained_steps(outcome, trained.data.parent / "run") == [1, 2, 3]
+    assert not (ROOT / "~").exists()

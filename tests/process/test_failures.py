@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from megatron_mode.errors import ExitStatus
 from megatron_mode.process import failures
 
 
@@ -37,7 +38,7 @@ def test_the_others_leave_with_the_status_of_the_first(joined, status):
 def test_the_first_to_fail_with_a_fault_is_one_itself(joined):
     first, second = ranks(2)
     assert failures.peers_status(first) is None
-    assert failures.peers_status(second) == failures.FAULT
+    assert failures.peers_status(second) == ExitStatus.FAULT
 
 
 def test_one_speaks_and_one_writes_it_down(joined):
@@ -55,7 +56,7 @@ def test_a_status_that_is_still_on_its_way_is_waited_for(joined):
     assert failures.peers_status(ranks(2)[1]) == 3
     late.join()
     joined.delete_key(failures.STATUS_KEY)
-    assert failures.peers_status(ranks(2)[1]) == failures.FAULT, "it never comes"
+    assert failures.peers_status(ranks(2)[1]) == ExitStatus.FAULT, "it never comes"
 
 
 def test_a_lost_peer_is_told_from_a_file_that_does_not_fit():
@@ -76,5 +77,5 @@ def test_a_rank_whose_store_is_gone_says_nothing_new(joined, monkeypatch):
 
     monkeypatch.setattr(failures, "_store", gone)
     first, second = ranks(2)
-    assert failures.peers_status(second) == failures.FAULT
+    assert failures.peers_status(second) == ExitStatus.FAULT
     assert failures.peers_status(first) is None, "it holds the store, so this is its own fault"

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mode.errors import ConfigError
+from megatron_mode.process import launch
 from megatron_mode.process.launch import (
     Process,
     cpu_threads,
@@ -79,6 +80,32 @@ def test_one_process_of_deepspeed_needs_no_local_rank():
     environment = without(DEEPSPEED, "LOCAL_RANK", "LOCAL_SIZE") | {"RANK": "0", "WORLD_SIZE": "1"}
     process = identify(environment)
     assert (process.local_rank, process.local_world_size) == (0, 1)
+
+
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_a_shell_of_srun_pty_runs_one_process_or_refuses(monkeypatch, tasks):
+    """By its variables it is one task of four: the run waited for three that nobody started."""
+    monkeypatch.setattr(launch, "_has_terminal", lambda: True)
+    shell = SRUN | {
+        "SLURM_PTY_PORT": "40000",
+        "SLURM_TASK_PID": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_NNODES": "1",
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_STEP_TASKS_PER_NODE": str(tasks),
+    }
+    if tasks == 1:
+        assert identify(shell).launcher == "python"
+        return
+    for environment in (shell, without(shell, *MEETING)):
+        with pytest.raises(ConfigError, match=r"python started 1, .*start with srun --overlap"):
+            identify(environment)
+    # The tasks of srun itself, also of one that the shell starts, are a run of four.
+    assert identify(shell | {"SLURM_TASK_PID": str(os.getpid())}).world_size == 4
+    monkeypatch.setattr(launch, "_has_terminal", lambda: False)
+    assert identify(shell).world_size == 4
 
 
 def test_without_a_local_size_all_processes_are_on_one_machine():

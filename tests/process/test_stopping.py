@@ -23,11 +23,13 @@ from megatron_mode.process.stopping import (
     TimeLimit,
 )
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
 
 @pytest.fixture
 def request_():
     """Listen to signals, and give the process its own handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield StopRequest().listen()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -56,6 +58,18 @@ def test_signals_set_the_flag_and_the_larger_reason_stays(request_):
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert request_.reason is Reason.SIGTERM
+
+
+def test_a_terminal_that_hangs_up_stops_the_run(request_):
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert request_.reason is Reason.SIGHUP
+
+
+def test_nohup_keeps_its_meaning(request_):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request_.listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert request_.reason is Reason.NONE
 
 
 def test_a_blocking_read_goes_on_after_a_signal(request_):
@@ -204,7 +218,19 @@ def test_a_signal_in_the_end_is_seen(monkeypatch):
     assert decided.in_the_end() is Reason.SIGUSR1
 
 
+def test_the_end_of_a_job_before_this_start_is_ignored_with_a_note(monkeypatch, capsys):
+    """A shell that outlived its job keeps SLURM_JOB_END_TIME; each start took a single step."""
+    left_over = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1000"}
+    monkeypatch.setattr(time, "time", lambda: 1001.0)
+    assert job_end_seconds(left_over) is None
+    assert capsys.readouterr().out.startswith("note: job 7 of SLURM_JOB_ID ended at 1970-01-01")
+    monkeypatch.setattr(time, "time", lambda: 999.0)
+    assert job_end_seconds(left_over) == 1000
+    assert capsys.readouterr().out == ""
+
+
 def test_the_end_of_a_job_is_read_or_asked_for(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 0.0)
     asked = []
 
     def squeue(answer):

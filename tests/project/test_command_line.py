@@ -1,14 +1,17 @@
 """`megatron-mode` starts at once and answers mistakes with one sentence and status 2."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_mode.__main__ import VERBS, run_verb
-from megatron_mode.command_line import exit_status
+from megatron_mode.command_line import CommandParser, exit_status
 from megatron_mode.errors import ConfigError, DataError
 
 HELP_SECONDS = 0.5
@@ -119,3 +122,48 @@ def test_a_closed_pipe_is_quiet():
     )
     os.close(write_end)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_the_terminal_cannot_encode_is_escaped_as_json_does(encoding):
+    text = "é “Ж” 😀"
+    script = (
+        "import json, sys\nfrom megatron_mode.command_line import CommandParser, exit_status\n"
+        "sys.exit(exit_status(lambda: print(json.dumps(sys.argv[1], ensure_ascii=False)) or 0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, text],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout.decode(encoding)) == text
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"), [(">&-", 0), (">&- 2>&-", 0), ("2>&-", 0), (">/dev/full", 2)]
+)
+def test_output_that_is_closed_or_full_is_no_traceback(redirection, status):
+    command = f"{shlex.quote(sys.executable)} -m megatron_mode --help {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_a_closed_stderr_does_not_put_messages_into_the_answer():
+    command = f"{shlex.quote(sys.executable)} -m megatron_mode scoer 2>&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch, tmp_path):
+    """The shell leaves it alone in --out=~/data."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = CommandParser()
+    parser.add_mutually_exclusive_group().add_argument("--out", type=Path, nargs="+")
+    assert parser.parse(["--out", "~/a", "b/~"]).out == [tmp_path / "a", Path("b/~")]
+    assert parser.parse(["--out=~"]).out == [tmp_path]
+    with pytest.raises(ConfigError, match="'~no-such-user/a', but no user of that name"):
+        parser.parse(["--out=~no-such-user/a"])

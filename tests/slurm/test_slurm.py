@@ -9,7 +9,7 @@ import time
 import pytest
 from run_files import metrics
 
-from megatron_mode.process.stopping import STOPPED
+from megatron_mode.errors import ExitStatus
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 
@@ -147,7 +147,7 @@ def test_a_wrong_world_size_is_refused(cluster, run_file, tmp_path):
 
 
 def test_a_mistake_is_told_once_and_not_requeued(cluster, run_file, tmp_path):
-    assert STOPPED == 75, "the batch files write it as a number"
+    assert ExitStatus.STOPPED == 75, "the batch files write it as a number"
     overrides = ("--config", run_file, f"run.dir={tmp_path}/run", "model.kv_heads=3")
     job = cluster.submit(*TWO_NODES, BATCH, *overrides)
     facts = cluster.wait(job)

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-INTERRUPTED = 130
+from megatron_mode.errors import ExitStatus
+
 COLUMNS = (
     ("source", 28), ("mode", 5), ("rendering", 10), ("documents", 13), ("tokens", 16),
     ("text bytes", 17), ("tokens/byte", 12), ("copies", 9), ("held out", 9),
@@ -37,7 +38,7 @@ def stoppable(out: Path) -> Iterator[None]:
             file=sys.stderr,
         )
         raise SystemExit(
-            INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
+            ExitStatus.INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         ) from None
     except OSError as error:
         raise disk_error(error, out) from None
