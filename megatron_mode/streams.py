@@ -76,7 +76,7 @@ def outlast_readers(note: Note) -> None:
 
     At a loss `note` gets a sentence, until it returns True for one.
     """
-    noted = []
+    noted: list[str] = []
 
     def note_once(sentence: str) -> bool:
         if not noted and note(sentence):

@@ -158,7 +158,7 @@ def test_a_run_whose_terminal_hangs_up_saves(
     outcome = started.wait()
     assert outcome.status == 75, outcome.err
     assert "(SIGHUP) and saved in" in outcome.out
-    assert (run / "checkpoints/latest").read_text() == f"step-{len(metrics(run)):08d}"
+    assert (run / "checkpoints/latest").read_text().strip() == f"step-{len(metrics(run)):08d}"
 
 
 def test_a_tilde_in_the_config_is_the_home_folder(
