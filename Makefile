@@ -47,6 +47,7 @@ lint: dev
 	ruff format --check .
 	mypy
 	lint-imports
+	pytest -q tests/project/test_unused.py
 
 # Two processes, as most tests use one core; a Slurm cluster and its jobs get the machine alone.
 test: lint slurm

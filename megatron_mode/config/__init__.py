@@ -1,13 +1,12 @@
 """Configure a run: frozen fields, YAML presets, dotted overrides, all validation; no torch."""
 
-from megatron_mode.config.describe import FieldDescription, describe_fields
+from megatron_mode.config.describe import describe_fields
 from megatron_mode.config.fields import Config
 from megatron_mode.config.load import build_config, dump_config, load_config
 from megatron_mode.config.rules import check_world_size
 
 __all__ = [
     "Config",
-    "FieldDescription",
     "build_config",
     "check_world_size",
     "describe_fields",

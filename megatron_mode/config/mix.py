@@ -9,6 +9,8 @@ from pydantic import Field
 
 from megatron_mode.config.section import Count, CountOrZero, Fraction01, Section, Weight
 
+Shape = Literal["constant", "linear", "cosine", "step", "piecewise"]
+
 
 class SourceConfig(Section):
     """Name one prepared source and its share inside its mode."""
@@ -44,7 +46,7 @@ class SourcesConfig(Section):
 class Mode2FractionConfig(Section):
     """Schedule the share of Mode 2 rows by tokens seen."""
 
-    shape: Literal["constant", "linear", "cosine", "step", "piecewise"] = "constant"
+    shape: Shape = "constant"
     """constant holds start; linear and cosine go from start to end between begin_tokens and
     end_tokens; step jumps from start to end at begin_tokens; piecewise joins points by lines."""
     start: Fraction01 = Decimal("0.5")

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from megatron_mode.config.mix import (
     CohortConfig,
@@ -16,8 +16,10 @@ from megatron_mode.config.mix import (
     MixConfig,
     Mode2FractionConfig,
     RoleWeightsConfig,
+    Shape,
     SourceConfig,
 )
+from megatron_mode.config.yaml_text import write_value
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -29,47 +31,48 @@ class Rule(NamedTuple):
     check: Callable[..., Iterator[str]]
 
 
+def _keys_of(shape: Shape) -> tuple[str, ...]:
+    """Name the keys that a shape uses beside `start`."""
+    match shape:
+        case "constant":
+            return ()
+        case "linear" | "cosine":
+            return ("end", "begin_tokens", "end_tokens")
+        case "step":
+            return ("end", "begin_tokens")
+        case "piecewise":
+            return ("points",)
+    assert_never(shape)
+
+
 def _check_fraction(plan: Mode2FractionConfig) -> Iterator[str]:
     """Require the keys that a shape uses, refuse the ones that it would ignore."""
-    here = "mix.mode2_fraction"
-    needs_end = plan.shape in ("linear", "cosine", "step")
-    uses_end_tokens = plan.shape in ("linear", "cosine")
-    if needs_end and plan.end is None:
+    here, used = "mix.mode2_fraction", _keys_of(plan.shape)
+    for name in ("end", "begin_tokens", "end_tokens", "points"):
+        given, default = getattr(plan, name), Mode2FractionConfig.model_fields[name].default
+        if name not in used and given != default:
+            yield (
+                f"{here}.{name} is {write_value(given)}; accepted: {write_value(default)} for "
+                f"shape {plan.shape}; remove it"
+            )
+    if "end" in used and plan.end is None:
         yield f"{here}.end is null; accepted: a fraction for shape {plan.shape}; set it"
-    if not needs_end and plan.end is not None:
-        yield f"{here}.end is {plan.end}; accepted: null for shape {plan.shape}; remove it"
-    if not needs_end and plan.begin_tokens:
+    if "points" in used and not plan.points:
+        yield f"{here}.points is empty; accepted: a list of [tokens, fraction]; add it"
+    end_tokens = plan.end_tokens
+    if "end_tokens" in used and end_tokens is not None and end_tokens <= plan.begin_tokens:
         yield (
-            f"{here}.begin_tokens is {plan.begin_tokens}; accepted: 0 for shape {plan.shape}; "
-            "remove it"
-        )
-    if not uses_end_tokens and plan.end_tokens is not None:
-        yield (
-            f"{here}.end_tokens is {plan.end_tokens}; accepted: null for shape {plan.shape}; "
-            "remove it"
-        )
-    if uses_end_tokens and plan.end_tokens is not None and plan.end_tokens <= plan.begin_tokens:
-        yield (
-            f"{here}.end_tokens is {plan.end_tokens}; accepted: more than begin_tokens = "
+            f"{here}.end_tokens is {end_tokens}; accepted: more than begin_tokens = "
             f"{plan.begin_tokens}; raise it, or use shape step"
         )
-
-
-def _check_points(plan: Mode2FractionConfig) -> Iterator[str]:
-    here = "mix.mode2_fraction.points"
-    tokens = [point[0] for point in plan.points]
-    if plan.shape != "piecewise" and plan.points:
-        yield f"{here} is given; accepted: none for shape {plan.shape}; use shape piecewise"
-    if plan.shape == "piecewise" and not plan.points:
-        yield f"{here} is empty; accepted: a list of [tokens, fraction] for piecewise; add it"
-    yield from _check_table(here, tokens)
+    yield from _check_table(f"{here}.points", [tokens for tokens, _ in plan.points])
 
 
 def _check_fraction_fits_run(
     plan: Mode2FractionConfig, steps: int, global_rows: int, seq_len: int
 ) -> Iterator[str]:
     total_tokens = steps * global_rows * seq_len
-    needs_room = plan.shape in ("linear", "cosine") and plan.end_tokens is None
+    needs_room = "end_tokens" in _keys_of(plan.shape) and plan.end_tokens is None
     if needs_room and plan.begin_tokens >= total_tokens:
         yield (
             f"mix.mode2_fraction.begin_tokens is {plan.begin_tokens}; accepted: less than the "
@@ -240,7 +243,6 @@ def _check_cohort(key: str, cohort: CohortConfig, steps: int) -> Iterator[str]:
 
 MIX_RULES = (
     Rule(("mix.mode2_fraction",), _check_fraction),
-    Rule(("mix.mode2_fraction",), _check_points),
     Rule(
         ("mix.mode2_fraction", "run.steps", "batch.global_rows", "model.seq_len"),
         _check_fraction_fits_run,

@@ -71,7 +71,7 @@ BROKEN = [
         "mix.mode2_fraction.begin_tokens is 9",
         "accepted: 0",
     ),
-    (["mix.mode2_fraction.points=[[0, 0.1]]"], "mix.mode2_fraction.points is given", "piecewise"),
+    (["mix.mode2_fraction.points=[[0, 0.1]]"], "mix.mode2_fraction.points is [[0, 0.1]]", "linear"),
     ([PIECEWISE + "[]}"], "mix.mode2_fraction.points is empty", "add it"),
     ([PIECEWISE + "[[9, 0.1], [9, 0.2]]}"], "points has 9 tokens after 9", "rising"),
     (["mix.mode1.sources.0.name=bfcl"], "the source name 'bfcl' stands 2 times", "once"),
