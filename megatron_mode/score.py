@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mode.checkpoint.integrity import check_files
 from megatron_mode.checkpoint.load import load_decoder, resolve_folder
-from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
+from megatron_mode.checkpoint.manifest import TOKENIZER_NAME, check_files
 from megatron_mode.config.fields import LossConfig
 from megatron_mode.errors import CheckpointError
 from megatron_mode.kernels.mode_loss import Targets

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, current_checkpoint
-from megatron_mode.checkpoint.integrity import check_files
-from megatron_mode.checkpoint.manifest import Manifest, read_manifest, saved_config
+from megatron_mode.checkpoint.manifest import Manifest, check_files, read_manifest, saved_config
 from megatron_mode.checkpoint.unpickle import load_tensors
 from megatron_mode.config import Config
 from megatron_mode.cost.ranks import layer_file

@@ -19,8 +19,7 @@ from megatron_mode.checkpoint.folders import (
     step_of,
     tag_of,
 )
-from megatron_mode.checkpoint.integrity import check_shared
-from megatron_mode.checkpoint.manifest import Manifest, read_manifest, saved_config
+from megatron_mode.checkpoint.manifest import Manifest, check_shared, read_manifest, saved_config
 from megatron_mode.checkpoint.order_record import OrderRecord, precision_name
 from megatron_mode.checkpoint.probe import Probe
 from megatron_mode.checkpoint.replay import setting_differences

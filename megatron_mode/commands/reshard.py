@@ -129,8 +129,8 @@ def rewrite(source: Path, manifest: Manifest, threads: int, quiet: bool) -> dict
 
     from megatron_mode.checkpoint.files import differences
     from megatron_mode.checkpoint.folders import universal_of
-    from megatron_mode.checkpoint.integrity import check_files
     from megatron_mode.checkpoint.load import join_alone
+    from megatron_mode.checkpoint.manifest import check_files
     from megatron_mode.checkpoint.reshard import reshard
 
     folder = universal_of(source)

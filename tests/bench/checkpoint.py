@@ -103,8 +103,7 @@ def measure_saves(run: Run, rounds: int) -> dict[str, object]:
 
 def measure_resume(run: Run) -> dict[str, float]:
     """Go on from the checkpoint and take one step; times of each part in seconds."""
-    from megatron_mode.checkpoint.integrity import check_shared
-    from megatron_mode.checkpoint.manifest import read_manifest
+    from megatron_mode.checkpoint.manifest import check_shared, read_manifest
     from megatron_mode.checkpoint.resume import resume
 
     probe, record, steps = parts_of(run)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_mode.checkpoint import files
-from megatron_mode.checkpoint.integrity import check_files
+from megatron_mode.checkpoint.manifest import check_files
 from megatron_mode.errors import CheckpointError, DamagedError
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mode.checkpoint.snapshot import Snapshots
+from megatron_mode.checkpoint.writer import Snapshots
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
 TENSORS = st.builds(
