@@ -237,11 +237,15 @@ def test_a_turn_that_is_not_to_be_learnt_is_flagged(
     assert bytes(flag & ~NO_LM_LOSS for flag in flags) == other_flags
 
 
-def test_marks_reach_a_prepared_source(tmp_path: Path, run_prepare: RunPrepare) -> None:
+def test_marks_and_ignored_fields_reach_what_is_prepared(
+    tmp_path: Path, run_prepare: RunPrepare, capsys: pytest.CaptureFixture[str]
+) -> None:
     messages = [USER, {**SUNNY, "content": "WRONG", "weight": 0}, {**USER, "name": "A"}, SUNNY]
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"id": "a", "messages": messages}) + "\n")
-    assert run_prepare("--input", path, "--out", tmp_path / "data", "--plain-share", "0") == 0
+    words = ("--input", path, "--out", tmp_path / "data", "--plain-share", "0", "--json")
+    assert run_prepare(*words) == 0
+    assert json.loads(capsys.readouterr().out)["ignored_fields"] == {"name": 1}
     info = Source.open(tmp_path / "data", "chat").info
     assert 0 < info["flags"]["no_lm_loss"] < info["flags"]["role_assistant"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ class EncodedBatch:
     blocks: dict[tuple[str, int], Block]
     """Documents by source and mode."""
     bad_lines: list[tuple[int, str]]
+    ignored: Counter[str]
+    """Fields of turns that change no text."""
 
 
 def check_readable(paths: Sequence[Path]) -> None:
@@ -140,7 +143,9 @@ def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> Encode
         payload += flags
         payload += name
     blocks = {key: Block(np.array(rows[key], RECORD), bytes(payloads[key])) for key in rows}
-    return EncodedBatch(batch.path, (batch.input_index, batch.numbers[-1]), blocks, bad_lines)
+    end = (batch.input_index, batch.numbers[-1])
+    ignored = Counter(name for _, document in documents for name in document.ignored)
+    return EncodedBatch(batch.path, end, blocks, bad_lines, ignored)
 
 
 def order_key(

@@ -49,6 +49,12 @@ class Tokenised:
             counts.update(unit.facts["bad_lines"])
         return counts
 
+    @property
+    def ignored_fields(self) -> dict[str, int]:
+        """Count the fields of turns that change no text, by name."""
+        found = sum((Counter(u.facts["ignored_fields"]) for u in self.units), Counter[str]())
+        return dict(sorted(found.items()))
+
     def first_bad_lines(self, names: list[str]) -> list[str]:
         """Describe the first bad lines."""
         found = sorted(tuple(line) for unit in self.units for line in unit.facts["first_bad_lines"])
@@ -95,6 +101,7 @@ def gather_sources(
         "bad_lines": sum(bad_lines.values()),
         "bad_lines_by_input": named(bad_lines, names),
         "first_bad_lines": tokenised.first_bad_lines(names),
+        "ignored_fields": tokenised.ignored_fields,
         "sources": sorted(sources, key=lambda summary: str(summary["name"])),
         "modes": totals_by_mode(by_source),
         "warnings": split_warnings(plan, outputs),

@@ -115,6 +115,7 @@ class UnitWriter:
             # By input index as text: JSON has no other keys.
             "bad_lines": dict(Counter(str(index) for index, _, _ in found)),
             "first_bad_lines": found[:SHOWN_BAD_LINES],
+            "ignored_fields": dict(Counter(n for b in self._batches for n in b.ignored.elements())),
         }
         self._write(unit)
         stored = asdict(unit)
