@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from megatron_mode.kernels.mode_loss import tiling
-from megatron_mode.kernels.mode_loss.dlogits import dlogits
-from megatron_mode.kernels.mode_loss.lse_forward import lse_forward, merge_tiles
-from megatron_mode.kernels.mode_loss.mode_gradient import hidden_gradient, mode_weight_gradient
-from megatron_mode.kernels.mode_loss.prologue import mode_prologue
+from megatron_mode.kernels.mode_loss.lm_kernels import dlogits, lse_forward, merge_tiles
+from megatron_mode.kernels.mode_loss.mode_kernels import (
+    hidden_gradient,
+    mode_prologue,
+    mode_weight_gradient,
+)
 
 TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPES = {name: dtype for dtype, name in TRITON_TYPES.items()}

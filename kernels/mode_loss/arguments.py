@@ -14,13 +14,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INDEX_DTYPES = (torch.int64, torch.int32)
-Naming = Callable[[int], list[int]]
-"""The index of a token in hidden_ND to its index in the targets, for messages."""
-
-
-class TargetRangeError(ValueError):
-    """Report a target outside the vocabulary at a token whose LM weight is not zero."""
+IMPLEMENTATIONS = ("triton", "chunked", "reference")
 
 
 @dataclass(frozen=True)
@@ -42,19 +36,8 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class TokenTargets:
-    """Hold the targets in the token order of hidden_ND, weights in the accumulation dtype."""
-
-    target_N: Tensor
-    lm_weight_N: Tensor
-    mode_label_N: Tensor
-    mode_weight_N: Tensor
-    lm_rows_n: Tensor | None
-
-
-@dataclass(frozen=True)
 class VocabShard:
-    """Place the local rows of the LM head in the vocabulary; the default is the whole of it.
+    """Place the local rows of the LM head in the vocabulary; the default is all of it.
 
     The shard holds columns [start, start + rows of lm_weight); those at or beyond `vocab_size` are
     padding and stay out of the softmax.
@@ -63,15 +46,15 @@ class VocabShard:
     start: int = 0
     """First vocabulary column of the shard."""
     vocab_size: int | None = None
-    """Columns of the whole vocabulary without padding; None: the local rows end it."""
+    """Columns of the full vocabulary without padding; None: the local rows end it."""
     ranks: int = 1
     """Shards of the vocabulary; sets the chunk size, which must be equal on all of them."""
     merge: Callable[[Tensor], Tensor] | None = None
     """Partial (maximum, sum of exponentials, target logit) [3, n] of this shard to that of all
-    shards, with the same bits on every rank; None: the shard is whole."""
+    shards, with the same bits on every rank; None: there is one shard."""
     reduce: Callable[[Tensor], Tensor] | None = None
     """Gradient of the hidden states [N, D] of this shard to that of all shards; under sequence
-    parallelism only this rank's tokens [N / ranks, D] of it. None: the shard is whole."""
+    parallelism only this rank's tokens [N / ranks, D] of it. None: there is one shard."""
     gather: Callable[[Tensor], Tensor] | None = None
     """Hidden states [N / ranks, D] of this rank's tokens to all of them [N, D]; None: they are
     replicated. Tokens are cut along T, so hidden states [T / ranks, B, D] are in order T, B."""
@@ -79,10 +62,9 @@ class VocabShard:
     """Which of `ranks` equal parts of the tokens is this rank's under sequence parallelism; None:
     all of them."""
 
-    @property
-    def whole(self) -> bool:
-        """Tell whether no other rank holds a part."""
-        return self.merge is None and self.reduce is None and self.gather is None
+    def all_tokens(self, own_ND: Tensor) -> Tensor:
+        """Return the hidden states of all tokens."""
+        return own_ND if self.gather is None else self.gather(own_ND)
 
     def own_tokens(self, value_N: Tensor) -> Tensor:
         """Return the values of this rank's tokens."""
@@ -117,24 +99,34 @@ class Blocking:
 
     @property
     def capped(self) -> bool:
-        """Tell whether the cap can spare a candidate."""
+        """Return whether the cap can spare a candidate."""
         return self.cap[0] < self.cap[1]
 
 
-def check_heads(
+class TargetRangeError(ValueError):
+    """Report a target outside the vocabulary at a token whose LM weight is not zero."""
+
+
+def validate_heads(
     hidden_TBD: Tensor,
     lm_weight_VD: Tensor,
     mode_weight_D: Tensor | None,
     mode_bias: Tensor | None,
+    implementation: str,
 ) -> None:
-    """Check shapes, dtypes and devices of the hidden states and of both heads.
+    """Check the implementation, and shapes, dtypes and devices of hidden states and heads.
 
-    Raises ValueError for a shape or device and TypeError for a dtype, naming argument, value,
-    expectation.
+    Raises ValueError for a name, shape or device and TypeError for a dtype, naming argument,
+    value, expectation.
     """
-    _check_dtype("hidden", hidden_TBD, FLOAT_DTYPES)
-    _check_dtype("lm_weight", lm_weight_VD, (hidden_TBD.dtype,))
-    _check_device("lm_weight", lm_weight_VD, hidden_TBD.device)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation is {implementation!r}; expected triton, chunked or reference."
+        )
+    device, dtypes = hidden_TBD.device, (hidden_TBD.dtype,)
+    _check("hidden", hidden_TBD, device, TRITON_DTYPES if implementation == "triton" else None)
+    _check("hidden", hidden_TBD, device, FLOAT_DTYPES)
+    _check("lm_weight", lm_weight_VD, device, dtypes)
     if hidden_TBD.dim() not in (2, 3):
         raise ValueError(
             f"hidden has shape {list(hidden_TBD.shape)}; expected [T, B, D] or [N, D]."
@@ -149,68 +141,45 @@ def check_heads(
         if mode_weight_D is not None or mode_bias is not None:
             raise ValueError("mode_weight and mode_bias: expected both, or None for both.")
         return
-    for name, value in (("mode_weight", mode_weight_D), ("mode_bias", mode_bias)):
-        _check_dtype(name, value, FLOAT_DTYPES)
-        _check_device(name, value, hidden_TBD.device)
-    _check_shape("mode_weight", mode_weight_D, (hidden_size,))
+    _check("mode_weight", mode_weight_D, device, FLOAT_DTYPES, (hidden_size,))
+    _check("mode_bias", mode_bias, device, FLOAT_DTYPES)
     if mode_bias.numel() != 1:
         raise ValueError(f"mode_bias has shape {list(mode_bias.shape)}; expected one element.")
 
 
-def check_targets(targets: Targets, shape: tuple[int, ...], device: torch.device) -> None:
+def validate_targets(targets: Targets, shape: tuple[int, ...], device: torch.device) -> None:
     """Check shapes, dtypes and devices of the targets against the tokens of the hidden states.
 
     Raises ValueError for a shape or device, TypeError for a dtype.
     """
-    _check_dtype("target", targets.target_BT, INDEX_DTYPES)
-    _check_shape("target", targets.target_BT, shape)
-    _check_shape("lm_weight of the tokens", targets.lm_weight_BT, shape)
-    _check_shape("mode_label", targets.mode_label_BT, shape)
-    _check_shape("mode_weight of the tokens", targets.mode_weight_BT, shape)
-    for name in ("target", "lm_weight", "mode_label", "mode_weight"):
-        _check_device(name, getattr(targets, f"{name}_BT"), device)
-    if targets.lm_rows_n is not None:
-        _check_dtype("lm_rows", targets.lm_rows_n, (torch.int64,))
-        _check_device("lm_rows", targets.lm_rows_n, device)
-        if targets.lm_rows_n.dim() != 1:
-            raise ValueError(f"lm_rows has shape {list(targets.lm_rows_n.shape)}; expected [n].")
-        _check_rows(targets.lm_rows_n, math.prod(shape))
-
-
-def check_choices(
-    implementation: str,
-    hidden_TBD: Tensor,
-    lm_weight_VD: Tensor,
-    main_gradient_VD: Tensor | None,
-) -> None:
-    """Check the implementation against the inputs, and the buffer of the main gradient.
-
-    Raises ValueError or TypeError naming argument, value, expectation.
-    """
-    if implementation not in ("triton", "chunked", "reference"):
-        raise ValueError(
-            f"implementation is {implementation!r}; expected triton, chunked or reference."
-        )
-    if implementation == "triton":
-        _check_dtype("hidden", hidden_TBD, TRITON_DTYPES)
-    if main_gradient_VD is None:
+    _check("target", targets.target_BT, device, (torch.int64, torch.int32), shape)
+    _check("lm_weight of the tokens", targets.lm_weight_BT, device, None, shape)
+    _check("mode_label", targets.mode_label_BT, device, None, shape)
+    _check("mode_weight of the tokens", targets.mode_weight_BT, device, None, shape)
+    lm_rows_n, tokens = targets.lm_rows_n, math.prod(shape)
+    if lm_rows_n is None:
         return
-    if implementation == "reference":
-        raise ValueError("main_gradient is given to reference; expected triton or chunked.")
-    _check_dtype("main_gradient", main_gradient_VD, (torch.float32,))
-    _check_shape("main_gradient", main_gradient_VD, tuple(lm_weight_VD.shape))
-    _check_device("main_gradient", main_gradient_VD, hidden_TBD.device)
+    _check("lm_rows", lm_rows_n, device, (torch.int64,))
+    if lm_rows_n.dim() != 1:
+        raise ValueError(f"lm_rows has shape {list(lm_rows_n.shape)}; expected [n].")
+    if device.type == "cpu" and len(lm_rows_n):  # a GPU checks an index where it is used
+        first, last = int(lm_rows_n.min()), int(lm_rows_n.max())
+        if first < 0 or last >= tokens:
+            raise ValueError(f"lm_rows holds {first} to {last}; accepted are 0 to {tokens - 1}.")
 
 
-def check_range(target_N: Tensor, lm_weight_N: Tensor, vocab_size: int, names: Naming) -> None:
+def validate_range(
+    target_N: Tensor, lm_weight_N: Tensor, vocab_size: int, names: Callable[[int], list[int]]
+) -> None:
     """Raise TargetRangeError for the first target outside the vocabulary whose weight is not 0.
 
-    On a GPU the check runs on the device (`torch._assert_async`), so that the host does not wait:
-    the process ends with a CUDA assertion at a later call.
+    `names` maps the index of a token in hidden_ND to its index in the targets. On a GPU the check
+    runs on the device (`torch._assert_async`), so that the host does not wait: the process ends
+    with a CUDA assertion at a later call.
     """
     outside_N = ((target_N < 0) | (target_N >= vocab_size)) & (lm_weight_N != 0)
     if target_N.device.type != "cpu":
-        torch._assert_async(~outside_N.any(), f"a target lies outside 0 to {vocab_size - 1}")
+        torch._assert_async(~outside_N.any(), f"a target is not within 0 to {vocab_size - 1}")
     elif bool(outside_N.any()):
         index = int(outside_N.nonzero()[0])
         raise TargetRangeError(
@@ -219,26 +188,17 @@ def check_range(target_N: Tensor, lm_weight_N: Tensor, vocab_size: int, names: N
         )
 
 
-def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+def _check(
+    name: str,
+    value: Tensor,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] | None,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    if dtypes is not None and value.dtype not in dtypes:
+        accepted = ", ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} has dtype {value.dtype}; expected {accepted}.")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; expected {device}, where hidden is.")
-
-
-def _check_rows(lm_rows_n: Tensor, tokens: int) -> None:
-    """Check the range of the indices on a CPU; a GPU's own checks of an index hold there."""
-    if lm_rows_n.device.type != "cpu" or torch.compiler.is_compiling() or not len(lm_rows_n):
-        return
-    first, last = int(lm_rows_n.min()), int(lm_rows_n.max())
-    if first < 0 or last >= tokens:
-        raise ValueError(f"lm_rows holds {first} to {last}; accepted are 0 to {tokens - 1}.")
-
-
-def _check_dtype(name: str, value: Tensor, accepted: tuple[torch.dtype, ...]) -> None:
-    if value.dtype not in accepted:
-        names = ", ".join(str(dtype) for dtype in accepted)
-        raise TypeError(f"{name} has dtype {value.dtype}; expected {names}.")
-
-
-def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != shape:
+    if shape is not None and tuple(value.shape) != shape:
         raise ValueError(f"{name} has shape {list(value.shape)}; expected {list(shape)}.")

@@ -11,103 +11,113 @@ Letters: N tokens, D hidden size, V columns of this shard.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_mode.kernels.mode_loss.arguments import TokenTargets
+from megatron_mode.kernels.mode_loss.contract import (
+    Choices,
+    Gradients,
+    ModeHead,
+    TokenLosses,
+    Upstream,
+    end_backward,
+    end_forward,
+)
 from megatron_mode.kernels.mode_loss.lm_pass import lm_pass
-from megatron_mode.kernels.mode_loss.mode_pass import (
+from megatron_mode.kernels.mode_loss.mode_terms import (
     effective_lm_weight,
-    mode_pass,
+    mode_terms,
     mode_weight_gradient,
     token_losses,
 )
-from megatron_mode.kernels.mode_loss.plan import ModeHead, Plan, active_lm_tokens
-from megatron_mode.kernels.mode_loss.results import (
-    Gradients,
-    Kept,
-    TokenLosses,
-    Upstream,
-    accumulation_dtype,
-)
+from megatron_mode.kernels.mode_loss.tokens import TokenTargets, active_tokens
 
 
-def chunked_forward(
-    hidden_ND: Tensor,
-    lm_weight_VD: Tensor,
-    head: ModeHead | None,
-    targets: TokenTargets,
-    plan: Plan,
-) -> tuple[TokenLosses, Kept]:
-    """Return the losses and the gradients for upstream 1."""
-    mode = mode_pass(hidden_ND, head, targets, plan)
-    weight_N = effective_lm_weight(targets, mode.blocked_N, plan)
-    tokens = active_lm_tokens(hidden_ND, targets, weight_N)
-    lm = lm_pass(tokens, lm_weight_VD, plan)
+class Kept(NamedTuple):
+    """Hold the gradients for upstream 1, and the mode weight; None where not wanted."""
 
-    empty = torch.empty(0, dtype=accumulation_dtype(hidden_ND), device=hidden_ND.device)
-    hidden_gradient_ND = empty
-    if lm.hidden_gradient_nD is not None:
-        hidden_gradient_ND = tokens.spread(lm.hidden_gradient_nD, len(hidden_ND))
-        if plan.shard.reduce is not None:
-            hidden_gradient_ND = plan.shard.reduce(hidden_gradient_ND)
-    mode_weight_gradient_D = empty.clone()
-    if head is not None and plan.wants.mode_weight:
-        mode_weight_gradient_D = mode_weight_gradient(
-            hidden_ND, mode.dlogit_N, targets.mode_weight_N
+    dlogit_N: Tensor
+    """Gradient of mode_sum to the mode logit."""
+    hidden_ND: Tensor | None
+    """Gradient of lm_sum, summed over the shards; this rank's tokens under sequence parallelism."""
+    lm_weight_VD: Tensor | None
+    mode_weight_gradient_D: Tensor | None
+    mode_weight_D: Tensor | None
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Join the forward and backward passes of `chunked`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        lm_weight_VD: Tensor,
+        mode_weight_D: Tensor | None,
+        mode_bias: Tensor | None,
+        targets: TokenTargets,
+        choices: Choices,
+    ) -> TokenLosses:
+        """Return the losses; `hidden_ND` holds this rank's tokens under sequence parallelism."""
+        head, shard = ModeHead.of(mode_weight_D, mode_bias), choices.shard
+        all_ND = shard.all_tokens(hidden_ND)
+        mode = mode_terms(all_ND, head, targets, choices)
+        weight_N = effective_lm_weight(targets, mode.blocked_N, choices)
+        tokens = active_tokens(all_ND, targets, weight_N)
+        lm = lm_pass(tokens, lm_weight_VD, choices)
+        lm_hidden_ND, head_D = None, None
+        if lm.hidden_gradient_nD is not None:
+            lm_hidden_ND = tokens.spread(lm.hidden_gradient_nD, len(all_ND))
+            if shard.reduce is not None:
+                lm_hidden_ND = shard.reduce(lm_hidden_ND)
+        if head is not None and choices.wants.mode_weight:
+            head_D = mode_weight_gradient(all_ND, mode.dlogit_N, targets.mode_weight_N)
+        ctx.save_for_backward(
+            *Kept(mode.dlogit_N, lm_hidden_ND, lm.lm_weight_gradient_VD, head_D, mode_weight_D)
         )
-    kept = Kept(
-        dlogit_N=mode.dlogit_N,
-        lm_weight_N=weight_N,
-        lse_N=empty.clone(),
-        logits_nV=empty.clone(),
-        hidden_gradient_ND=hidden_gradient_ND,
-        lm_weight_gradient_VD=(
-            empty.clone() if lm.lm_weight_gradient_VD is None else lm.lm_weight_gradient_VD
-        ),
-        mode_weight_gradient_D=mode_weight_gradient_D,
-    )
-    return token_losses(tokens, lm.nll_n, lm.lse_n, mode, plan), kept
+        losses = token_losses(tokens, lm.nll_n, lm.lse_n, mode, choices)
+        return end_forward(
+            ctx, choices, losses, (hidden_ND, lm_weight_VD, mode_weight_D, mode_bias)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the first four arguments."""
+        # What was kept may be spoilt where no other backward pass of this graph follows.
+        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+        kept, up = Kept(*ctx.saved_tensors), Upstream(*gradients[:2])
+        return end_backward(ctx, scaled_gradients(kept, up, ctx.choices, in_place=in_place))
 
 
-def chunked_backward(
-    kept: Kept,
-    mode_weight_D: Tensor | None,
-    up: Upstream,
-    plan: Plan,
-    *,
-    in_place: bool,
-    main_gradient_VD: Tensor | None,
-) -> Gradients:
-    """Return the gradients of the inputs.
-
-    `in_place` spoils what was kept; a main gradient takes the LM weight's gradient instead.
-    """
-    wants = plan.wants
+def scaled_gradients(kept: Kept, up: Upstream, choices: Choices, *, in_place: bool) -> Gradients:
+    """Return the gradients of the inputs; `in_place` spoils what was kept."""
+    wants = choices.wants
     hidden_ND, weight_VD, mode_D, bias = None, None, None, None
-    if wants.hidden and up.lm is not None:
-        hidden_ND = _scale(kept.hidden_gradient_ND, up.lm, in_place=in_place)
-    if wants.lm_weight and up.lm is not None:
-        if main_gradient_VD is not None:
-            main_gradient_VD.addcmul_(kept.lm_weight_gradient_VD.to(main_gradient_VD.dtype), up.lm)
-        else:
-            weight_VD = _scale(kept.lm_weight_gradient_VD, up.lm, in_place=in_place)
-    if mode_weight_D is not None and up.mode is not None:
+    if up.lm is not None:
+        hidden_ND = _scale(kept.hidden_ND, up.lm, in_place=in_place)
+        weight_VD = _scale(kept.lm_weight_VD, up.lm, in_place=in_place)
+    if kept.mode_weight_D is not None and up.mode is not None:
         scaled_N = kept.dlogit_N * up.mode
         if wants.hidden:
-            own_N = plan.shard.own_tokens(scaled_N)
-            mode_weight_D = mode_weight_D.to(scaled_N.dtype)
+            own_N = choices.shard.own_tokens(scaled_N)
+            mode_weight_D = kept.mode_weight_D.to(scaled_N.dtype)
             if hidden_ND is None:
                 hidden_ND = torch.outer(own_N, mode_weight_D)
             else:
                 hidden_ND = hidden_ND.addr_(own_N, mode_weight_D)
-        if wants.mode_weight:
+        if kept.mode_weight_gradient_D is not None:
             mode_D = kept.mode_weight_gradient_D * up.mode
         if wants.mode_bias:
             bias = scaled_N.sum()
     return Gradients(hidden_ND, weight_VD, mode_D, bias)
 
 
-def _scale(value: Tensor, up: Tensor, *, in_place: bool) -> Tensor:
+def _scale(value: Tensor | None, up: Tensor, *, in_place: bool) -> Tensor | None:
     """Return the value times a scalar tensor, in the value's dtype."""
+    if value is None:
+        return None
     return value.mul_(up) if in_place else (value * up).to(value.dtype)

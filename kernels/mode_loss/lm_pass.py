@@ -3,7 +3,7 @@
     logit = W H^T;  p = softmax(logit);  dlogit = (1 + 2 z_weight lse) p - onehot(target)
     dH    = a * (dlogit^T W);            dW     = dlogit (a * H)
 
-Two walks, told apart by the dtype. `by_tokens` takes R tokens against the whole vocabulary: three
+Two walks, chosen by the dtype. `by_tokens` takes R tokens against the full vocabulary: three
 products, dW accumulates over the pieces. `by_columns` takes all tokens against C columns twice,
 first for the statistics, then for the gradients: four products, but each dW row is written once
 and shards exchange their statistics once. The weights a scale the sides of size D, which is
@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from megatron_mode.kernels.mode_loss.arguments import VocabShard
-from megatron_mode.kernels.mode_loss.plan import LmTokens, Plan
-from megatron_mode.kernels.mode_loss.products import add_product, operand, product
-from megatron_mode.kernels.mode_loss.results import accumulation_dtype
+from megatron_mode.kernels.mode_loss.contract import Choices, accumulation_dtype
+from megatron_mode.kernels.mode_loss.tokens import LmTokens
 
 # Measured with fp32 on two AVX2 cores at N = 2048, D = 512, V = 32768 (GFLOP/s of logits, dH, dW):
 # pieces of 128 tokens 110, 110, 134; of 256 121, 128, 132; of 512 134, 141, 126. 32 MiB is 256
@@ -51,23 +50,25 @@ class LmResult(NamedTuple):
     """Gradient of the LM sum for upstream 1, of the local shard; None if not wanted."""
 
 
-def lm_pass(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
-    """Return statistics and gradients; all shards must pass the same tokens and budget."""
+def lm_pass(tokens: LmTokens, lm_weight_VD: Tensor, choices: Choices) -> LmResult:
+    """Return statistics and gradients; all shards must pass the same tokens."""
     if accumulation_dtype(tokens.hidden_nD) == tokens.hidden_nD.dtype:
-        return by_tokens(tokens, lm_weight_VD, plan)
-    return by_columns(tokens, lm_weight_VD, plan)
+        return by_tokens(tokens, lm_weight_VD, choices)
+    return by_columns(tokens, lm_weight_VD, choices)
 
 
-def by_tokens(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
+def by_tokens(tokens: LmTokens, lm_weight_VD: Tensor, choices: Choices) -> LmResult:
     """Walk the tokens; the buffer holds R of them against all columns."""
-    shard, hidden_nD = plan.shard, tokens.hidden_nD
+    shard, hidden_nD = choices.shard, tokens.hidden_nD
     count, columns = len(hidden_nD), shard.real_columns(len(lm_weight_VD))
     weight_VD = lm_weight_VD[:columns]
-    rows = piece_rows(count, hidden_nD, len(lm_weight_VD), shard, plan.logits_bytes)
+    rows = piece_rows(count, hidden_nD, len(lm_weight_VD), shard)
     buffer = hidden_nD.new_empty(columns * min(rows, count))
     nll_n, lse_n = hidden_nD.new_empty(count), hidden_nD.new_empty(count)
-    hidden_gradient_nD = torch.zeros_like(hidden_nD) if plan.wants.hidden else None
-    weight_gradient_VD = hidden_nD.new_zeros(lm_weight_VD.shape) if plan.wants.lm_weight else None
+    hidden_gradient_nD = torch.zeros_like(hidden_nD) if choices.wants.hidden else None
+    weight_gradient_VD = (
+        hidden_nD.new_zeros(lm_weight_VD.shape) if choices.wants.lm_weight else None
+    )
 
     for begin, end in _pieces(count, rows):
         piece = slice(begin, end)
@@ -75,7 +76,7 @@ def by_tokens(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
         logit_VR = buffer[: columns * (end - begin)].view(columns, end - begin)
         torch.mm(weight_VD, hidden_RD.T, out=logit_VR)
         local_target_R = tokens.target_n[piece] - shard.start
-        nll_n[piece], lse_n[piece], scale_R = _dlogits_in_place(logit_VR, local_target_R, plan)
+        nll_n[piece], lse_n[piece], scale_R = _dlogits_in_place(logit_VR, local_target_R, choices)
         scale_R1 = (scale_R * tokens.weight_n[piece])[:, None]
         if not columns:
             continue
@@ -88,10 +89,10 @@ def by_tokens(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
 
 
 def _dlogits_in_place(
-    logit_VR: Tensor, local_target_R: Tensor, plan: Plan
+    logit_VR: Tensor, local_target_R: Tensor, choices: Choices
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn logits into dlogits but for a factor a token; return (nll_R, lse_R, factor_R)."""
-    shard, columns = plan.shard, len(logit_VR)
+    shard, columns = choices.shard, len(logit_VR)
     owned_R = (local_target_R >= 0) & (local_target_R < columns)
     index_1R = torch.where(owned_R, local_target_R, 0)[None]
     if columns:
@@ -102,22 +103,22 @@ def _dlogits_in_place(
     else:
         sum_R = logit_VR.new_zeros(len(owned_R))
         maximum_R, target_logit_R = torch.full_like(sum_R, -torch.inf), sum_R
-    whole_maximum_R, whole_sum_R = maximum_R, sum_R
+    all_maximum_R, all_sum_R = maximum_R, sum_R
     if shard.merge is not None:
-        whole_maximum_R, whole_sum_R, target_logit_R = shard.merge(
+        all_maximum_R, all_sum_R, target_logit_R = shard.merge(
             torch.stack([maximum_R, sum_R, target_logit_R])
         ).unbind()
-    log_sum_R = whole_sum_R.log()
-    nll_R = (whole_maximum_R - target_logit_R) + log_sum_R
-    lse_R = whole_maximum_R + log_sum_R
-    factor_R = whole_sum_R.reciprocal()
-    if not columns or not (plan.wants.hidden or plan.wants.lm_weight):
+    log_sum_R = all_sum_R.log()
+    nll_R = (all_maximum_R - target_logit_R) + log_sum_R
+    lse_R = all_maximum_R + log_sum_R
+    factor_R = all_sum_R.reciprocal()
+    if not columns or not (choices.wants.hidden or choices.wants.lm_weight):
         return nll_R, lse_R, factor_R
-    if shard.merge is None and not plan.z_weight:
+    if shard.merge is None and not choices.z_weight:
         # p - onehot = (exp - sum * onehot) / sum: the division waits for the sides of size D.
         logit_VR.scatter_add_(0, index_1R, torch.where(owned_R, -sum_R, 0)[None])
         return nll_R, lse_R, factor_R
-    factor_R = factor_R * (maximum_R - whole_maximum_R).exp() * (1 + 2 * plan.z_weight * lse_R)
+    factor_R = factor_R * (maximum_R - all_maximum_R).exp() * (1 + 2 * choices.z_weight * lse_R)
     logit_VR.mul_(factor_R)
     logit_VR.scatter_add_(0, index_1R, -owned_R[None].to(logit_VR.dtype))
     return nll_R, lse_R, torch.ones_like(factor_R)
@@ -138,16 +139,13 @@ def _multiply_over_columns(dlogit_VR: Tensor, weight_VD: Tensor, out_RD: Tensor)
         out_RD += dlogit_VR[begin:end].T @ weight_VD[begin:end]
 
 
-def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
+def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, choices: Choices) -> LmResult:
     """Walk the columns twice; the buffer holds all tokens against C of them."""
-    shard, dtype = plan.shard, accumulation_dtype(tokens.hidden_nD)
+    shard, dtype = choices.shard, accumulation_dtype(tokens.hidden_nD)
     count, columns = len(tokens.hidden_nD), shard.real_columns(len(lm_weight_VD))
     hidden_nD = operand(tokens.hidden_nD)
-    budget = plan.logits_bytes or (
-        CPU_COLUMNS_BYTES if hidden_nD.device.type == "cpu" else GPU_LOGITS_BYTES
-    )
-    width = budget // (dtype.itemsize * max(count, 1))
-    width = max(width, 1 if plan.logits_bytes else COLUMNS_MIN)
+    budget = CPU_COLUMNS_BYTES if hidden_nD.device.type == "cpu" else GPU_LOGITS_BYTES
+    width = max(budget // (dtype.itemsize * max(count, 1)), COLUMNS_MIN)
     pieces = list(_pieces(columns, width)) if count else []
     buffer = torch.empty(count * min(width, columns), dtype=dtype, device=hidden_nD.device)
 
@@ -166,7 +164,7 @@ def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
     maximum_n, sum_n, target_logit_n = statistics_3n.unbind()
     nll_n, lse_n = (maximum_n - target_logit_n) + sum_n.log(), maximum_n + sum_n.log()
 
-    wants, weight_n1 = plan.wants, tokens.weight_n[:, None]
+    wants, weight_n1 = choices.wants, tokens.weight_n[:, None]
     hidden_gradient_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=dtype) if wants.hidden else None
     # bf16 holds what fp32 does in range; fp16 does not, before the upstream gradient scales it.
     kept_dtype = torch.bfloat16 if lm_weight_VD.dtype == torch.bfloat16 else dtype
@@ -176,7 +174,7 @@ def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, plan: Plan) -> LmResult:
     weighted_nD = (hidden_nD * weight_n1).to(hidden_nD.dtype) if wants.lm_weight else hidden_nD
     for begin, end in pieces if wants.hidden or wants.lm_weight else []:
         dlogit_nC, weight_CD = logits(begin, end)
-        _piece_dlogits(dlogit_nC, target_n - begin, lse_n, plan.z_weight)
+        _piece_dlogits(dlogit_nC, target_n - begin, lse_n, choices.z_weight)
         if hidden_gradient_nD is not None:
             add_product(hidden_gradient_nD, dlogit_nC, weight_CD)
         if weight_gradient_VD is not None:
@@ -210,22 +208,14 @@ def _piece_dlogits(
     logit_nC.scatter_add_(1, index_n1, -owned_n[:, None].to(logit_nC.dtype))
 
 
-def piece_rows(
-    tokens: int,
-    hidden_ND: Tensor,
-    local_columns: int,
-    shard: VocabShard,
-    logits_bytes: int | None,
-) -> int:
+def piece_rows(tokens: int, hidden_ND: Tensor, local_columns: int, shard: VocabShard) -> int:
     """Return the tokens of a piece: what the budget holds, spread evenly over the pieces.
 
-    Depends on the whole vocabulary, not on the local shard, so that all shards cut alike.
+    Depends on the full vocabulary, not on the local shard, so that all shards cut alike.
     """
     columns = local_columns if shard.vocab_size is None else -(-shard.vocab_size // shard.ranks)
     row_bytes = max(columns, 1) * accumulation_dtype(hidden_ND).itemsize
-    if logits_bytes is not None:
-        rows = max(logits_bytes // row_bytes, 1)
-    elif hidden_ND.device.type == "cpu":
+    if hidden_ND.device.type == "cpu":
         rows = min(max(CPU_LOGITS_BYTES // row_bytes, ROWS_MIN), CPU_ROWS_MAX)
     else:
         rows = max(GPU_LOGITS_BYTES // row_bytes, ROWS_MIN)
@@ -235,3 +225,44 @@ def piece_rows(
 def _pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
     for begin in range(0, total, max(size, 1)):
         yield begin, min(begin + size, total)
+
+
+def native_half(matrix: Tensor) -> bool:
+    """Tell whether the device multiplies the matrix's half precision faster than fp32.
+
+    A CPU without bf16 instructions multiplies fp32 5 to 80 times faster than bf16 (60 against
+    0.8 to 14 GFLOP/s on one AVX2 core), so half precision is widened there, and fp16 on any CPU.
+    """
+    if matrix.device.type != "cpu":
+        return True
+    if matrix.dtype != torch.bfloat16:
+        return False
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def operand(matrix: Tensor) -> Tensor:
+    """Return the matrix as the products of this device take it."""
+    if matrix.dtype in (torch.bfloat16, torch.float16) and not native_half(matrix):
+        return matrix.float()
+    return matrix
+
+
+def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return left @ right in the accumulation dtype; an operand in fp32 follows a half one."""
+    if left.dtype == right.dtype and left.dtype in (torch.float32, torch.float64):
+        return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
+    half = right.dtype if left.dtype == torch.float32 else left.dtype
+    left, right = left.to(half), right.to(half)
+    if left.device.type == "cuda":
+        result = torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        result = torch.mm(left, right).float()
+    return result if out is None else out.copy_(result)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total`, which is in the accumulation dtype."""
+    if left.dtype == right.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)
+    else:
+        total += product(left, right)

@@ -1,12 +1,13 @@
-"""Open the one door to the LM + mode loss: layouts, autocast, checks, blocking, implementation.
+"""Open the one door to the LM + mode loss: layouts, autocast, checks, choice of implementation.
 
 Letters: B rows, T row length, N = B*T tokens, D hidden size, V vocabulary columns of this shard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypedDict, Unpack
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,19 +15,23 @@ from torch import Tensor
 from megatron_mode.kernels.mode_loss.arguments import (
     Blocking,
     Targets,
-    TokenTargets,
     VocabShard,
-    check_choices,
-    check_heads,
+    validate_heads,
+    validate_range,
+    validate_targets,
 )
-from megatron_mode.kernels.mode_loss.arguments import check_targets as check_targets_of
-from megatron_mode.kernels.mode_loss.function import fused_loss
-from megatron_mode.kernels.mode_loss.layout import TokenGrid
-from megatron_mode.kernels.mode_loss.plan import Implementation, ModeHead, Plan, Wants
+from megatron_mode.kernels.mode_loss.chunked import ChunkedLoss
+from megatron_mode.kernels.mode_loss.contract import (
+    Choices,
+    Implementation,
+    TokenLosses,
+    Wants,
+    accumulation_dtype,
+)
 from megatron_mode.kernels.mode_loss.reference import reference_loss
-from megatron_mode.kernels.mode_loss.results import TokenLosses, accumulation_dtype
+from megatron_mode.kernels.mode_loss.tokens import TokenGrid, TokenTargets
 
-WHOLE_VOCABULARY = VocabShard()
+FULL_VOCABULARY = VocabShard()
 
 
 @dataclass(frozen=True)
@@ -53,17 +58,6 @@ class LossOutput:
     """Tokens that the blocking policy chose, bool."""
 
 
-class Options(TypedDict, total=False):
-    """Take the options of one implementation or device."""
-
-    logits_bytes: int | None
-    """Budget of the logits buffer of `chunked`; None: by device."""
-    keep_logits_bytes: int
-    """Largest logits that `triton` keeps for the backward pass; 0 by default."""
-    check_targets: bool
-    """Check the range of targets on a GPU too, on the device; off by default."""
-
-
 def mode_loss(
     hidden_TBD: Tensor,
     lm_weight_VD: Tensor,
@@ -71,66 +65,62 @@ def mode_loss(
     mode_bias: Tensor | None,
     targets: Targets,
     *,
-    shard: VocabShard = WHOLE_VOCABULARY,
+    shard: VocabShard = FULL_VOCABULARY,
     z_weight: float = 0.0,
     blocking: Blocking | None = None,
     implementation: Implementation = "chunked",
-    main_gradient_VD: Tensor | None = None,
-    **options: Unpack[Options],
+    keep_logits_bytes: int = 0,
+    check_targets: bool = False,
 ) -> LossOutput:
     """Return the weighted LM sum and mode sum of hidden states [T, B, D] or [N, D].
 
     Targets are [B, T], or [N] beside [N, D]. The mode logit and all sums are in fp32 (fp64 for
     fp64 inputs). Without mode weight and bias there is no mode head, and the mode sum is 0.
     On a shard the gradients of `hidden` and of the mode head are complete, that of `lm_weight` is
-    the shard's own. A `main_gradient` [V, D] in fp32 takes the gradient of `lm_weight`, added in
-    the backward pass; `lm_weight` itself then gets none.
+    the shard's own. `triton` keeps logits of up to `keep_logits_bytes` for the backward pass
+    instead of computing them again. `check_targets` checks the range of targets on a GPU too.
     Raises ValueError, TypeError for a shape, dtype or device, TargetRangeError for a target (CPU).
     """
     device_type = hidden_TBD.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden_TBD, lm_weight_VD = hidden_TBD.to(dtype), lm_weight_VD.to(dtype)
-    heads = (hidden_TBD, lm_weight_VD, mode_weight_D, mode_bias)
-    check_heads(*heads)
+    heads = (lm_weight_VD, mode_weight_D, mode_bias)
+    validate_heads(hidden_TBD, *heads, implementation)
     grid = TokenGrid.of(hidden_TBD, 1 if shard.gather is None else shard.ranks)
-    if shard.vocab_size is None:
-        shard = replace(shard, vocab_size=shard.start + len(lm_weight_VD))
-    check_targets_of(targets, grid.shape, hidden_TBD.device)
-    check_choices(implementation, hidden_TBD, lm_weight_VD, main_gradient_VD)
-    wants = Wants(*(_wants_gradient(value) for value in heads))
-    plan = Plan(implementation, grid, shard, wants, z_weight, blocking, **options)
-    head, hidden_ND = _head(mode_weight_D, mode_bias), grid.flatten_hidden(hidden_TBD)
-    tokens = _token_targets(targets, grid, accumulation_dtype(hidden_ND))
+    vocab_size = shard.vocab_size
+    if vocab_size is None:
+        vocab_size = shard.start + len(lm_weight_VD)
+    validate_targets(targets, grid.shape, hidden_TBD.device)
+    wants = Wants(*(_wants_gradient(value) for value in (hidden_TBD, *heads)))
+    choices = Choices(
+        grid, replace(shard, vocab_size=vocab_size), wants, z_weight, blocking, keep_logits_bytes
+    )
+    hidden_ND = grid.flatten_hidden(hidden_TBD)
+    tokens = TokenTargets.of(targets, grid, accumulation_dtype(hidden_ND))
+    if check_targets or device_type == "cpu" or implementation == "reference":
+        validate_range(tokens.target_N, tokens.lm_weight_N, vocab_size, grid.name)
     # The dtypes are chosen above: autocast would round the fp32 mode logit and statistics.
     with torch.autocast(device_type, enabled=False):
-        if implementation == "reference":
-            losses = reference_loss(hidden_ND, lm_weight_VD, head, tokens, plan)
-        else:
-            losses = fused_loss(hidden_ND, lm_weight_VD, head, tokens, plan, main_gradient_VD)
-    return _output(losses, targets, grid)
+        losses = _function(implementation)(hidden_ND, *heads, tokens, choices)
+    return _output(TokenLosses(*losses), targets, grid)
 
 
 def _wants_gradient(value: Tensor | None) -> bool:
     return value is not None and value.requires_grad and torch.is_grad_enabled()
 
 
-def _head(mode_weight_D: Tensor | None, mode_bias: Tensor | None) -> ModeHead | None:
-    if mode_weight_D is None or mode_bias is None:
-        return None
-    return ModeHead(mode_weight_D, mode_bias)
+def _function(implementation: Implementation) -> Callable[..., tuple[Tensor, ...]]:
+    match implementation:
+        case "triton":
+            # Triton is imported where it is used: a machine without it has the other two.
+            from megatron_mode.kernels.mode_loss.triton_forward import TritonLoss
 
-
-def _token_targets(targets: Targets, grid: TokenGrid, dtype: torch.dtype) -> TokenTargets:
-    # Contiguous: the kernels walk them by index, and a slice or an expanded value has its stride.
-    rows_n = targets.lm_rows_n
-    return TokenTargets(
-        target_N=grid.flatten(targets.target_BT).long().contiguous(),
-        lm_weight_N=grid.flatten(targets.lm_weight_BT).detach().to(dtype).contiguous(),
-        mode_label_N=grid.flatten(targets.mode_label_BT).detach().to(dtype).contiguous(),
-        mode_weight_N=grid.flatten(targets.mode_weight_BT).detach().to(dtype).contiguous(),
-        lm_rows_n=None if rows_n is None else grid.flatten_rows(rows_n),
-    )
+            return cast(Callable[..., tuple[Tensor, ...]], TritonLoss.apply)
+        case "chunked":
+            return cast(Callable[..., tuple[Tensor, ...]], ChunkedLoss.apply)
+        case "reference":
+            return reference_loss
 
 
 def _output(losses: TokenLosses, targets: Targets, grid: TokenGrid) -> LossOutput:

@@ -20,45 +20,48 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megatron_mode.kernels.mode_loss.arguments import TokenTargets, VocabShard, check_range
-from megatron_mode.kernels.mode_loss.blocking import blocked_in_token_order
-from megatron_mode.kernels.mode_loss.plan import ModeHead, Plan
-from megatron_mode.kernels.mode_loss.results import TokenLosses, accumulation_dtype
+from megatron_mode.kernels.mode_loss.arguments import VocabShard
+from megatron_mode.kernels.mode_loss.contract import (
+    Choices,
+    ModeHead,
+    TokenLosses,
+    accumulation_dtype,
+)
+from megatron_mode.kernels.mode_loss.mode_terms import blocked_tokens
+from megatron_mode.kernels.mode_loss.tokens import TokenTargets
 
 
 def reference_loss(
     hidden_ND: Tensor,
     lm_weight_VD: Tensor,
-    head: ModeHead | None,
+    mode_weight_D: Tensor | None,
+    mode_bias: Tensor | None,
     targets: TokenTargets,
-    plan: Plan,
+    choices: Choices,
 ) -> TokenLosses:
     """Return both sums and the losses of each token; keeps all n x V logits."""
-    if plan.shard.vocab_size is not None:
-        check_range(targets.target_N, targets.lm_weight_N, plan.shard.vocab_size, plan.grid.name)
+    head, blocking = ModeHead.of(mode_weight_D, mode_bias), choices.blocking
     lm_hidden_ND = hidden_ND
-    if plan.shard.reduce is not None:
-        lm_hidden_ND = cast(Callable[..., Tensor], _LmTokens.apply)(hidden_ND, plan.shard)
-    if plan.shard.gather is not None:
-        hidden_ND = cast(Callable[..., Tensor], _ModeTokens.apply)(hidden_ND, plan.shard)
+    if choices.shard.reduce is not None:
+        lm_hidden_ND = cast(Callable[..., Tensor], _LmTokens.apply)(hidden_ND, choices.shard)
+    if choices.shard.gather is not None:
+        hidden_ND = cast(Callable[..., Tensor], _ModeTokens.apply)(hidden_ND, choices.shard)
     mode_logit_N = torch.zeros_like(targets.mode_weight_N)
     if head is not None:
         mode_logit_N = reference_mode_logit(hidden_ND.detach(), head).detach()
     lm_weight_N, mode_weight_N = targets.lm_weight_N, targets.mode_weight_N
     blocked_N = torch.zeros_like(mode_logit_N, dtype=torch.bool)
-    if plan.blocking is not None and head is not None:
-        blocked_N = blocked_in_token_order(
-            mode_logit_N, targets.mode_label_N, mode_weight_N, plan.blocking, plan.grid
-        )
-        lm_weight_N = lm_weight_N.masked_fill(blocked_N & plan.blocking.lm, 0)
-        mode_weight_N = mode_weight_N.masked_fill(blocked_N & plan.blocking.mode, 0)
+    if blocking is not None and head is not None:
+        blocked_N = blocked_tokens(mode_logit_N, targets, blocking, choices.grid)
+        lm_weight_N = lm_weight_N.masked_fill(blocked_N & blocking.lm, 0)
+        mode_weight_N = mode_weight_N.masked_fill(blocked_N & blocking.mode, 0)
 
     lm_rows_n = lm_weight_N.nonzero().squeeze(1)
     nll_n, lse_n = _negative_log_likelihood(
-        lm_hidden_ND[lm_rows_n], lm_weight_VD, targets.target_N[lm_rows_n], plan.shard
+        lm_hidden_ND[lm_rows_n], lm_weight_VD, targets.target_N[lm_rows_n], choices.shard
     )
     weight_n = lm_weight_N[lm_rows_n]
-    z_loss_sum = (weight_n * plan.z_weight * lse_n.square()).sum()
+    z_loss_sum = (weight_n * choices.z_weight * lse_n.square()).sum()
     lm_sum = (weight_n * nll_n).sum() + z_loss_sum
 
     zero_N = torch.zeros_like(lm_weight_N)
@@ -116,13 +119,13 @@ def _negative_log_likelihood(
         floor_n = logit_nV.new_full((len(logit_nV), 1), -torch.inf)
         maximum_n = torch.cat([logit_nV, floor_n], dim=1).amax(1)
         sum_n = (logit_nV - maximum_n[:, None]).exp().sum(1)
-        whole_3n = shard.merge(torch.stack([maximum_n, sum_n, target_logit_n]))
-        whole_lse_n = whole_3n[0] + whole_3n[1].log()
+        all_3n = shard.merge(torch.stack([maximum_n, sum_n, target_logit_n]))
+        all_lse_n = all_3n[0] + all_3n[1].log()
     # d lse / d logit is the softmax: `share` has that gradient and adds zero to the value.
-    share_n = (logit_nV - whole_lse_n[:, None]).exp().sum(1)
-    lse_n = whole_lse_n + (share_n - share_n.detach())
-    whole_target_logit_n = whole_3n[2] + (target_logit_n - target_logit_n.detach())
-    return lse_n - whole_target_logit_n, lse_n
+    share_n = (logit_nV - all_lse_n[:, None]).exp().sum(1)
+    lse_n = all_lse_n + (share_n - share_n.detach())
+    all_target_logit_n = all_3n[2] + (target_logit_n - target_logit_n.detach())
+    return lse_n - all_target_logit_n, lse_n
 
 
 class _LmTokens(torch.autograd.Function):
@@ -139,7 +142,7 @@ class _LmTokens(torch.autograd.Function):
 
 
 class _ModeTokens(torch.autograd.Function):
-    """Take all tokens; every rank knows their whole gradient: keep that of its own."""
+    """Take all tokens; every rank knows their full gradient: keep that of its own."""
 
     @staticmethod
     def forward(ctx: Any, own_ND: Tensor, shard: VocabShard) -> Tensor:

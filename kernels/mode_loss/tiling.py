@@ -1,4 +1,4 @@
-"""Choose tile sizes by dtype, architecture and alignment: device-specific numbers stand here.
+"""Choose tiles and launch arguments by dtype, device and alignment: device-specific numbers.
 
 Measured ahead of time with `python -m megatron_mode.kernels.aot`, never on a GPU: registers, spills
 and shared memory decide here, not time.
@@ -6,7 +6,9 @@ and shared memory decide here, not time.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,3 +92,34 @@ def padded_columns(columns: int) -> int:
     With an odd row stride the kernel that reads kept logits spills 440 to 4748 bytes.
     """
     return -(-columns // ALIGNMENT) * ALIGNMENT
+
+
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    """Return the matrix with the elements of a row side by side; rows may stand apart."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def tile_of(hidden_nD: Tensor, weight_VD: Tensor) -> MatmulTile:
+    """Return the tile for the operands' dtype, device and alignment."""
+    aligned = is_aligned(hidden_nD, weight_VD)
+    capability = 0  # the interpreter
+    if hidden_nD.device.type != "cpu":
+        major, minor = torch.cuda.get_device_capability(hidden_nD.device)
+        capability = major * 10 + minor
+    return matmul_tile(hidden_nD.dtype, capability, aligned=aligned)
+
+
+def matmul_arguments(tile: MatmulTile, hidden_nD: Tensor) -> dict[str, Any]:
+    """Return compile-time arguments and launch options of a matrix kernel."""
+    return {
+        "EVEN_D": hidden_nD.shape[1] % tile.BLOCK_D == 0,
+        "UPCAST": hidden_nD.device.type == "cpu",
+        "enable_fp_fusion": FP_FUSION,
+        **tile.constexprs,
+        **tile.options,
+    }
+
+
+def launch_device(tensor: Tensor) -> AbstractContextManager[None]:
+    """Make the tensor's GPU the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

@@ -9,43 +9,50 @@ Letters: N tokens, n tokens with an LM weight, D hidden size, V columns of this 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from megatron_mode.kernels.mode_loss import tiling
-from megatron_mode.kernels.mode_loss.arguments import TokenTargets
-from megatron_mode.kernels.mode_loss.dlogits import dlogits
-from megatron_mode.kernels.mode_loss.launch_arguments import (
-    matmul_arguments,
-    rows_contiguous,
-    tile_of,
-)
-from megatron_mode.kernels.mode_loss.mode_gradient import hidden_gradient, mode_weight_gradient
-from megatron_mode.kernels.mode_loss.plan import LmTokens, Plan, lm_tokens
-from megatron_mode.kernels.mode_loss.products import add_product, operand, product
-from megatron_mode.kernels.mode_loss.results import Gradients, Kept, Saved, Upstream
+from megatron_mode.kernels.mode_loss.contract import Choices, Gradients, Upstream
+from megatron_mode.kernels.mode_loss.lm_kernels import dlogits
+from megatron_mode.kernels.mode_loss.lm_pass import add_product, operand, product
+from megatron_mode.kernels.mode_loss.mode_kernels import hidden_gradient, mode_weight_gradient
+from megatron_mode.kernels.mode_loss.tokens import LmTokens, named_tokens
 
 # One slice of dlogits: 8192 tokens x 16384 columns in bf16. Small beside the weights, large enough
 # for the products to fill a GPU.
 SLICE_BYTES = 256 * 2**20
 
 
-def triton_backward(
-    saved: Saved, kept: Kept, up: Upstream, plan: Plan, main_gradient_VD: Tensor | None
-) -> Gradients:
-    """Return the gradients of the inputs; a main gradient takes the LM weight's instead."""
-    wants, shard = plan.wants, plan.shard
-    hidden_ND = saved.hidden_ND if shard.gather is None else shard.gather(saved.hidden_ND)
-    hidden_ND, lm_weight_VD = rows_contiguous(hidden_ND), rows_contiguous(saved.lm_weight_VD)
-    weight_N = saved.mode_weight_N
-    targets = TokenTargets(
-        saved.target_N, kept.lm_weight_N, weight_N, weight_N, lm_rows_n=saved.lm_rows_n
-    )
-    tokens = lm_tokens(hidden_ND, targets, kept.lm_weight_N)
-    lm_hidden_nD, weight_VD = _lm_gradients(
-        tokens, lm_weight_VD, kept, plan, up.lm, main_gradient_VD
-    )
+class Kept(NamedTuple):
+    """Hold what the forward pass leaves for the backward pass."""
+
+    hidden_ND: Tensor
+    """This rank's tokens under sequence parallelism."""
+    lm_weight_VD: Tensor
+    target_N: Tensor
+    mode_weight_N: Tensor
+    lm_rows_n: Tensor | None
+    mode_weight_D: Tensor | None
+    lm_weight_N: Tensor
+    """LM weights after blocking."""
+    dlogit_N: Tensor
+    """Gradient of mode_sum to the mode logit."""
+    lse_N: Tensor
+    """Log-sum-exp of the logits over all shards."""
+    logits_nV: Tensor | None
+    """Logits of the shard in the dtype of hidden, where they fit the budget."""
+
+
+def triton_backward(kept: Kept, up: Upstream, choices: Choices) -> Gradients:
+    """Return the gradients of the inputs."""
+    wants, shard = choices.wants, choices.shard
+    hidden_ND = tiling.rows_contiguous(shard.all_tokens(kept.hidden_ND))
+    tokens = named_tokens(hidden_ND, kept.target_N, kept.lm_weight_N, kept.lm_rows_n)
+    lm_hidden_nD, weight_VD = _lm_gradients(tokens, kept, choices, up.lm)
     rows_n = tokens.rows_n
     if lm_hidden_nD is not None and shard.reduce is not None:
         if rows_n is not None and shard.gather is not None:
@@ -53,42 +60,37 @@ def triton_backward(
             lm_hidden_nD, rows_n = tokens.spread(lm_hidden_nD, len(hidden_ND)), None
         lm_hidden_nD = shard.reduce(lm_hidden_nD)
 
-    head_D = saved.mode_weight_D
+    head_D = kept.mode_weight_D
     up = up if head_D is not None else Upstream(up.lm, None)
     hidden_gradient_ND, mode_D, bias = None, None, None
     if wants.hidden and (up.lm is not None or up.mode is not None):
         if head_D is None:
             head_D = kept.dlogit_N.new_zeros(hidden_ND.shape[1])
-        out_ND = torch.empty_like(saved.hidden_ND, memory_format=torch.contiguous_format)
+        out_ND = torch.empty_like(kept.hidden_ND, memory_format=torch.contiguous_format)
         own_N = shard.own_tokens(kept.dlogit_N)
         _hidden_gradient(out_ND, lm_hidden_nD, rows_n, own_N, head_D, up)
         hidden_gradient_ND = out_ND
     if up.mode is not None:
         if wants.mode_weight:
-            mode_D = _mode_weight_gradient(hidden_ND, kept.dlogit_N, weight_N) * up.mode
+            mode_D = _mode_weight_gradient(hidden_ND, kept.dlogit_N, kept.mode_weight_N) * up.mode
         if wants.mode_bias:
             bias = kept.dlogit_N.sum() * up.mode
     return Gradients(hidden_gradient_ND, weight_VD, mode_D, bias)
 
 
 def _lm_gradients(
-    tokens: LmTokens,
-    lm_weight_VD: Tensor,
-    kept: Kept,
-    plan: Plan,
-    lm_up: Tensor | None,
-    main_gradient_VD: Tensor | None,
+    tokens: LmTokens, kept: Kept, choices: Choices, lm_up: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return dH in fp32 for upstream 1 and dW scaled by the upstream gradient, slice by slice."""
-    wants, hidden_nD = plan.wants, tokens.hidden_nD
+    wants, hidden_nD = choices.wants, tokens.hidden_nD
     if lm_up is None or not (wants.hidden or wants.lm_weight):
         return None, None
-    count, columns = len(hidden_nD), plan.shard.real_columns(len(lm_weight_VD))
-    hidden_gradient_nD = None
+    lm_weight_VD = tiling.rows_contiguous(kept.lm_weight_VD)
+    count, columns = len(hidden_nD), choices.shard.real_columns(len(lm_weight_VD))
+    hidden_gradient_nD, weight_gradient_VD = None, None
     if wants.hidden:
         hidden_gradient_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=torch.float32)
-    weight_gradient_VD = None
-    if wants.lm_weight and main_gradient_VD is None:
+    if wants.lm_weight:
         weight_gradient_VD = torch.empty_like(lm_weight_VD)
         weight_gradient_VD[columns if count else 0 :] = 0  # padding, or nothing to add
     width = slice_columns(count, hidden_nD.shape[1], hidden_nD.element_size())
@@ -96,16 +98,13 @@ def _lm_gradients(
     for begin in range(0, columns if count else 0, width):
         end = min(begin + width, columns)
         slice_nV = buffer_nV[:, : end - begin]
-        _write_dlogits(slice_nV, tokens, lm_weight_VD, begin, kept, plan)
+        _write_dlogits(slice_nV, tokens, lm_weight_VD[begin:], begin, kept, choices)
         dlogit_nV = operand(slice_nV)
         if hidden_gradient_nD is not None:
             add_product(hidden_gradient_nD, dlogit_nV, operand(lm_weight_VD[begin:end]))
-        if wants.lm_weight:
+        if weight_gradient_VD is not None:
             slice_VD = product(dlogit_nV.T, operand(hidden_nD))
-            if main_gradient_VD is not None:
-                main_gradient_VD[begin:end].addcmul_(slice_VD, lm_up)
-            elif weight_gradient_VD is not None:
-                torch.mul(slice_VD, lm_up, out=weight_gradient_VD[begin:end])
+            torch.mul(slice_VD, lm_up, out=weight_gradient_VD[begin:end])
     return hidden_gradient_nD, weight_gradient_VD
 
 
@@ -121,16 +120,16 @@ def slice_columns(tokens: int, hidden_size: int, element_bytes: int) -> int:
 def _write_dlogits(
     out_nV: Tensor,
     tokens: LmTokens,
-    lm_weight_VD: Tensor,
+    weight_VD: Tensor,
     begin: int,
     kept: Kept,
-    plan: Plan,
+    choices: Choices,
 ) -> None:
     """Write the gradient of the logits of columns [begin, begin + width of out)."""
-    hidden_nD, weight_VD = tokens.hidden_nD, lm_weight_VD[begin:]
+    hidden_nD = tokens.hidden_nD
     count, columns = out_nV.shape
-    logits_nV = kept.logits_nV[:, begin:] if kept.logits_nV.numel() else None
-    tile = tile_of(hidden_nD, weight_VD)
+    logits_nV = None if kept.logits_nV is None else kept.logits_nV[:, begin:]
+    tile = tiling.tile_of(hidden_nD, weight_VD)
     blocks, tiles = triton.cdiv(count, tile.BLOCK_N), triton.cdiv(columns, tile.BLOCK_V)
     dlogits[(blocks * tiles,)](
         hidden_nD,
@@ -147,10 +146,10 @@ def _write_dlogits(
         weight_VD.stride(0),
         0 if logits_nV is None else logits_nV.stride(0),
         out_nV.stride(0),
-        plan.shard.start + begin,
-        plan.z_weight,
+        choices.shard.start + begin,
+        choices.z_weight,
         KEPT=logits_nV is not None,
-        **matmul_arguments(tile, hidden_nD),
+        **tiling.matmul_arguments(tile, hidden_nD),
     )
 
 

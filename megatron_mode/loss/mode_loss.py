@@ -20,8 +20,8 @@ from megatron_mode.kernels.mode_loss import (
     Targets,
     VocabShard,
     mode_loss,
+    why_no_triton,
 )
-from megatron_mode.kernels.mode_loss.availability import why_no_triton
 from megatron_mode.loss.blocking import blocking_of
 from megatron_mode.loss.vocab_parallel import vocab_shard
 

@@ -167,23 +167,6 @@ def test_the_host_never_waits_and_runs_repeat_bitwise():
         assert all(torch.equal(*pair) for pair in zip(run, runs[0], strict=True))
 
 
-def test_compiles_with_inductor():
-    heads, targets = draw(64, 64, 507)
-    given = on("cuda", targets)
-
-    def loss(*leaves):
-        output = mode_loss(*leaves, given, implementation="triton")
-        return output.lm_sum + output.mode_sum
-
-    gradients = []
-    for function in (loss, torch.compile(loss, fullgraph=True)):
-        leaves = [value.to("cuda", torch.bfloat16).requires_grad_() for value in heads]
-        function(*leaves).backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    for value, other in zip(*gradients, strict=True):
-        assert error(value, other.cpu().double()) <= 1e-2
-
-
 def test_a_target_outside_the_vocabulary_ends_the_process():
     program = (
         "import torch; from megatron_mode.kernels.mode_loss import *; h = torch.ones(4, 16).cuda();"

@@ -27,21 +27,22 @@ KERNELS = MATMULS | {
 }
 TILE = MatmulTile(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3)
 
-# Compiles with the tile starts of `offsets`, then with 32-bit ones in their place.
+# Compiles with the 64-bit tile starts, then with 32-bit ones in their place.
 NARROW_STARTS = """
-import importlib, json
+import json
 import triton
 import triton.language as tl
 from megatron_mode.kernels.aot.compilation import measure
 from megatron_mode.kernels.aot.resources import Job
+from megatron_mode.kernels.mode_loss import lm_kernels
 
 @triton.jit
 def row_start(tile, TILE_ROWS: tl.constexpr, stride):
     return tile * TILE_ROWS * stride
 
+lm_kernels.row_start = row_start
 counts = {}
 for name in ("lse_forward", "dlogits"):
-    importlib.import_module("megatron_mode.kernels.mode_loss." + name).row_start = row_start
     counts[name] = measure(Job(name, 80, True, "bf16")).wide_products
 print(json.dumps(counts))
 """

@@ -5,7 +5,8 @@ Letters: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from megatron_mode.kernels.mode_loss import LossOutput, Targets, mode_loss
+from megatron_mode.kernels.mode_loss import LossOutput, Targets, lm_pass, mode_loss
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,22 @@ def _relative_error() -> Callable[..., float]:
 @pytest.fixture(name="run_case")
 def _run_case() -> Callable[..., LossOutput]:
     return run_case
+
+
+@pytest.fixture
+def small_pieces() -> Callable[[int], AbstractContextManager[None]]:
+    """Give `chunked` a small buffer of logits, so that small cases take several pieces."""
+
+    @contextmanager
+    def limited(logits_bytes: int) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("CPU_LOGITS_BYTES", "CPU_COLUMNS_BYTES"):
+                patch.setattr(lm_pass, name, logits_bytes)
+            for name in ("ROWS_MIN", "COLUMNS_MIN"):
+                patch.setattr(lm_pass, name, 1)
+            yield
+
+    return limited
 
 
 @pytest.fixture(params=["triton", "chunked", "reference"])

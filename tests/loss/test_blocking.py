@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mode.config.fields import BlockingConfig, LossConfig
-from megatron_mode.kernels.mode_loss.blocking import blocked_tokens
+from megatron_mode.kernels.mode_loss.mode_terms import blocked_tokens
+from megatron_mode.kernels.mode_loss.tokens import TokenGrid, TokenTargets
 from megatron_mode.loss.blocking import blocking_of
 from megatron_mode.loss.mode_loss import ModeLoss
 
@@ -33,6 +34,13 @@ def expected_row(logits, labels, weights, config):
     allowed = int(Decimal(str(config.cap)) * valid)
     chosen = {position for _, position in sorted(candidates)[:allowed]}
     return [position in chosen for position in range(len(logits))]
+
+
+def mask_in_rows(logit_BT, label_BT, weight_BT, rule):
+    grid = TokenGrid(tuple(logit_BT.shape), rows_first=True)
+    label_N, weight_N = label_BT.reshape(-1), weight_BT.reshape(-1)
+    targets = TokenTargets(torch.zeros_like(label_N).long(), weight_N, label_N, weight_N, None)
+    return grid.unflatten(blocked_tokens(logit_BT.reshape(-1), targets, rule, grid))
 
 
 @settings(max_examples=100, deadline=None)
@@ -58,8 +66,7 @@ def expected_row(logits, labels, weights, config):
 )
 def test_mask_is_what_the_words_say(rows, direction, tau, cap):
     config = BlockingConfig(policy="both", direction=direction, tau=tau, cap=cap)
-    values_BT3 = torch.tensor(rows)
-    mask_BT = blocked_tokens(*values_BT3.unbind(-1), blocking_of(config, active=True))
+    mask_BT = mask_in_rows(*torch.tensor(rows).unbind(-1), blocking_of(config, active=True))
     expected = [expected_row(*zip(*row, strict=True), config) for row in rows]
     assert mask_BT.tolist() == expected
 
@@ -67,9 +74,7 @@ def test_mask_is_what_the_words_say(rows, direction, tau, cap):
 def mask_of(logits, labels, weights=None, **options):
     weights = [1.0] * len(logits) if weights is None else weights
     rule = blocking_of(BlockingConfig(policy="both", **options), active=True)
-    return blocked_tokens(
-        torch.tensor(logits), torch.tensor(labels), torch.tensor(weights), rule
-    ).tolist()
+    return mask_in_rows(*map(torch.tensor, (logits, labels, weights)), rule).tolist()
 
 
 def test_a_logit_equal_to_the_threshold_is_not_blocked():

@@ -239,12 +239,15 @@ def test_without_grad_mode_only_values_are_computed(make_case, run_case, impleme
     assert torch.equal(output.nll_BT, expected.nll_BT)
 
 
-def test_inputs_are_not_mutated_and_runs_repeat_bitwise(make_case, run_case, implementation):
+def test_inputs_are_not_mutated_and_runs_repeat_bitwise(
+    make_case, run_case, small_pieces, implementation
+):
     case = make_case(100, 8, 20)
     gradients = []
     for _ in range(2):
         leaves = case.leaves()
-        output = run_case(leaves, implementation=implementation, logits_bytes=4 * 20 * 30)
+        with small_pieces(4 * 20 * 30):
+            output = run_case(leaves, implementation=implementation)
         (output.lm_sum + output.mode_sum).backward()
         gradients.append([value.grad for value in leaves.parameters])
         for value, given in zip(leaves.parameters, case.parameters, strict=True):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mode.config.fields import BlockingConfig
 from megatron_mode.kernels.mode_loss import VocabShard, mode_loss, tiling
-from megatron_mode.kernels.mode_loss.offsets import row_start
+from megatron_mode.kernels.mode_loss.lm_kernels import row_start
 from megatron_mode.kernels.mode_loss.triton_backward import SLICE_BYTES, slice_columns
 from megatron_mode.loss.blocking import blocking_of
 
@@ -165,19 +165,6 @@ def test_rows_without_lm_weight_cost_no_flops(implementation, make_case, run_cas
         flops.append(counter.get_total_flops())
     products = 2 if implementation == "triton" else 3
     assert flops[0] - flops[1] == products * 2 * 15 * 8 * 30
-
-
-@pytest.mark.parametrize("implementation", ["triton", "chunked"])
-def test_a_main_gradient_takes_the_gradient_of_the_weight(implementation, make_case, run_case):
-    case = make_case(30, 8, 20, padded_size=24)
-    plain, leaves = case.leaves(), case.leaves()
-    main_gradient_VD = torch.full((24, 8), 0.5)
-    (2 * run_case(plain, implementation=implementation).lm_sum).backward()
-    output = run_case(leaves, implementation=implementation, main_gradient_VD=main_gradient_VD)
-    (2 * output.lm_sum + output.mode_sum).backward()
-    assert leaves.lm_weight_VD.grad is None
-    assert torch.allclose(main_gradient_VD, plain.lm_weight_VD.grad + 0.5, atol=1e-6)
-    assert leaves.mode_weight_D.grad.any()
 
 
 def test_slices_of_the_vocabulary_add_up(make_case, run_case, monkeypatch):

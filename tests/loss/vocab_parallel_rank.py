@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mode.config.fields import BlockingConfig, LossConfig
-from megatron_mode.kernels.mode_loss import Targets, mode_loss, tiling
+from megatron_mode.kernels.mode_loss import Targets, lm_pass, mode_loss, tiling
 from megatron_mode.loss.blocking import blocking_of
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.loss.vocab_parallel import vocab_shard
@@ -50,6 +50,9 @@ def run(begin, end, group, implementation, dtype, *, sequence=False, rows=False,
     With `sequence` this rank holds a part of the hidden states, and the gradient of its part is
     gathered; with `rows` the op is told the tokens with an LM weight.
     """
+    lm_pass.CPU_LOGITS_BYTES = 25 * 4 * VOCAB_SIZE // (1 if group is None else group.size())
+    lm_pass.CPU_COLUMNS_BYTES = lm_pass.CPU_LOGITS_BYTES
+    lm_pass.ROWS_MIN = lm_pass.COLUMNS_MIN = 1
     (hidden, weight, *head), targets = draw_inputs(dtype)
     if sequence:
         hidden = hidden.chunk(group.size())[dist.get_rank(group)]
@@ -71,7 +74,6 @@ def run(begin, end, group, implementation, dtype, *, sequence=False, rows=False,
         z_weight=0.01,
         blocking=blocking_of(BLOCKING, active=True),
         implementation=implementation,
-        logits_bytes=25 * 4 * VOCAB_SIZE // (1 if group is None else group.size()),
     )
     result = collect(output, leaves)
     if sequence:

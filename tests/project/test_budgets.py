@@ -9,12 +9,6 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 VAGUE_NAMES = {"utils", "helpers", "common", "manager"}
 
 
-def is_operator(function):
-    """The schema of a registered operator holds tensors and numbers only, no structure."""
-    decorators = " ".join(ast.unparse(decorator) for decorator in function.decorator_list)
-    return "custom_op" in decorators or "register_fake" in decorators
-
-
 def is_kernel(function):
     return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
@@ -46,7 +40,7 @@ def test_functions_take_few_parameters(trees):
         names = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
         # pytest hands fixtures to tests as parameters, Triton its pointers and sizes to kernels,
         # and autograd functions are called by position only.
-        by_position = is_kernel(function) or is_operator(function) or "ctx" in names[:1]
+        by_position = is_kernel(function) or "ctx" in names[:1]
         if path.startswith("tests/") or by_position:
             continue
         count = len([name for name in names if name not in ("self", "cls")])

@@ -1,17 +1,35 @@
-"""Reduce the logits of each token to (maximum, sum of exponentials, target logit), tile by tile.
+"""Walk the logits tile by tile: their statistics, then their gradient.
 
-Each program reduces one tile and writes one partial per token; `merge_tiles` joins them with an
-online softmax (Milakov and Gimelshein, 2018) in a fixed order, so the result has the same bits in
-every run. No atomics, and no N x V logits unless KEEP asks for them. Partials are 12 N V / BLOCK_V
+`lse_forward` reduces each tile to one partial per token, `merge_tiles` joins them with an online
+softmax (Milakov and Gimelshein, 2018) in a fixed order, so the result has the same bits in every
+run. No atomics, and no N x V logits unless KEEP asks for them. Partials are 12 N V / BLOCK_V
 bytes. A program that walks several tiles needs 63 to 70 registers a thread more.
 
-Letters: N tokens, D hidden size, V columns of the shard without padding.
+`dlogits` writes the gradient of the logits for one slice of the vocabulary:
+
+    dlogit_iv = a_i ((1 + 2 z_weight lse_i) exp(logit_iv - lse_i) - [v = target_i])
+
+The logits are computed again, or read where the forward pass kept them. The slice then meets two
+library GEMMs: dH += dlogit W (accumulated in fp32) and dW = dlogit^T H (each slice written once).
+That is deterministic without atomics; one kernel for all three spills and needs atomics.
+
+Tiles beyond 2^31 elements: the start of a tile is one 64-bit scalar, offsets inside it stay 32-bit.
+A tensor of 64-bit offsets took 254 registers a thread where this takes 128 (128 x 128 tile, sm_90).
+The kernels do not specialise on the number of tokens, columns and tiles: it changes from one
+micro-batch to the next, and each new class of value would compile in the middle of a run.
+
+Letters: N tokens, D hidden size, V columns of the shard or slice without padding.
 """
 
 import triton
 import triton.language as tl
 
-from megatron_mode.kernels.mode_loss.offsets import row_start
+
+@triton.jit
+def row_start(tile, TILE_ROWS: tl.constexpr, stride):
+    """Return the 64-bit offset of the first element of row `tile * TILE_ROWS`."""
+    # Adding to a 64-bit zero widens plain numbers too, which have no `.to`.
+    return (tl.zeros((), tl.int64) + tile) * TILE_ROWS * stride
 
 
 @triton.jit
@@ -156,3 +174,78 @@ def merge_tiles(
     tl.store(merged_ptr + row_N, maximum_N, mask=real_N)
     tl.store(merged_ptr + tokens + row_N, sum_N, mask=real_N)
     tl.store(merged_ptr + 2 * tokens + row_N, found_N, mask=real_N)
+
+
+@triton.jit(do_not_specialize=["tokens", "columns", "first_column"])
+def dlogits(
+    hidden_ptr,  # [N, D], bf16, fp16 or fp32
+    weight_ptr,  # [V, D], same dtype: the rows of the slice
+    target_ptr,  # [N] int64, ids of the whole vocabulary
+    lse_ptr,  # [N] fp32
+    token_weight_ptr,  # [N] fp32, a; a token of weight 0 gets a row of zeros
+    logits_ptr,  # [N, V] kept logits of the slice, or None
+    out_ptr,  # [N, V] in the dtype of hidden, out
+    tokens,
+    columns,
+    hidden_size,
+    hidden_stride,
+    weight_stride,
+    logits_stride,
+    out_stride,
+    first_column,  # id of the slice's first column
+    z_weight,
+    KEPT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    """Write one tile [BLOCK_N, BLOCK_V] of dlogits."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    tiles = tl.cdiv(columns, BLOCK_V)
+    group = program // (GROUP_N * tiles)
+    group_blocks = tl.minimum(blocks - group * GROUP_N, GROUP_N)
+    inside = program % (GROUP_N * tiles)
+    block = group * GROUP_N + inside % group_blocks
+    tile = inside // group_blocks
+
+    lane_N = tl.arange(0, BLOCK_N)
+    row_N = block * BLOCK_N + lane_N
+    real_N = row_N < tokens
+    lane_V = tl.arange(0, BLOCK_V)
+    column_V = tile * BLOCK_V + lane_V
+    real_V = column_V < columns
+    inside_NV = real_N[:, None] & real_V[None, :]
+    if KEPT:
+        kept_ptrs = logits_ptr + row_start(block, BLOCK_N, logits_stride)
+        kept_ptrs += (lane_N * logits_stride)[:, None] + column_V[None, :]
+        logit_NV = tl.load(kept_ptrs, mask=inside_NV, other=0).to(tl.float32)
+    else:
+        logit_NV = tile_logits(
+            hidden_ptr + row_start(block, BLOCK_N, hidden_stride),
+            weight_ptr + row_start(tile, BLOCK_V, weight_stride),
+            tl.minimum(lane_N, tokens - block * BLOCK_N - 1) * hidden_stride,
+            tl.minimum(lane_V, columns - tile * BLOCK_V - 1) * weight_stride,
+            hidden_size,
+            EVEN_D,
+            UPCAST,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
+
+    target_N = tl.load(target_ptr + row_N, mask=real_N, other=-1).to(tl.int64) - first_column
+    owned_N = (target_N >= 0) & (target_N < columns)
+    target_N = tl.where(owned_N, target_N, -1).to(tl.int32)
+    lse_N = tl.load(lse_ptr + row_N, mask=real_N, other=0)
+    weight_N = tl.load(token_weight_ptr + row_N, mask=real_N, other=0)
+    slope_N = 1 + 2 * z_weight * lse_N
+    dlogit_NV = tl.exp(logit_NV - lse_N[:, None]) * slope_N[:, None]
+    dlogit_NV -= tl.where(column_V[None, :] == target_N[:, None], 1.0, 0.0)
+    dlogit_NV = tl.where(weight_N[:, None] != 0, dlogit_NV * weight_N[:, None], 0)
+    out_ptrs = out_ptr + row_start(block, BLOCK_N, out_stride)
+    out_ptrs += (lane_N * out_stride)[:, None] + column_V[None, :]
+    tl.store(out_ptrs, dlogit_NV.to(out_ptr.dtype.element_ty), mask=inside_NV)
