@@ -20,10 +20,14 @@ from itertools import product
 
 from tqdm import tqdm
 
-from megatron_mode.kernels.aot.occupancy import MULTIPROCESSORS
-from megatron_mode.kernels.aot.resources import Job, Resources
-from megatron_mode.kernels.aot.roofline import EXAMPLE, H100, stages
-from megatron_mode.kernels.aot.table import offences, resource_table, roofline_text
+from megatron_mode.kernels.aot.resources import (
+    MULTIPROCESSORS,
+    Job,
+    Resources,
+    offences,
+    resource_table,
+)
+from megatron_mode.kernels.aot.roofline import EXAMPLE, H100, roofline_text, stages
 
 CLEAN, OFFENDED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 # LLVM takes most of the time, on one core a kernel.
@@ -60,8 +64,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def compile_all(arches: Sequence[int], dtype: str) -> list[Resources]:
     """Compile all kernels for all architectures, in the order of the table."""
-    from megatron_mode.kernels.aot.compilation import measure
-    from megatron_mode.kernels.aot.launches import KERNELS
+    from megatron_mode.kernels.aot.launches import KERNELS, measure
 
     chosen = list(dict.fromkeys(arches))
     jobs = [Job(*key, dtype) for key in product(KERNELS, chosen, (True, False))]

@@ -8,8 +8,11 @@ Letters: N tokens, D hidden size, V columns of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from megatron_mode.kernels.aot.resources import aligned
 
 if TYPE_CHECKING:
     from megatron_mode.kernels.mode_loss.tiling import MatmulTile
@@ -102,3 +105,31 @@ def stages(step: Step, tile: MatmulTile) -> list[Stage]:
 def floor_seconds(step: Step, machine: Machine) -> float:
     """Return the time of the three products that nothing can avoid."""
     return FLOOR_PRODUCTS * step.product_flops / machine.flops_per_second
+
+
+def roofline_text(parts: Sequence[Stage], step: Step, machine: Machine) -> str:
+    """Write the time of each part, their sum and the floor."""
+    header = (
+        f"An estimate from peaks, not a measurement: {machine.name} at "
+        f"{machine.flops_per_second / 1e12:.0f} TFLOP/s and "
+        f"{machine.bytes_per_second / 1e12:g} TB/s; N={step.tokens} D={step.hidden_size} "
+        f"V={step.columns}, dlogits in {step.slices} slices."
+    )
+    rows = [("part", "TFLOP", "GB", "ms")]
+    rows += [
+        (
+            part.name,
+            f"{part.flops / 1e12:.2f}",
+            f"{part.moved_bytes / 1e9:.2f}",
+            f"{1e3 * part.seconds(machine):.2f}",
+        )
+        for part in parts
+    ]
+    overlapped = sum(part.seconds(machine) for part in parts)
+    serial = sum(part.compute_seconds(machine) + part.memory_seconds(machine) for part in parts)
+    rows += [
+        ("sum, memory hidden behind products", "", "", f"{1e3 * overlapped:.2f}"),
+        ("sum, nothing hidden", "", "", f"{1e3 * serial:.2f}"),
+        ("floor, three products", "", "", f"{1e3 * floor_seconds(step, machine):.2f}"),
+    ]
+    return f"{header}\n{aligned(rows, left_columns=(0,))}"

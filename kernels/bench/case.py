@@ -1,10 +1,11 @@
-"""Say what is compared: a shape, a dtype, a device, and how much time it may take."""
+"""Say what is compared: shape, dtype, device, time limit; and why something was not measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+REASON_CHARACTERS = 200
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Dtypes of hidden states and weights, by the name on the command line."""
 
@@ -41,3 +42,14 @@ class Effort:
     def allows_another(self, seconds: list[float]) -> bool:
         """Tell whether one more call like the slowest of those made stays within the limit."""
         return not seconds or sum(seconds) + max(seconds) <= self.limit_seconds
+
+
+class MeasurementError(RuntimeError):
+    """Report that a measurement gave no usable number; the message is the reason."""
+
+
+def reason(error: BaseException) -> str:
+    """Return kind and first line of an error; of ours the message, which says it all."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    kind = "" if isinstance(error, MeasurementError) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0]}"[:REASON_CHARACTERS]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_mode.kernels.bench.inputs import Inputs
+    from megatron_mode.kernels.bench.problem import Inputs
 
 Loss = Callable[["Inputs"], "Tensor"]
 
@@ -104,28 +104,16 @@ def _ours(
     return losses.lm_sum + losses.mode_sum if mode_head else losses.lm_sum
 
 
-def _rows_of_ours(
-    implementation: Literal["chunked", "triton", "reference"], not_on_cpu: str = ""
-) -> tuple[Implementation, Implementation]:
-    name = f"megatron_mode {implementation}"
-    return (
-        Implementation(
-            name,
-            partial(_ours, implementation=implementation, mode_head=True),
-            ours=True,
-            not_on_cpu=not_on_cpu,
-        ),
-        Implementation(
-            f"{name} without mode head",
-            partial(_ours, implementation=implementation, mode_head=False),
-            ours=True,
-            mode_head=False,
-            not_on_cpu=not_on_cpu,
-        ),
-    )
+def _row_of_ours(
+    implementation: Literal["chunked", "triton", "reference"], mode_head: bool, not_on_cpu: str = ""
+) -> Implementation:
+    name = f"megatron_mode {implementation}{'' if mode_head else ' without mode head'}"
+    loss = partial(_ours, implementation=implementation, mode_head=mode_head)
+    return Implementation(name, loss, True, mode_head, not_on_cpu)
 
 
-CHUNKED, CHUNKED_WITHOUT_HEAD = _rows_of_ours("chunked")
+CHUNKED, CHUNKED_WITHOUT_HEAD = _row_of_ours("chunked", True), _row_of_ours("chunked", False)
+INTERPRETED = "a CPU runs Triton only in its interpreter, whose times say nothing"
 IMPLEMENTATIONS = (
     Implementation("torch", _torch),
     Implementation(
@@ -138,7 +126,7 @@ IMPLEMENTATIONS = (
     Implementation("liger", _liger, not_on_cpu="its Triton kernels need a CUDA device"),
     CHUNKED,
     CHUNKED_WITHOUT_HEAD,
-    *_rows_of_ours("triton", "a CPU runs Triton only in its interpreter, whose times say nothing"),
-    *_rows_of_ours("reference"),
+    *(_row_of_ours("triton", mode_head, INTERPRETED) for mode_head in (True, False)),
+    *(_row_of_ours("reference", mode_head) for mode_head in (True, False)),
 )
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_mode.kernels.bench.case import Case
-from megatron_mode.kernels.bench.failure import MeasurementError
+from megatron_mode.kernels.bench.case import Case, MeasurementError
 from megatron_mode.kernels.bench.implementations import Implementation
-from megatron_mode.kernels.bench.inputs import Inputs, make_inputs
+from megatron_mode.kernels.bench.problem import Inputs, make_inputs
 from megatron_mode.kernels.bench.timing import call_seconds
 
 PROCESS = Path("/proc/self")

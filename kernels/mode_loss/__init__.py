@@ -21,7 +21,7 @@ Vocabulary
     tile     the block of logits of one Triton program; a slice is what one kernel call writes
     choices  everything of a call that is no tensor
 
-Example
+Example:
     targets = Targets(target_BT, lm_weight_BT, mode_label_BT, mode_weight_BT)
     out = mode_loss(hidden_TBD, lm_weight_VD, mode_weight_D, mode_bias, targets)
     (out.lm_sum + out.mode_sum).backward()

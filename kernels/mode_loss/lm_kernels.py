@@ -33,6 +33,23 @@ def row_start(tile, TILE_ROWS: tl.constexpr, stride):
 
 
 @triton.jit
+def tile_of_program(
+    tokens, columns, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr
+):
+    """Return the token block and the tile of columns of this program.
+
+    GROUP_N token blocks in a row share a tile: its columns stay in the L2 cache.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    tiles = tl.cdiv(columns, BLOCK_V)
+    group = program // (GROUP_N * tiles)
+    group_blocks = tl.minimum(blocks - group * GROUP_N, GROUP_N)
+    inside = program % (GROUP_N * tiles)
+    return group * GROUP_N + inside % group_blocks, inside // group_blocks
+
+
+@triton.jit
 def tile_logits(
     hidden_ptr,  # first token of the tile
     weight_ptr,  # first column of the tile
@@ -93,18 +110,9 @@ def lse_forward(
 ):
     """Write the statistics of BLOCK_N tokens over one tile of the vocabulary.
 
-    Programs are ordered so that GROUP_N token blocks in a row share a tile: its columns stay in
-    the L2 cache. A token whose target lies elsewhere gets target logit 0.
+    A token whose target is elsewhere gets target logit 0.
     """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(tokens, BLOCK_N)
-    tiles = tl.cdiv(columns, BLOCK_V)
-    group = program // (GROUP_N * tiles)
-    group_blocks = tl.minimum(blocks - group * GROUP_N, GROUP_N)
-    inside = program % (GROUP_N * tiles)
-    block = group * GROUP_N + inside % group_blocks
-    tile = inside // group_blocks
-
+    block, tile = tile_of_program(tokens, columns, BLOCK_N, BLOCK_V, GROUP_N)
     lane_N = tl.arange(0, BLOCK_N)
     row_N = block * BLOCK_N + lane_N
     real_N = row_N < tokens
@@ -140,7 +148,7 @@ def lse_forward(
     maximum_N = tl.max(logit_NV, axis=1)
     sum_N = tl.sum(tl.exp(logit_NV - maximum_N[:, None]), axis=1)
 
-    plane = row_start(tiles, 1, tokens)
+    plane = row_start(tl.cdiv(columns, BLOCK_V), 1, tokens)
     partial_ptr += row_start(tile, 1, tokens)
     tl.store(partial_ptr + row_N, maximum_N, mask=real_N)
     tl.store(partial_ptr + plane + row_N, sum_N, mask=real_N)
@@ -203,15 +211,7 @@ def dlogits(
     GROUP_N: tl.constexpr,
 ):
     """Write one tile [BLOCK_N, BLOCK_V] of dlogits."""
-    program = tl.program_id(0)
-    blocks = tl.cdiv(tokens, BLOCK_N)
-    tiles = tl.cdiv(columns, BLOCK_V)
-    group = program // (GROUP_N * tiles)
-    group_blocks = tl.minimum(blocks - group * GROUP_N, GROUP_N)
-    inside = program % (GROUP_N * tiles)
-    block = group * GROUP_N + inside % group_blocks
-    tile = inside // group_blocks
-
+    block, tile = tile_of_program(tokens, columns, BLOCK_N, BLOCK_V, GROUP_N)
     lane_N = tl.arange(0, BLOCK_N)
     row_N = block * BLOCK_N + lane_N
     real_N = row_N < tokens

@@ -11,10 +11,21 @@ import sys
 
 import pytest
 
-from megatron_mode.kernels.aot.occupancy import occupancy
-from megatron_mode.kernels.aot.resources import Job, count
-from megatron_mode.kernels.aot.roofline import EXAMPLE, H100, Step, floor_seconds, stages
-from megatron_mode.kernels.aot.table import offences, resource_table, roofline_text
+from megatron_mode.kernels.aot.resources import (
+    Job,
+    count,
+    occupancy,
+    offences,
+    resource_table,
+)
+from megatron_mode.kernels.aot.roofline import (
+    EXAMPLE,
+    H100,
+    Step,
+    floor_seconds,
+    roofline_text,
+    stages,
+)
 from megatron_mode.kernels.mode_loss.tiling import MatmulTile
 
 MATMULS = {"lse_forward", "lse_forward keep", "dlogits"}
@@ -32,7 +43,7 @@ NARROW_STARTS = """
 import json
 import triton
 import triton.language as tl
-from megatron_mode.kernels.aot.compilation import measure
+from megatron_mode.kernels.aot.launches import measure
 from megatron_mode.kernels.aot.resources import Job
 from megatron_mode.kernels.mode_loss import lm_kernels
 
@@ -51,8 +62,7 @@ print(json.dumps(counts))
 ARGUMENTS_OF_ONE = """
 import dataclasses
 import torch
-from megatron_mode.kernels.aot.compilation import compile_launch
-from megatron_mode.kernels.aot.launches import launches
+from megatron_mode.kernels.aot.launches import compile_launch, launches
 from megatron_mode.kernels.aot.resources import Job
 
 for name, launch in launches(torch.bfloat16, 80, divisible=False).items():

@@ -14,8 +14,7 @@ import torch
 from megatron_mode.errors import ConfigError
 from megatron_mode.kernels.bench import compare as comparison
 from megatron_mode.kernels.bench import timing
-from megatron_mode.kernels.bench.case import Case, Effort, Shape
-from megatron_mode.kernels.bench.failure import MeasurementError
+from megatron_mode.kernels.bench.case import Case, Effort, MeasurementError, Shape
 from megatron_mode.kernels.bench.implementations import (
     BY_NAME,
     CHUNKED,
@@ -23,11 +22,15 @@ from megatron_mode.kernels.bench.implementations import (
     IMPLEMENTATIONS,
     Implementation,
 )
-from megatron_mode.kernels.bench.inputs import make_inputs
-from megatron_mode.kernels.bench.interval import Interval, median_interval
 from megatron_mode.kernels.bench.memory import extra_bytes
-from megatron_mode.kernels.bench.table import table
-from megatron_mode.kernels.bench.truth import exact, grad_error, loss_error, relative_error
+from megatron_mode.kernels.bench.problem import (
+    exact,
+    grad_error,
+    loss_error,
+    make_inputs,
+    relative_error,
+)
+from megatron_mode.kernels.bench.timing import Interval, median_interval
 
 TINY = Shape(64, 32, 512)
 PEERS = [one.name for one in IMPLEMENTATIONS if not one.ours and not one.not_on_cpu]
@@ -210,7 +213,7 @@ def test_table_takes_the_ratios_to_the_fastest_peer():
     ours = row_of("ours", [1.0, 3.0, 2.0], 2**20)
     ours.mode_head_share = Interval(0.004, -0.001, 0.009)
     rows = [row_of("slow", [9.0], None), row_of("fast", [4.0], 8 * 2**20), ours]
-    title, header, slow, fast, own, share = table(tiny(), rows).splitlines()
+    title, header, slow, fast, own, share = comparison.table(tiny(), rows).splitlines()
     assert title.endswith("ratios to fast, the fastest peer")
     assert slow.split() == ["slow", "9", "2.25", "9", "1", "-", "-", "1.0e-07", "2.0e-06"]
     assert fast.split()[1:7] == ["4", "1.00", "4", "1", "8.0", "1.00"]
