@@ -13,7 +13,7 @@ import torch
 
 from megatron_mode.errors import ConfigError
 from megatron_mode.kernels.bench import compare as comparison
-from megatron_mode.kernels.bench import timing
+from megatron_mode.kernels.bench import problem, timing
 from megatron_mode.kernels.bench.case import Case, Effort, MeasurementError, Shape
 from megatron_mode.kernels.bench.implementations import (
     BY_NAME,
@@ -23,13 +23,6 @@ from megatron_mode.kernels.bench.implementations import (
     Implementation,
 )
 from megatron_mode.kernels.bench.memory import extra_bytes
-from megatron_mode.kernels.bench.problem import (
-    exact,
-    grad_error,
-    loss_error,
-    make_inputs,
-    relative_error,
-)
 from megatron_mode.kernels.bench.timing import Interval, median_interval
 
 TINY = Shape(64, 32, 512)
@@ -52,12 +45,12 @@ def run(*arguments, check=False):
 
 
 def first_errors(implementation, dtype):
-    inputs = make_inputs(tiny(dtype))
-    with_head, lm_alone = exact(inputs)
+    inputs = problem.make_inputs(tiny(dtype))
+    with_head, lm_alone = problem.exact(inputs)
     truth = with_head if implementation.mode_head else lm_alone
     loss = implementation.loss(inputs)
     loss.backward()
-    return loss_error(loss, truth), grad_error(inputs, truth)
+    return problem.loss_error(loss, truth), problem.grad_error(inputs, truth)
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
@@ -74,7 +67,7 @@ def test_ours_in_bf16_is_no_less_exact_than_plain_torch():
 
 
 def test_truth_is_that_of_autograd_in_fp64():
-    inputs = make_inputs(tiny(shape=Shape(300, 8, 17)))  # more tokens than one chunk
+    inputs = problem.make_inputs(tiny(shape=Shape(300, 8, 17)))  # more tokens than one chunk
     hidden, lm_weight, mode_weight, bias = (
         leaf.detach().double().requires_grad_() for leaf in inputs.leaves.values()
     )
@@ -83,7 +76,7 @@ def test_truth_is_that_of_autograd_in_fp64():
     probability = (hidden @ mode_weight + bias).sigmoid()
     label = inputs.mode_label_N
     mode_sum = -(label * probability.log() + (1 - label) * (1 - probability).log()).sum()
-    with_head, lm_alone = exact(inputs)
+    with_head, lm_alone = problem.exact(inputs)
     gradient = torch.autograd.grad(lm_sum, [hidden, lm_weight], retain_graph=True)
     assert lm_alone.loss == pytest.approx(lm_sum.item(), rel=1e-12)
     torch.testing.assert_close(list(lm_alone.gradients.values()), list(gradient))
@@ -96,8 +89,8 @@ def test_relative_error_covers_every_row():
     truth = torch.ones(5000, 2, dtype=torch.float64)
     value = truth.clone()
     value[-1, -1] = 101.0
-    assert relative_error(value, truth) == pytest.approx(1.0)
-    assert relative_error(truth.float(), truth) == 0
+    assert problem.relative_error(value, truth) == pytest.approx(1.0)
+    assert problem.relative_error(truth.float(), truth) == 0
 
 
 @pytest.mark.parametrize(("count", "k"), [(6, 1), (8, 1), (9, 2), (15, 4), (20, 6), (100, 40)])
