@@ -31,14 +31,14 @@ def run(args: argparse.Namespace) -> int:
     """Write the page and say where; raises ConfigError for what cannot be read or written."""
     from megatron_mode.atomic import write_whole
     from megatron_mode.report.page import head_figures, render_page
-    from megatron_mode.report.run_folder import read_run
+    from megatron_mode.report.run_folder import read_runs
 
     if args.out is None and len(args.runs) > 1:
         raise ConfigError(
             f"--out is not given for {len(args.runs)} runs; name the page to write, as in "
             f"--out {REPORT_FILE}."
         )
-    runs = [read_run(run_dir) for run_dir in args.runs]
+    runs = read_runs(args.runs)
     out = args.out or args.runs[0] / REPORT_FILE
     try:
         write_whole(out, render_page(runs))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from megatron_mode.config import Config
 from megatron_mode.errors import ConfigError
+from megatron_mode.model.attention_cores import CoreName
 
 FOUND = "found"
 SMALLEST_FLEX_HEAD = 16
@@ -25,7 +26,7 @@ class Accelerator(NamedTuple):
 class Implementations(NamedTuple):
     """Name who computes each part."""
 
-    attention: str
+    attention: CoreName
     norm: str
     adamw: str
     loss: str = "chunked"
@@ -63,16 +64,25 @@ def choose_implementations(config: Config, device_type: str, *, bf16: bool) -> I
     asked, model = config.accelerators, config.model
     head_size = model.hidden_size // model.attention_heads
     flex_runs = device_type == "cuda" and head_size >= SMALLEST_FLEX_HEAD
-    attention = asked.attention
-    if attention == "auto":
-        attention = "flex" if flex_runs else "dense"
-    elif attention == "flex" and not flex_runs:
-        _refuse("attention", "flex", f"runs on a GPU with heads of at least {SMALLEST_FLEX_HEAD}")
-    elif attention == "flash":
-        _require("attention", "flash", device_type)
-        divisible = head_size % FLASH_HEAD_MULTIPLE == 0 and head_size <= LARGEST_FLASH_HEAD
-        if not (bf16 and divisible):
-            _refuse("attention", "flash", "runs in bf16 with heads of 8, 16, 24 ... 256")
+    attention: CoreName
+    match asked.attention:
+        case "auto":
+            attention = "flex" if flex_runs else "dense"
+        case "dense":
+            attention = "dense"
+        case "flex":
+            attention = "flex"
+            if not flex_runs:
+                reason = f"runs on a GPU with heads of at least {SMALLEST_FLEX_HEAD}"
+                _refuse("attention", "flex", reason)
+        case "flash":
+            attention = "flash"
+            _require("attention", "flash", device_type)
+            divisible = head_size % FLASH_HEAD_MULTIPLE == 0 and head_size <= LARGEST_FLASH_HEAD
+            if not (bf16 and divisible):
+                _refuse("attention", "flash", "runs in bf16 with heads of 8, 16, 24 ... 256")
+        case _:
+            assert_never(asked.attention)
     if asked.norm == "transformer_engine":
         _require("norm", "transformer_engine", device_type)
     if asked.adamw == "apex":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -22,18 +22,27 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     peak, low = config.learning_rate, min(config.min_learning_rate, config.learning_rate)
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return peak
-    begin = config.warmup_steps
-    if config.schedule == "wsd":
-        begin = max(begin, steps - config.decay_steps)
-        if step < begin:
+    match config.schedule:
+        case "constant":
             return peak
-    progress = min(1.0, (step - begin) / max(1, steps - begin))
-    share = 1 - progress
-    if config.schedule == "cosine":
-        share = 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            share = 1 - _progress(step, config.warmup_steps, steps)
+        case "wsd":
+            begin = max(config.warmup_steps, steps - config.decay_steps)
+            if step < begin:
+                return peak
+            share = 1 - _progress(step, begin, steps)
+        case "cosine":
+            progress = _progress(step, config.warmup_steps, steps)
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        case _:
+            assert_never(config.schedule)
     return low + (peak - low) * share
+
+
+def _progress(step: int, begin: int, steps: int) -> float:
+    """Return the part of the steps after `begin` that is done, 1 at most."""
+    return min(1.0, (step - begin) / max(1, steps - begin))
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -25,6 +25,7 @@ from megatron_mode.engine.health import APPLY, HealthJudge, Verdict
 from megatron_mode.engine.optimizer import learning_rate
 from megatron_mode.engine.update_gate import install_gate
 from megatron_mode.kernels.mode_loss import LossOutput, Targets
+from megatron_mode.loss.blocking import blocked_losses
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.loss.normalise import BlockedShares, LossScales, loss_scales, scaled_loss
 from megatron_mode.mix.loader import MicroBatch
@@ -241,10 +242,10 @@ class Engine:
                 sums[offset] += weight_BT.sum(dtype=torch.float64).cpu()
                 sums[offset + 1] += (weight_BT * loss.blocked_BT).sum(dtype=torch.float64).cpu()
         lm_weight, lm_blocked, mode_weight, mode_blocked = self.sum_over_ranks(sums).tolist()
-        policy = self.config.loss.blocking.policy
+        lm, mode = blocked_losses(self.config.loss.blocking)
         return BlockedShares(
-            lm=lm_blocked / lm_weight if lm_weight and policy in ("lm", "both") else 0.0,
-            mode=mode_blocked / mode_weight if mode_weight and policy in ("mode", "both") else 0.0,
+            lm=lm_blocked / lm_weight if lm_weight and lm else 0.0,
+            mode=mode_blocked / mode_weight if mode_weight and mode else 0.0,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import assert_never
 
 from megatron_mode.config.fields import BlockingConfig
 from megatron_mode.kernels.mode_loss import Blocking
@@ -12,16 +13,32 @@ from megatron_mode.kernels.mode_loss import Blocking
 CAP_DENOMINATOR_MAX = 10**9
 
 
+def blocked_losses(config: BlockingConfig) -> tuple[bool, bool]:
+    """Tell whether a blocked token loses its LM loss, and whether its mode loss."""
+    match config.policy:
+        case "none":
+            return False, False
+        case "lm":
+            return True, False
+        case "mode":
+            return False, True
+        case "both":
+            return True, True
+        case _:
+            assert_never(config.policy)
+
+
 def blocking_of(config: BlockingConfig, *, active: bool) -> Blocking | None:
     """Return the blocking that the op applies; None for policy `none` or while not active."""
     if config.policy == "none" or not active:
         return None
+    lm, mode = blocked_losses(config)
     cap = Fraction(str(config.cap)).limit_denominator(CAP_DENOMINATOR_MAX)
     return Blocking(
         threshold=math.log(config.tau) - math.log1p(-config.tau),
         watch_mode1=config.direction in ("mode1_as_mode2", "both"),
         watch_mode2=config.direction in ("mode2_as_mode1", "both"),
         cap=(cap.numerator, cap.denominator),
-        lm=config.policy in ("lm", "both"),
-        mode=config.policy in ("mode", "both"),
+        lm=lm,
+        mode=mode,
     )

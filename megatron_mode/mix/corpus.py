@@ -19,7 +19,13 @@ from megatron_mode.mix.edits.lookup import (
     find_document,
     pack,
 )
-from megatron_mode.mix.edits.overrides import Clock, EditStream, PlannedEdits, plan_edits
+from megatron_mode.mix.edits.overrides import (
+    Clock,
+    EditStream,
+    PackingName,
+    PlannedEdits,
+    plan_edits,
+)
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.rows import RowReader
 from megatron_mode.mix.schedule import Integral
@@ -167,6 +173,7 @@ def _plan(config: Config, corpus: Corpus, packed: Sequence[PackedSource]) -> Pla
     mix, seq_len = config.mix, config.model.seq_len
     global_rows, steps = config.batch.global_rows, config.run.steps
     integral = Integral(mix.mode2_fraction, seq_len, steps * global_rows)
+    asked: list[tuple[str, PackingName]]
     asked = [(i.document.partition("/")[0], "document") for i in mix.edits.inject]
     asked += [(cohort.source, cohort.packing) for cohort in mix.edits.cohorts]
     streams = {}

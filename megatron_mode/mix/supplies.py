@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import assert_never
 
 from megatron_mode.config.mix import MixConfig, SourceConfig
 from megatron_mode.errors import DataError
@@ -58,6 +59,17 @@ def refined(points: Sequence[tuple[int, Fraction]]) -> list[tuple[int, Fraction]
     return found
 
 
+def rows_limit(source: SourceConfig, size: int) -> int | None:
+    """Return after how many rows a source gives no more, None for never."""
+    match source.when_dry:
+        case "repeat":
+            return None
+        case "share" | "error":
+            return rows_max(source, size)
+        case _:
+            assert_never(source.when_dry)
+
+
 def rows_max(source: SourceConfig, size: int) -> int | None:
     """Return the rows within epochs_max, None without a limit."""
     return None if source.epochs_max is None else math.floor(Fraction(source.epochs_max) * size)
@@ -73,6 +85,5 @@ def apportionment(
     supplies = []
     for source, size in zip(sources, sizes, strict=True):
         points = tuple((mode_row(-(-at // seq_len)), w) for at, w in weight_points(source))
-        limit = None if source.when_dry == "repeat" else rows_max(source, size)
-        supplies.append(Supply(points, limit))
+        supplies.append(Supply(points, rows_limit(source, size)))
     return Apportionment(supplies)

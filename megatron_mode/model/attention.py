@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_mode.model.attention_cores import AttentionCore, attention_core
+from megatron_mode.model.attention_cores import AttentionCore, CoreName, attention_core
 
 
 class AttentionContext(NamedTuple):
@@ -24,7 +24,11 @@ class AttentionContext(NamedTuple):
 
 
 def attention_context(
-    position_BT: Tensor, head_size: int, rope_base: float, dtype: torch.dtype, core: str = "dense"
+    position_BT: Tensor,
+    head_size: int,
+    rope_base: float,
+    dtype: torch.dtype,
+    core: CoreName = "dense",
 ) -> AttentionContext:
     """Derive rotary tables and the attention core of that name from positions alone.
 

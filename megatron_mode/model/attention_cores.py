@@ -15,13 +15,14 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, assert_never
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+CoreName = Literal["dense", "flex", "flash"]
 CPU_BLOCK_TOKENS = 256
 MOST_FLEX_KERNELS = 64
 FLEX_BLOCK_TOKENS = 128
@@ -36,17 +37,20 @@ class AttentionCore(Protocol):
         """Return attended values [T, B, H*K]; without a scale it is 1 / sqrt(K)."""
 
 
-def attention_core(name: str, position_BT: Tensor, dtype: torch.dtype) -> AttentionCore:
+def attention_core(name: CoreName, position_BT: Tensor, dtype: torch.dtype) -> AttentionCore:
     """Build the core of a micro-batch; a position of 0 opens a document.
 
     The running count of zeros numbers the documents of a row.
     """
-    if name == "flash":
-        return varlen_core(position_BT)
-    document_BT = (position_BT == 0).cumsum(dim=1)
-    if name == "flex":
-        return FlexCore(block_mask(document_BT))
-    return DenseCore(dense_mask(document_BT, dtype))
+    match name:
+        case "flash":
+            return varlen_core(position_BT)
+        case "flex":
+            return FlexCore(block_mask((position_BT == 0).cumsum(dim=1)))
+        case "dense":
+            return DenseCore(dense_mask((position_BT == 0).cumsum(dim=1), dtype))
+        case _:
+            assert_never(name)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.model.attention import AttentionContext, attention_context
+from megatron_mode.model.attention_cores import CoreName
 from megatron_mode.model.heads import HeadInputs, LMHead, ModeHead, tied_lm_head
 from megatron_mode.model.layers import DecoderConfig, DecoderLayer, Embedding
 
@@ -49,7 +50,7 @@ class Context:
         self.head_size = model.hidden_size // model.attention_heads
         self.rope_base = model.rope_base
         self.dtype = config.params_dtype
-        self.core: str = config.attention_core
+        self.core: CoreName = config.attention_core
 
     def __call__(self, position_BT: Tensor) -> AttentionContext:
         """Return rotary tables and core for positions that restart at 0 at each document."""

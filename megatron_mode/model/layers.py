@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.model.attention import AttentionContext, DocumentAttention
+from megatron_mode.model.attention_cores import CoreName
 from megatron_mode.model.elementwise import norm_class, swiglu
 from megatron_mode.model.sequence_parallel import (
     GatheringLinear,
@@ -30,7 +31,7 @@ from megatron_mode.model.sequence_parallel import (
 class DecoderConfig(TransformerConfig):
     """Add to megatron-core's config what our own layers read."""
 
-    attention_core: str = "dense"
+    attention_core: CoreName = "dense"
     """dense, flex or flash: how `attention_cores` attends."""
     recompute_attention: bool = False
     """Compute the attention core again in the backward pass instead of keeping its insides."""

@@ -1,4 +1,4 @@
-"""Say which curves the report draws: key in metrics.jsonl, label, axis.
+"""Draw the report's charts: metrics over tokens, AUROC by position, and each source's part.
 
 In the report of one run, a colour is a mode or a kind of figure. In the report of several, a colour
 is a run and the dashes distinguish the curves.
@@ -6,123 +6,52 @@ is a run and the dashes distinguish the curves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from html import escape
 
+from megatron_mode.report.registry import METRICS, Y_AXES, Curve, Metric
 from megatron_mode.report.run_folder import RunFolder, number
-from megatron_mode.report.svg import Axis, Dash, Line, line_chart, percent, short_number, thin
+from megatron_mode.report.svg import (
+    Axis,
+    Dash,
+    Line,
+    Point,
+    line_chart,
+    percent,
+    short_number,
+    thin,
+)
 
 COLOURS = 6
 _MOST_MARKERS = 40
+WINDOWS = 24  # realised shares are counts: a window of a run holds enough rows to be a share
 DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted")
 _TOKENS = Axis("tokens seen", short_number, low=0)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Name one metric of a chart; colour 0 is Mode 1 and 1 is Mode 2, as in the heat map."""
-
-    key: str
-    label: str
-    colour: int = 2
-    dash: Dash = "solid"
-    held_out: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Describe one chart over tokens seen."""
-
-    title: str
-    y_axis: Axis
-    curves: tuple[Curve, ...]
-
-
-CHARTS = (
-    Chart(
-        "LM loss by mode",
-        Axis("nats per token", short_number),
-        (
-            Curve("lm_loss_mode1", "train, Mode 1", 0),
-            Curve("lm_loss_mode2", "train, Mode 2", 1),
-            Curve("valid_lm_loss", "held out", 2, held_out=True),
-        ),
-    ),
-    Chart(
-        "Mode AUROC a token",
-        Axis("AUROC", short_number, high=1),
-        (
-            Curve("mode_auroc", "train", 2),
-            Curve("valid_mode_auroc", "held out, plain", 3, held_out=True),
-            Curve("valid_mode_auroc_chat", "held out, chat", 4, "dashed", held_out=True),
-        ),
-    ),
-    Chart(
-        "Mode 2 recall at 1 % false positives",
-        Axis("recall", percent, low=0, high=1),
-        (
-            Curve("mode_recall_at_fpr01", "train", 2),
-            Curve("valid_mode_recall_at_fpr01", "held out, plain", 3, held_out=True),
-            Curve("valid_mode_recall_at_fpr01_chat", "held out, chat", 4, "dashed", held_out=True),
-        ),
-    ),
-    Chart(
-        "Mode 2 share",
-        Axis("share of Mode 2", percent, low=0),
-        (
-            Curve("mode2_fraction_realised", "rows, realised", 1),
-            Curve("mode2_token_fraction_realised", "tokens, realised", 3),
-            Curve("mode2_fraction_planned", "rows, planned", 2, "dashed"),
-        ),
-    ),
-    Chart(
-        "Mode loss",
-        Axis("nats per token", short_number, low=0),
-        (
-            Curve("mode_loss", "train", 2),
-            Curve("valid_mode_loss", "held out", 3, held_out=True),
-        ),
-    ),
-    Chart(
-        "Throughput",
-        Axis("tokens per second", short_number, low=0),
-        (Curve("tokens_per_second", "all ranks", 2),),
-    ),
-    Chart(
-        "Gradient norm",
-        Axis("global L2 norm before clipping", short_number, low=0),
-        (Curve("grad_norm", "all parameters", 2),),
-    ),
-    Chart(
-        "Learning rate",
-        Axis("learning rate", short_number, low=0),
-        (Curve("learning_rate", "AdamW", 2),),
-    ),
-    Chart(
-        "Blocked tokens",
-        Axis("share of valid tokens", percent, low=0),
-        (Curve("blocked_share", "blocked", 4),),
-    ),
-)
 
 
 def metric_charts(runs: Sequence[RunFolder]) -> list[str]:
     """Return a figure for each chart that any run has values for; an all-zero blocking has none."""
     figures = []
-    for chart in CHARTS:
-        lines = [
-            _metric_line(run, curve) if len(runs) == 1 else _overlaid(run, curve, index, place)
-            for index, run in enumerate(runs)
-            for place, curve in enumerate(chart.curves)
-            if run.curve(curve.key)
+    for chart, y_axis in Y_AXES.items():
+        curves = [
+            (metric, metric.curve)
+            for metric in METRICS.values()
+            if metric.curve and metric.curve.chart == chart
         ]
-        if chart.title == "Blocked tokens":
+        lines = [
+            _metric_line(run, *curve) if len(runs) == 1 else _overlaid(run, *curve, index, place)
+            for index, run in enumerate(runs)
+            for place, curve in enumerate(curves)
+            if run.curve(curve[0].key)
+        ]
+        if chart == "Blocked tokens":
             lines = [line for line in lines if any(value for _, value in line.points)]
-        if chart.title == "LM loss by mode":
+        if chart == "LM loss by mode":
             lines += _entropy_lines(runs)
         if lines:
-            figures.append(_figure(chart.title, lines, (_TOKENS, chart.y_axis), runs))
+            figures.append(_figure(chart, lines, (_TOKENS, y_axis), runs))
     return figures
 
 
@@ -145,17 +74,17 @@ def position_chart(runs: Sequence[RunFolder]) -> str | None:
     return _figure(title, lines, (x_axis, y_axis), runs) if lines else None
 
 
-def _metric_line(run: RunFolder, curve: Curve) -> Line:
-    points = run.curve(curve.key)
-    markers = curve.held_out and len(points) <= _MOST_MARKERS
+def _metric_line(run: RunFolder, metric: Metric, curve: Curve) -> Line:
+    points = run.curve(metric.key)
+    markers = metric.is_held_out and len(points) <= _MOST_MARKERS
     drawn = thin(points)
     return replace(drawn, label=curve.label, colour=curve.colour, dash=curve.dash, markers=markers)
 
 
-def _overlaid(run: RunFolder, curve: Curve, index: int, place: int) -> Line:
+def _overlaid(run: RunFolder, metric: Metric, curve: Curve, index: int, place: int) -> Line:
     """Return the curve in its run's colour, dashed by its place in the chart, without a band."""
     dash = DASHES[place % len(DASHES)]
-    return replace(_metric_line(run, curve), colour=index % COLOURS, dash=dash, band=())
+    return replace(_metric_line(run, metric, curve), colour=index % COLOURS, dash=dash, band=())
 
 
 def _entropy_lines(runs: Sequence[RunFolder]) -> list[Line]:
@@ -208,3 +137,77 @@ def _sample(line: Line, colour: str) -> str:
         f'<svg viewBox="0 0 22 8" aria-hidden="true"><g class="{colour}">'
         f'<path class="curve {line.dash}" d="M0 4H22"/>{dot}</g></svg>'
     )
+
+
+def source_charts(run: RunFolder) -> list[str]:
+    """Return the figures by source that a run has values for."""
+    names = _names(run, "rows_by_source")
+    figures = []
+    if names:
+        lines = [line for place, name in enumerate(names) for line in _shares(run, name, place)]
+        figures.append(_source_figure("Share of rows by source", lines, Axis("share", percent, 0)))
+    losses = Axis("nats per token", short_number)
+    for key, title in (
+        ("lm_loss_by_source", "Training LM loss by source"),
+        ("valid_lm_loss_by_source", "Held-out LM loss by source"),
+    ):
+        # A training source keeps its colour from chart to chart.
+        own = names if key == "lm_loss_by_source" and names else _names(run, key)
+        lines = [_line(run, f"{key}/{name}", name, place) for place, name in enumerate(own)]
+        if lines := [line for line in lines if line.points]:
+            figures.append(_source_figure(title, lines, losses))
+    return figures
+
+
+def _names(run: RunFolder, key: str) -> list[str]:
+    return [
+        column.removeprefix(f"{key}/") for column in run.columns if column.startswith(f"{key}/")
+    ]
+
+
+def _shares(run: RunFolder, name: str, place: int) -> Iterator[Line]:
+    colour, dash = _style(place)
+    realised = _in_windows(run, f"rows_by_source/{name}")
+    yield Line(name, realised, colour, dash, markers=True)
+    if planned := _in_windows(run, f"planned_rows_by_source/{name}"):
+        yield Line(f"{name}, planned", planned, colour, "dotted")
+
+
+def _in_windows(run: RunFolder, key: str) -> list[Point]:
+    """Return the share of rows in each of WINDOWS stretches of the run."""
+    points = run.curve(key)
+    totals = _rows_of_steps(run)
+    found = []
+    for window in range(min(WINDOWS, len(points))):
+        part = slice(window * len(points) // WINDOWS, (window + 1) * len(points) // WINDOWS)
+        if len(points) < WINDOWS:
+            part = slice(window, window + 1)
+        rows = sum(totals[at] for at, _ in points[part])
+        if rows:
+            middle = sum(at for at, _ in points[part]) / len(points[part])
+            found.append((middle, sum(value for _, value in points[part]) / rows))
+    return found
+
+
+def _rows_of_steps(run: RunFolder) -> Counter[float]:
+    """Return the rows of all sources by tokens seen."""
+    totals: Counter[float] = Counter()
+    for name in _names(run, "rows_by_source"):
+        totals.update(dict(run.curve(f"rows_by_source/{name}")))
+    return totals
+
+
+def _line(run: RunFolder, key: str, name: str, place: int) -> Line:
+    colour, dash = _style(place)
+    drawn = thin(run.curve(key))
+    return Line(name, drawn.points, colour, dash, markers=len(drawn.points) <= WINDOWS)
+
+
+def _style(place: int) -> tuple[int, Dash]:
+    """Return colour and dash; dotted is left to plans."""
+    return place % COLOURS, DASHES[place // COLOURS % 2]
+
+
+def _source_figure(title: str, lines: list[Line], y_axis: Axis) -> str:
+    shown = [line for line in lines if not line.label.endswith(", planned")]
+    return figure(title, lines, (_TOKENS, y_axis), legend(shown, y_axis))

@@ -12,10 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_mode.report.charts import metric_charts, position_chart
+from megatron_mode.report.charts import metric_charts, position_chart, source_charts
 from megatron_mode.report.heatmap import LEVELS, level_of, printable
-from megatron_mode.report.run_folder import RunFolder, number, read_run
-from megatron_mode.report.source_charts import source_charts
+from megatron_mode.report.run_folder import RunFolder, number, read_runs
 from megatron_mode.report.svg import CURVE_POINTS, percent, short_number
 from megatron_mode.report.theme import style_sheet
 
@@ -46,7 +45,7 @@ class Figure:
 
 def build_page(run_dirs: Sequence[Path]) -> str:
     """Return the page for these run folders; raises ConfigError for one that cannot be read."""
-    return render_page([read_run(run_dir) for run_dir in run_dirs])
+    return render_page(read_runs(run_dirs))
 
 
 def render_page(runs: Sequence[RunFolder]) -> str:

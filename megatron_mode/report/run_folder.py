@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,25 @@ def number(value: object) -> float | None:
         return None
 
 
-def read_run(run_dir: Path) -> RunFolder:
-    """Read one run, also one that still trains or has no held-out data.
+def distinct_names(run_dirs: Sequence[Path]) -> list[str]:
+    """Name each folder by as few trailing parts of its path as tell it from the others."""
+    paths = [run_dir.resolve().parts for run_dir in run_dirs]
+
+    def name(path: tuple[str, ...]) -> str:
+        tails = (path[-count:] for count in range(1, len(path) + 1))
+        others = set(paths) - {path}
+        return str(Path(*next(t for t in tails if all(o[-len(t) :] != t for o in others))))
+
+    return [name(path) for path in paths]
+
+
+def read_runs(run_dirs: Sequence[Path]) -> list[RunFolder]:
+    """Read runs; raises ConfigError for a folder without metrics."""
+    return [read_run(*pair) for pair in zip(run_dirs, distinct_names(run_dirs), strict=True)]
+
+
+def read_run(run_dir: Path, name: str) -> RunFolder:
+    """Read one run under a name, also one that still trains or has no held-out data.
 
     Raises ConfigError where there is no such folder or it has no line of metrics.
     """
@@ -108,7 +125,7 @@ def read_run(run_dir: Path) -> RunFolder:
     config = run_dir / CONFIG_FILE
     digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None
     return RunFolder(
-        name=run_dir.resolve().name,
+        name=name,
         columns=columns,
         last_step=last_step,
         tokens_seen=tokens_seen,

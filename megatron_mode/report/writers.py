@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron_mode.atomic import write_whole
+from megatron_mode.report.registry import METRICS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -83,11 +84,13 @@ class MetricsWriter:
         step = metrics["step"]
         if not isinstance(step, int):
             raise TypeError(f"step must be an int, got {step!r}")
+        unknown = metrics.keys() - METRICS.keys()
+        assert not unknown, f"report/registry.py has no entry for {sorted(unknown)}"
         self._lines.write(_to_json(metrics) + "\n")
         self._lines.flush()
         for name, value in _scalars(metrics):
             if name != "step":
-                held_out = name.startswith("valid_")
+                held_out = METRICS[name.partition("/")[0]].is_held_out
                 tag = f"valid/{name.removeprefix('valid_')}" if held_out else f"train/{name}"
                 self._tensorboard.add_scalar(tag, value, step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import gloo_world
@@ -10,6 +11,8 @@ import pytest
 import resume_rank
 import torch
 from run_files import metrics
+
+from megatron_mode.report.registry import METRICS, Y_AXES
 
 SHARED_MEMORY_BEFORE = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
 
@@ -37,6 +40,16 @@ def test_a_resumed_run_has_the_same_metrics_to_the_last_bit(runs):
     assert resumed == whole
     assert any(line["blocked_share"] > 0 for line in whole), "renormalise has a state to restore"
     assert all("valid_lm_loss" in line for line in whole[1:5:2])
+
+
+@pytest.mark.distributed
+def test_a_run_writes_what_the_registry_lists_and_the_report_draws(runs):
+    folder, _ = runs
+    lines = (folder / "whole/metrics.jsonl").read_text().splitlines()
+    written = {key for line in lines for key in json.loads(line)}
+    assert written == METRICS.keys() - {"update_left_out"}, "no update was left out"
+    drawn = re.findall(r"<h3>([^<]*)</h3>", (folder / "whole/report.html").read_text())
+    assert set(Y_AXES) <= set(drawn)
 
 
 @pytest.mark.distributed

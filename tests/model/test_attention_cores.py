@@ -32,12 +32,20 @@ from megatron_mode.model.attention import attention_context
 from megatron_mode.model.attention_cores import (
     FLEX_BLOCK_TOKENS,
     FlexCore,
+    attention_core,
     block_mask,
     varlen_core,
 )
 
 KERNEL = "megatron_mode.model.attention_cores.flex_kernel"
 CORES = ("dense", "flex", "flash")
+
+
+def test_an_unknown_core_does_not_run_as_another():
+    with pytest.raises(AssertionError, match=r"unreachable.*'sparse'"):
+        attention_core("sparse", torch.zeros(1, 4, dtype=torch.long), torch.float32)
+
+
 # Starts of documents, row length, query heads, groups: one document, a border inside and at a
 # block's edge, many documents, every token its own.
 ROWS = {

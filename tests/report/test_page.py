@@ -133,6 +133,15 @@ def test_several_runs_share_the_charts(make_run):
     assert "4.071" in both.words
 
 
+def test_runs_of_one_folder_name_are_told_apart(make_run):
+    """Each has the shortest end of its path that no other run has."""
+    runs = [make_run(name, steps=3) for name in ("a/old/tiny", "b/old/tiny", "b/new/tiny", "big")]
+    words = Page(build_page(runs)).words
+    for name in ("a/old/tiny", "b/old/tiny", "new/tiny", "big"):
+        assert f"run folder {name};" in words
+    assert "run folder tiny;" in Page(build_page(runs[:1])).words
+
+
 def test_missing_and_damaged_pieces_are_left_out_and_named(make_run):
     run = make_run("bare", steps=3)
     for name in ("heatmap.json", "environment.json", "config.yaml"):

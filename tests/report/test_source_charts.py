@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mode.report.charts import WINDOWS, _in_windows, source_charts
 from megatron_mode.report.run_folder import read_run
-from megatron_mode.report.source_charts import WINDOWS, _in_windows, source_charts
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_shares_are_counts_over_windows(run: Path) -> None:
-    folder = read_run(run)
+    folder = read_run(run, "run")
     points = _in_windows(folder, "rows_by_source/web")
     assert len(points) == WINDOWS
     assert [share for _, share in points[:11]] == [0.75] * 11
@@ -43,7 +43,7 @@ def test_shares_are_counts_over_windows(run: Path) -> None:
 
 
 def test_two_charts_without_held_out_losses(run: Path) -> None:
-    figures = source_charts(read_run(run))
+    figures = source_charts(read_run(run, "run"))
     assert len(figures) == 2
     assert "Share of rows by source" in figures[0]
     assert "Training LM loss by source" in figures[1]

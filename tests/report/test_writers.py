@@ -76,6 +76,13 @@ def test_a_line_can_be_read_before_the_next_is_written(tmp_path):
         ]
 
 
+def test_a_metric_without_an_entry_is_refused(tmp_path):
+    with MetricsWriter(tmp_path, None) as writer:
+        with pytest.raises(AssertionError, match="no entry for \\['surprise'\\]"):
+            writer.write({"step": 1, "surprise": 1.0})
+        assert lines_of(tmp_path) == []
+
+
 def test_resume_drops_later_lines_and_a_torn_one(tmp_path):
     write_steps(tmp_path, None, range(1, 8))
     with (tmp_path / "metrics.jsonl").open("a") as file:

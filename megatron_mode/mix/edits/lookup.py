@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import assert_never
 
 from megatron_mode.config.mix import EditsConfig
 from megatron_mode.errors import ConfigError, DataError
@@ -53,15 +53,19 @@ class PackedSource:
         return stream_rows_of(begin, end, self.source.tokens, self.seq_len)
 
 
-def pack(source: Source, packing: str, seq_len: int) -> PackedSource:
+def pack(source: Source, packing: PackingName, seq_len: int) -> PackedSource:
     """Open a source under a packing; DataError where `whole` lacks its row table."""
-    name = cast(PackingName, packing)
-    opened: Packing | None = None
-    if packing == "whole":
-        opened = open_table(source, seq_len)
-    elif packing == "document":
-        opened = DocumentRows(source, seq_len)
-    return PackedSource(source, name, opened, seq_len)
+    opened: Packing | None
+    match packing:
+        case "stream":
+            opened = None
+        case "whole":
+            opened = open_table(source, seq_len)
+        case "document":
+            opened = DocumentRows(source, seq_len)
+        case _:
+            assert_never(packing)
+    return PackedSource(source, packing, opened, seq_len)
 
 
 def span_of(source: Source, document: int) -> tuple[int, int]:

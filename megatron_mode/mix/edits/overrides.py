@@ -112,7 +112,7 @@ class Clock(NamedTuple):
 def plan_edits(
     mix: MixConfig,
     clock: Clock,
-    streams: Mapping[tuple[str, str], EditStream],
+    streams: Mapping[tuple[str, PackingName], EditStream],
     document_number: Callable[[str], int],
     changed: Sequence[ChangedDocument] = (),
 ) -> PlannedEdits:
