@@ -62,16 +62,15 @@ class Buckets:
         found = [(unit, unit.sources[source]) for unit in units if source in unit.sources]
         self._parts = [Part(u.path(RECORDS), u.path(PAYLOAD), s.begin, s.end) for u, s in found]
         self._token_bytes = token_bytes
-        self.size_bytes = sum(
-            s.payload_bytes + (s.end - s.begin) * RECORD.itemsize for _, s in found
-        )
+        self.documents = sum(span.end - span.begin for _, span in found)
+        self._payload_bytes = sum(span.payload_bytes for _, span in found)
         self.duplicates = sum(span.duplicates for _, span in found)
         """Copies dropped on the way into the units."""
 
     @property
     def borders(self) -> NDArray[np.uint64]:
         """Return the least prefix of a key in each bucket."""
-        count = 1 + self.size_bytes // BUCKET_BYTES
+        count = 1 + (self._payload_bytes + self.documents * RECORD.itemsize) // BUCKET_BYTES
         return np.array([-(-(number << 64) // count) for number in range(count)], np.uint64)
 
     def records(self) -> Iterator[tuple[Records, int]]:

@@ -150,7 +150,7 @@ def plan_assemblies(
                 info={**info, "licence": licence},
             )
         )
-    return sorted(assemblies, key=lambda a: -a.buckets.size_bytes)
+    return sorted(assemblies, key=lambda a: -a.buckets.documents)
 
 
 def named(counts: Counter[str], names: list[str]) -> dict[str, int]:
