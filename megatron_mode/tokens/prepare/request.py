@@ -13,7 +13,7 @@ from megatron_mode import __version__
 from megatron_mode.tokens.prepare.split import Split
 from megatron_mode.tokens.read.readers import input_files, size_bytes
 
-WORK_FORMAT = 2
+WORK_FORMAT = 3
 
 
 @dataclass(frozen=True)
