@@ -104,6 +104,7 @@ def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason
     watchdog.beat("the resume", is_long=True)
     data_check = DataCheck(run.folder, config, run.corpus)
     first_step, notes = resume(engine, run.folder, record, run.order, probe)
+    data_check.start()
     if run.reports:
         announce(run, first_step, notes)
     timer = StepTimer()

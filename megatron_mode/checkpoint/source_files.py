@@ -74,7 +74,7 @@ class DataCheck:
     def __init__(self, folder: Path, config: Config, corpus: Corpus) -> None:
         """Compare samples with those of the run's earlier starts; all ranks call it.
 
-        Raises DataError on every rank where one differs. `data.verify` starts the thread.
+        Raises DataError on every rank where one differs. Nothing is written before `start`.
         """
         self._record, self._failure = folder / RECORD_NAME, ""
         entries = (*config.mix.mode1.sources, *config.mix.mode2.sources)
@@ -84,8 +84,14 @@ class DataCheck:
         self._known: dict[str, dict[str, Any]] = {}
         from_rank_0(self._compare_samples)
         self._thread = threading.Thread(target=self._hash_all, name="data check", daemon=True)
-        if config.data.verify and dist.get_rank() == 0:
-            self._thread.start()
+        self._verify = config.data.verify
+
+    def start(self) -> None:
+        """Note the samples in RUN/data.json once the run resumed; `data.verify` hashes the rest."""
+        if dist.get_rank() == 0:
+            self._write()
+            if self._verify:
+                self._thread.start()
 
     def check(self) -> None:
         """Raise DataError on rank 0 where the thread met a file that is not what was sealed."""
@@ -109,7 +115,6 @@ class DataCheck:
                 check_file(path, digest)  # which a file that was mended since passes
                 known = {"sha256": digest, "complete": True, "sample": sample}
             self._known[path.name] = known
-        self._write()
 
     def _hash_all(self) -> None:
         for path, digest in self._files.items():
