@@ -14,7 +14,7 @@ import pytest
 from megatron_mode.__main__ import run_verb
 from megatron_mode.commands import merge as merge_command
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.tokens.prepare import buckets, units
+from megatron_mode.tokens.prepare import buckets, encode, units
 from megatron_mode.tokens.source.shards import Source
 
 RunPrepare = Callable[..., int]
@@ -34,20 +34,26 @@ def folder_bytes(root: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def mixed_inputs(tmp_path: Path, write_lines: WriteLines, dialogue: Dialogue) -> list[Path]:
-    """Write four files of two sources with copies, repeated ids and bad lines among them."""
+def mixed_inputs(
+    tmp_path: Path, write_lines: WriteLines, dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
+) -> list[Path]:
+    """Write four files of two sources with copies, repeated ids and bad lines among them.
+
+    Each file has four batches of lines.
+    """
+    monkeypatch.setattr(encode, "BATCH_LINES", 100)
     choose = random.Random(3)
     paths = []
     for file in range(4):
         lines: list[Any] = []
-        for index in range(1500):
-            name = str(choose.randrange(400))
-            text = f"{choose.randrange(900)} at sea"
+        for index in range(300):
+            name = str(choose.randrange(80))
+            text = f"{choose.randrange(180)} at sea"
             if index % 3:
                 lines.append({"id": name, "source": "books", "text": text})
             else:
                 lines.append(dialogue(name, text, "Aye."))
-        lines.insert(700, {"text": file})
+        lines.insert(140, {"text": file})
         (tmp_path / f"part{file}").mkdir()
         paths.append(write_lines(tmp_path / f"part{file}" / "lines.jsonl.gz", lines))
     return paths
@@ -66,7 +72,7 @@ def test_units_and_buckets_leave_no_trace(
     undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out = tmp_path / "d"
-    for unit_bytes, bucket_bytes, spread_bytes in ((1, 100, 1 << 20), (40_000, 5_000, 1)):
+    for unit_bytes, bucket_bytes, spread_bytes in ((1, 400, 1 << 20), (8_000, 1_000, 1)):
         monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
         monkeypatch.setattr(buckets, "BUCKET_BYTES", bucket_bytes)
         monkeypatch.setattr(buckets, "SPREAD_BYTES", spread_bytes)
@@ -86,7 +92,7 @@ def test_shards_leave_no_trace(
     tmp_path: Path, mixed_inputs: list[Path], run_prepare: RunPrepare,
     undisturbed: dict[str, bytes], count: int,
 ) -> None:  # fmt: skip
-    """Three shards share four whole files, five share the lines of all."""
+    """Three shards share four entire files, five share the lines of all."""
     out = tmp_path / "d"
     for index in reversed(range(count)):
         run_prepare("--out", out, "--input", *mixed_inputs, *OPTIONS, "--shard", f"{index}/{count}")
@@ -104,7 +110,7 @@ def test_the_inputs_are_named_and_counted(undisturbed: dict[str, bytes]) -> None
     assert info["bad_lines"] == 4
     assert (
         info["duplicates_dropped"]
-        == 4000 - info["documents"] - json.loads(undisturbed["books-valid.json"])["documents"]
+        == 800 - info["documents"] - json.loads(undisturbed["books-valid.json"])["documents"]
     )
 
 
@@ -141,7 +147,7 @@ def test_bad_lines_of_all_shards_count(
     for index in range(2):
         arguments = ("--out", out, "--input", *mixed_inputs, "--max-bad-lines", "3")
         run_prepare(*arguments, "--shard", f"{index}/2")
-    with pytest.raises(DataError, match=r"4 bad lines together.*part0/lines.jsonl.gz:701: text is"):
+    with pytest.raises(DataError, match=r"4 bad lines together.*part0/lines.jsonl.gz:141: text is"):
         run_merge("--out", out)
 
 
