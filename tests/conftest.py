@@ -29,6 +29,13 @@ settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Take back what a verb of a test before this one set: all cores."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
     """Stand as the only rank of a gloo group, so that megatron-core builds whole layers."""

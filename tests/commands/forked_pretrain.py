@@ -1,64 +1,72 @@
-"""Run launch/pretrain.py many times for one import: ask the server that forks its runs."""
+"""Run launch/pretrain.py many times for one import of the trainer."""
 
 from __future__ import annotations
 
-import json
-import subprocess
+import os
+import runpy
 import sys
 import tempfile
-import time
+import warnings
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
+from forked import context
 from free_port import free_port
 from tiny_run import PRETRAIN, ROOT, Outcome, variables
 
-SERVER = Path(__file__).with_name("pretrain_server.py")
+
+def run_child(words: list[str], environment: dict[str, str], folder: Path, paths: Any) -> None:
+    """Run in a forked process as the program itself does; what it prints goes to the folder."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.path[:0] = paths
+    warnings.simplefilter("ignore")
+    try:
+        runpy.run_path(str(PRETRAIN))["main"](words)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class Started:
     """Hold a run that was started."""
 
-    def __init__(self, process_id: int, folder: Path) -> None:
-        self.process_id, self._folder = process_id, folder
+    def __init__(self, process: ForkServerProcess, folder: Path) -> None:
+        assert process.pid is not None
+        self.process_id, self._process, self._folder = process.pid, process, folder
 
     def wait(self, timeout_seconds: float = 120) -> Outcome:
         """Return the outcome; the status of a killed run is -9."""
-        deadline = time.monotonic() + timeout_seconds
-        status = self._folder / "status"
-        while Path(f"/proc/{self.process_id}").exists():
-            assert time.monotonic() < deadline, (self._folder / "err").read_text()
-            time.sleep(0.02)
-        code = int(status.read_text()) if status.exists() else -9
-        return Outcome(code, *((self._folder / name).read_text() for name in ("out", "err")))
+        self._process.join(timeout_seconds)
+        status = self._process.exitcode
+        assert status is not None, (self._folder / "err").read_text()
+        return Outcome(status, *((self._folder / name).read_text() for name in ("out", "err")))
 
 
 class Server:
     """Start runs of launch/pretrain.py."""
 
     def __init__(self, folder: Path) -> None:
-        """Import launch/pretrain.py; what runs say goes below `folder`."""
+        """Keep what runs print below `folder`."""
         self._folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, str(SERVER), str(PRETRAIN)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=variables(),
-        )
 
-    def start(self, *words: str | Path, **more: str) -> Started:
-        """Start a run with these words and launcher's variables."""
+    def start(self, *words: str | Path, paths: tuple[str, ...] = (), **more: str) -> Started:
+        """Start a run with these words and variables; modules may come from `paths`."""
         folder = Path(tempfile.mkdtemp(dir=self._folder))
-        request = {"words": list(map(str, words)), "variables": more, "folder": str(folder)}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return Started(int(self._process.stdout.readline()), folder)
+        arguments = ([*map(str, words)], variables(**more), folder, paths)
+        process = context().Process(target=run_child, args=arguments)
+        process.start()
+        return Started(process, folder)
 
-    def run(self, *words: str | Path, **more: str) -> Outcome:
+    def run(self, *words: str | Path, paths: tuple[str, ...] = (), **more: str) -> Outcome:
         """Start a run and wait for its end."""
-        return self.start(*words, **more).wait()
+        return self.start(*words, paths=paths, **more).wait()
 
     def run_world(self, world_size: int, *words: str | Path) -> list[Outcome]:
         """Start a run of several processes as a launcher does, and wait for their ends."""
@@ -70,8 +78,3 @@ class Server:
         world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks = map(str, range(world_size))
         return [self.start(*words, RANK=rank, LOCAL_RANK=rank, **world) for rank in ranks]
-
-    def close(self) -> None:
-        """End the server; taking torch down in good order costs seconds."""
-        self._process.kill()
-        self._process.wait()

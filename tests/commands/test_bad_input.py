@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,13 @@ NO_TORCH = "raise ImportError('torch was imported before the mistake was found')
 
 
 @pytest.fixture
-def refused_early(trained: Trained, tmp_path: Path) -> Callable[..., str]:
-    """Start the real program where torch cannot be imported; return its sentence."""
-    (tmp_path / "stand-in").mkdir()
-    (tmp_path / "stand-in" / "torch.py").write_text(NO_TORCH)
+def refused(trained: Trained, tmp_path: Path, call_program: Call) -> Callable[..., str]:
+    """Call the program of training; return the sentence that it ends with before it trains."""
 
-    def call(*words: str) -> str:
+    def call(*words: str, program: Callable[[list[str]], Outcome] | None = None) -> str:
         run = tmp_path / "run"
-        given = ("--config", str(trained.config), f"data.root={trained.data}", f"run.dir={run}")
-        outcome = command(PRETRAIN, *given, *words, PYTHONPATH=before_others(tmp_path / "stand-in"))
+        given = ["--config", str(trained.config), f"data.root={trained.data}", f"run.dir={run}"]
+        outcome = (program or partial(call_program, "pretrain"))([*given, *words])
         assert outcome.out == ""
         assert not run.exists()
         return refusal(outcome)
@@ -124,9 +122,14 @@ def test_prepare_refuses_a_full_disk(verb: Call, tmp_path: Path, small_disk: Pat
     ],
 )  # fmt: skip
 def test_training_refuses_before_torch_is_imported(
-    refused_early: Callable[..., str], words: list[str], fragment: str
+    refused: Callable[..., str], tmp_path: Path, words: list[str], fragment: str
 ) -> None:
-    assert fragment in refused_early(*words)
+    (tmp_path / "torch.py").write_text(NO_TORCH)
+
+    def program(words: list[str]) -> Outcome:
+        return command(PRETRAIN, *words, PYTHONPATH=before_others(tmp_path))
+
+    assert fragment in refused(*words, program=program)
 
 
 def test_training_needs_a_config() -> None:
@@ -165,33 +168,33 @@ def copied_data(trained: Trained, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("change", [{"digest": -1}, {"padded_vocab_size": "384"}, {"control": 3}])
 def test_training_refuses_a_tokenizer_json_of_other_kinds(
-    refused_early: Callable[..., str], copied_data: Path, change: dict[str, object]
+    refused: Callable[..., str], copied_data: Path, change: dict[str, object]
 ) -> None:
     path = copied_data / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert f"{path} cannot be read" in refused_early(f"data.root={copied_data}")
+    assert f"{path} cannot be read" in refused(f"data.root={copied_data}")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".flags.bin", ".docs.arrow", ".json"])
 def test_training_refuses_truncated_files(
-    refused_early: Callable[..., str], copied_data: Path, suffix: str
+    refused: Callable[..., str], copied_data: Path, suffix: str
 ) -> None:
     path = copied_data / f"books{suffix}"
     path.write_bytes(path.read_bytes()[:-7])
-    assert str(path) in refused_early(f"data.root={copied_data}")
+    assert str(path) in refused(f"data.root={copied_data}")
 
 
 @pytest.mark.parametrize("missing", [".bin", ".idx", ".flags.bin", ".docs.arrow", ".json"])
 def test_training_refuses_missing_files(
-    refused_early: Callable[..., str], copied_data: Path, missing: str
+    refused: Callable[..., str], copied_data: Path, missing: str
 ) -> None:
     (copied_data / f"chat{missing}").unlink()
-    assert str(copied_data / f"chat{missing}") in refused_early(f"data.root={copied_data}")
+    assert str(copied_data / f"chat{missing}") in refused(f"data.root={copied_data}")
 
 
 def test_training_refuses_a_tokenizer_that_does_not_match(
     verb: Call,
-    refused_early: Callable[..., str],
+    refused: Callable[..., str],
     copied_data: Path,
     trained: Trained,
     tmp_path: Path,
@@ -199,34 +202,31 @@ def test_training_refuses_a_tokenizer_that_does_not_match(
     words = ("--out", tmp_path / "other", "--input", trained.input, "--vocab-size", "310")
     assert verb("prepare", *words).status == 0
     shutil.copy(tmp_path / "other" / "tokenizer.model", copied_data)
-    assert "but tokenizer.json beside it names" in refused_early(f"data.root={copied_data}")
+    assert "but tokenizer.json beside it names" in refused(f"data.root={copied_data}")
     shutil.copy(tmp_path / "other" / "tokenizer.json", copied_data)
-    sentence = refused_early(f"data.root={copied_data}")
+    sentence = refused(f"data.root={copied_data}")
     assert f"Source {copied_data / 'books'} was prepared with tokenizer" in sentence
 
 
 def test_training_refuses_a_read_only_target(
-    refused_early: Callable[..., str], read_only_disk: Path
+    refused: Callable[..., str], read_only_disk: Path
 ) -> None:
     for place in (read_only_disk / "run", read_only_disk):
-        sentence = refused_early(f"run.dir={place}")
+        sentence = refused(f"run.dir={place}")
         assert f"{read_only_disk} cannot be used: Read-only file system" in sentence
 
 
 def test_training_refuses_a_file_as_run_folder(
-    refused_early: Callable[..., str], trained: Trained
+    refused: Callable[..., str], trained: Trained
 ) -> None:
     for place in (trained.config, trained.config / "run"):
-        assert f"{trained.config} cannot be used" in refused_early(f"run.dir={place}")
+        assert f"{trained.config} cannot be used" in refused(f"run.dir={place}")
 
 
 def test_an_accelerator_that_was_asked_for_and_is_broken_ends_the_run(
-    trained: Trained, tmp_path: Path
+    pretrain: Call, tmp_path: Path
 ) -> None:
     (tmp_path / "flash_attn.py").write_text("raise ImportError('libcudart.so.12: no such file')\n")
-    places = (f"data.root={trained.data}", f"run.dir={tmp_path / 'run'}")
-    words = ("--config", str(trained.config), *places, "accelerators.attention=flash")
-    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    sentence = refusal(command(PRETRAIN, *words, PYTHONPATH=os.pathsep.join(paths)))
+    sentence = refusal(pretrain("accelerators.attention=flash", paths=(str(tmp_path),)))
     assert "needs flash-attention, here broken (ImportError: libcudart.so.12: no such" in sentence
     assert sentence.endswith("set accelerators.attention=auto\n")

@@ -5,17 +5,10 @@ What is broken is known by how it was made; what is fine, likewise, and is accep
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import random
 import re
 import shutil
-import signal
-import sys
-import types
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -28,11 +21,6 @@ import config_limits
 import pytest
 import yaml
 from tiny_run import PRETRAIN, RUN_FILE, Outcome, Trained, before_others, command
-
-from megatron_mode.__main__ import run_verb
-from megatron_mode.command_line import exit_status
-from megatron_mode.commands import train as train_command
-from megatron_mode.process import failures
 
 CONFIGS, COMMANDS, PROGRAMS = 600, 400, 24
 MOST_MISTAKES = 16  # of one file; each has a line
@@ -108,35 +96,10 @@ def box(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Box:
 
 
 @pytest.fixture
-def run(box: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Call a program in this process, up to where training would begin, which returns at once."""
-    trainer = types.ModuleType("megatron_mode.train")
-    vars(trainer)["train"] = lambda config, process, request: None
-    monkeypatch.setitem(sys.modules, "megatron_mode.train", trainer)
-    monkeypatch.setattr(failures, "_is_joined", lambda: False)  # by tests before this one
+def run(box: Box, call_program: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Call a program in the box, up to where training would begin."""
     monkeypatch.chdir(box.folder)
-    for name in [n for n in os.environ if n.startswith(("RANK", "WORLD_", "LOCAL_", "SLURM_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(train_command, "leave", sys.exit)
-    environment = dict(os.environ)
-    # The program takes both signals for itself; a test run must still end on them.
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-    def call(program: str, words: list[str]) -> Outcome:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            if program == "pretrain":
-                with pytest.raises(SystemExit) as end:
-                    train_command.main(words)
-                status = end.value.code
-            else:
-                status = exit_status(lambda: run_verb([program, *words]))
-        os.environ.clear()
-        os.environ.update(environment)
-        return Outcome(status, out.getvalue(), err.getvalue())
-
-    with warnings.catch_warnings():
-        yield call
+    return call_program
 
 
 def config_cases(box: Box, seed: int, count: int) -> Iterator[Case]:

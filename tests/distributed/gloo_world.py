@@ -6,7 +6,6 @@ well under a second instead of eight times the import time.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -14,15 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
+from forked import context
 from free_port import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def context():
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["megatron_mode.train"])
-    return server
 
 
 def _worker(rank, world_size, port, function, args, folder):
