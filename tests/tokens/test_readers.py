@@ -213,7 +213,7 @@ def test_no_truncation_is_silent(tmp_path: Path, name: str) -> None:
     if "jsonl" in name:
         assert len(lines_of(path)) == 12
     elif name == "stream.arrow":
-        with pytest.raises(DataError, match="goes on after its end"):
+        with pytest.raises(DataError, match="continues after its end"):
             lines_of(path)
     if "parquet" not in name and name != "file.arrow":  # their footers stand at the end
         path.write_bytes(data + b"\1\2")

@@ -39,32 +39,32 @@ class JsonArray(JsonLines):
     def _lines(self) -> Iterator[bytes]:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._place, self._count = "", 0, 0
-        self._expect("[")
-        if self._next_is("]"):
-            return self._check_end()
-        while True:
-            self._count += 1
-            yield self._element().encode("utf-8", "surrogatepass")
-            if not self._next_is(","):
-                self._expect("]")
-                return self._check_end()
+        self._take("[")
+        if self._next() != "]":
+            while True:
+                self._count += 1
+                yield self._element().encode("utf-8", "surrogatepass")
+                if self._next() != ",":
+                    break
+                self._take(",")
+        self._take("]")
+        if self._next():
+            raise self._damage("is the array's last, but text follows the array")
 
     def _element(self) -> str:
-        """Return the text of the next value, reading on until it is whole."""
+        """Return the text of the next value, reading until it is complete."""
         while True:
-            self._skip_space()
+            self._next()
             try:
                 _, end = json.JSONDecoder().raw_decode(self._text, self._place)
             except (ValueError, RecursionError) as error:
-                too_long = len(self._text) - self._place > MAX_LINE_BYTES
-                if too_long or not self._read_more():
-                    raise self._damage(
-                        f"is longer than {MAX_LINE_BYTES >> 20} MiB or malformed"
-                        if too_long
-                        else f"is malformed ({error})"
-                    ) from None
+                if len(self._text) - self._place > MAX_LINE_BYTES:
+                    reason = f"is longer than {MAX_LINE_BYTES >> 20} MiB or malformed"
+                    raise self._damage(reason) from None
+                if not self._read_more():
+                    raise self._damage(f"is malformed ({error})") from None
                 continue
-            # A number goes on in the next piece; whatever else is whole.
+            # A number may continue in the next piece; all other values are complete.
             if end < len(self._text) or not self._read_more():
                 text, self._place = self._text[self._place : end], end
                 return text
@@ -79,30 +79,20 @@ class JsonArray(JsonLines):
         self._text, self._place = self._text[self._place :] + more, 0
         return bool(data)
 
-    def _skip_space(self) -> None:
+    def _next(self) -> str:
+        """Skip space and return the next character, "" at the end of the file."""
         while True:
             found = SPACE.match(self._text, self._place)
             assert found is not None, "the pattern matches nothing too"
             self._place = found.end()
             if self._place < len(self._text) or not self._read_more():
-                return
+                return self._text[self._place : self._place + 1]
 
-    def _next_is(self, character: str) -> bool:
-        self._skip_space()
-        if not self._text.startswith(character, self._place):
-            return False
-        self._place += 1
-        return True
-
-    def _expect(self, character: str) -> None:
-        if not self._next_is(character):
+    def _take(self, character: str) -> None:
+        if self._next() != character:
             found = self._text[self._place : self._place + 10] or "the end of the file"
             raise self._damage(f"is followed by {found!r} where {character!r} is expected")
-
-    def _check_end(self) -> None:
-        self._skip_space()
-        if self._place < len(self._text):
-            raise self._damage("is the array's last, but text follows the array")
+        self._place += 1
 
     def _damage(self, what: str) -> DataError:
         return DataError(

@@ -12,25 +12,22 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Literal
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.read.lines import MAX_LINE_BYTES, too_long
+from megatron_mode.tokens.read.lines import MAX_LINE_BYTES, LineReader, too_long
 
 Compression = Literal["gzip", "zstd"]
 BUFFER_BYTES = 1 << 17
 
 
-class JsonLines:
+class JsonLines(LineReader):
     """Iterate over the lines of one file."""
 
-    def __init__(self, path: Path, raw: IO[bytes], compression: Compression | None) -> None:
-        """Take over an open file."""
-        self.path = path
-        self._raw = raw
-        self._compression = compression
-        self._stream = unpacked(raw, compression)
+    def __init__(self, path: Path, compression: Compression | None) -> None:
+        self.path, self._compression = path, compression
+        self._raw = path.open("rb")
+        self._stream = unpacked(self._raw, compression)
 
     @property
     def position_bytes(self) -> int:
@@ -63,29 +60,14 @@ class JsonLines:
             if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
                 yield line
             else:
-                line = b""  # let it go before the next pieces come
-                passed = MAX_LINE_BYTES + 1 + self._pass_over()
-                yield too_long(f"{passed / 2**20:,.1f} MiB")
+                size_bytes = len(line)
+                while line and not line.endswith(b"\n"):
+                    line = self._stream.readline(BUFFER_BYTES)
+                    size_bytes += len(line)
+                yield too_long(size_bytes)
             line = self._stream.readline(MAX_LINE_BYTES + 1)
 
-    def _pass_over(self) -> int:
-        """Read to the end of the line and return how many bytes that was."""
-        passed = 0
-        while piece := self._stream.readline(BUFFER_BYTES):
-            passed += len(piece)
-            if piece.endswith(b"\n"):
-                break
-        return passed
-
-    def __enter__(self) -> JsonLines:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stream.close()
         self._raw.close()
 

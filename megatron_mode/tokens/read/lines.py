@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 # A novel has 1 MB; beyond this a line is a mistake, and holding several would exhaust memory.
 MAX_LINE_BYTES = 32 << 20
@@ -19,7 +18,7 @@ class RefusedLine(bytes):
     """Stand for a line that a reader could not hand on; the bytes are the reason in UTF-8."""
 
 
-class LineReader(Protocol):
+class LineReader:
     """Iterate over (number from 1, bytes of one JSON line) of one input, in bounded memory.
 
     Iterating raises DataError where the input is damaged. Blank lines are counted but not given.
@@ -28,24 +27,23 @@ class LineReader(Protocol):
     @property
     def position_bytes(self) -> int:
         """Return how much of the input on disk has been read."""
+        raise NotImplementedError
 
-    def __iter__(self) -> Iterator[tuple[int, bytes]]: ...
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        raise NotImplementedError
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        """Close what is open."""
 
 
-def too_long(size: str) -> RefusedLine:
-    """Refuse a line of more than MAX_LINE_BYTES; size says how long it is."""
+def too_long(size_bytes: int) -> RefusedLine:
+    """Refuse a line of more than MAX_LINE_BYTES."""
     return RefusedLine(
-        f"the line is {size} long; accepted are up to {MAX_LINE_BYTES >> 20} MiB, so split the "
-        "document".encode()
+        f"the line is {size_bytes / 2**20:,.1f} MiB long; accepted are up to "
+        f"{MAX_LINE_BYTES >> 20} MiB, so split the document".encode()
     )
 
 

@@ -2,7 +2,7 @@
 
     JSON lines, plain or gzip'd or zstd-compressed                  -> json_lines
     a file named .json that holds one array, compressed or not      -> json_array
-    Parquet, Arrow IPC, folders written by datasets.save_to_disk    -> tables
+    Parquet, Arrow IPC, folders written by datasets.save_to_disk    -> columns
 
 A compressed or binary file is known by its first bytes; a name that promises another format is
 refused, because it means that the file was cut or mixed up.
@@ -47,35 +47,28 @@ def open_reader(path: Path, columns: Sequence[str] | None = DOCUMENT_COLUMNS) ->
 
     Raises DataError when it is missing, of no known format, or not what its name says.
     """
-    if path.is_dir():
-        from megatron_mode.tokens.read.columns import ArrowTables
+    files, kind = input_files(path), "arrow" if path.is_dir() else kind_of(path)
+    if kind == "gzip" or kind == "zstd" or kind is None:
+        return (JsonArray if holds_array(path, kind) else JsonLines)(path, kind)
+    from megatron_mode.tokens.read.columns import Table, arrow_batches, parquet_batches
 
-        return ArrowTables(path, dataset_files(path), columns)
+    return Table(parquet_batches if kind == "parquet" else arrow_batches, files, columns)
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Return the format that a file begins like, None for text.
+
+    Raises DataError when it cannot be read, or its name says something else.
+    """
     try:
-        raw = path.open("rb")
-        head = raw.read(HEAD_BYTES)
-        raw.seek(0)
+        with path.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+            stream.seek(0)  # which a pipe refuses
     except OSError as error:
         raise DataError(
             f"Input {path} cannot be read ({error.strerror or error}); {ACCEPTED}, so correct the "
             "name, or write what a pipe gives to a file first."
         ) from None
-    try:
-        kind = kind_of(path, head)
-        if kind == "gzip" or kind == "zstd" or kind is None:
-            reader = JsonArray if holds_array(path, kind) else JsonLines
-            return reader(path, raw, kind)
-    except BaseException:
-        raw.close()
-        raise
-    raw.close()
-    from megatron_mode.tokens.read.columns import ArrowTables, ParquetTable
-
-    return ParquetTable(path, columns) if kind == "parquet" else ArrowTables(path, [path], columns)
-
-
-def kind_of(path: Path, head: bytes) -> Kind | None:
-    """Return the format that a file begins like, None for text; DataError when its name differs."""
     found = next((kind for kind, magic in MAGIC.items() if head.startswith(magic)), None)
     promised = SUFFIXES.get(path.suffix)
     if promised is not None and found != promised:
@@ -90,32 +83,33 @@ def kind_of(path: Path, head: bytes) -> Kind | None:
     return found
 
 
-def dataset_files(folder: Path) -> list[Path]:
-    """Return the Arrow files of a folder that datasets.save_to_disk wrote, in order."""
-    if (folder / "dataset_dict.json").is_file():
-        names = read_json(folder / "dataset_dict.json").get("splits")
-        names = names if isinstance(names, list) else []
+def input_files(path: Path) -> list[Path]:
+    """Return the files of an input: itself, or in order those that datasets.save_to_disk wrote."""
+    if not path.is_dir():
+        return [path]
+    if (path / "dataset_dict.json").is_file():
+        splits = read_json(path / "dataset_dict.json").get("splits")
+        names = splits if isinstance(splits, list) else []
         raise DataError(
-            f"Input {folder} holds several splits ({', '.join(map(str, names))}); name one, such "
-            f"as {folder / str(next(iter(names), 'train'))}."
+            f"Input {path} holds several splits ({', '.join(map(str, names))}); name one, such "
+            f"as {path / str(next(iter(names), 'train'))}."
         )
-    if not (folder / "state.json").is_file():
+    if not (path / "state.json").is_file():
         raise DataError(
-            f"Input {folder} cannot be read (it is a folder without state.json); {ACCEPTED}, so "
+            f"Input {path} cannot be read (it is a folder without state.json); {ACCEPTED}, so "
             "name the files in it."
         )
-    state = read_json(folder / "state.json")
+    state = read_json(path / "state.json")
     if state.get("_indices_data_files"):
         raise DataError(
-            f"Input {folder} is a selection of rows kept as a list of indices; call "
+            f"Input {path} is a selection of rows kept as a list of indices; call "
             "flatten_indices() before save_to_disk()."
         )
     try:
-        names = [entry["filename"] for entry in state["_data_files"]]
-        files = [folder / Path(name).name for name in names]
+        files = [path / Path(entry["filename"]).name for entry in state["_data_files"]]
     except (KeyError, TypeError):
         raise DataError(
-            f"{folder / 'state.json'} lists no _data_files; write the folder again with "
+            f"{path / 'state.json'} lists no _data_files; write the folder again with "
             "save_to_disk()."
         ) from None
     for file in files:
@@ -135,13 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def input_files(path: Path) -> list[Path]:
-    """Return the files that an input consists of: itself, or those of a dataset folder."""
-    return dataset_files(path) if path.is_dir() else [path]
-
-
 def size_bytes(path: Path) -> int:
     """Return the size of an input on disk; 0 when it is missing."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    return path.stat().st_size if path.exists() else 0
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
