@@ -16,8 +16,7 @@ from typing import Any
 
 from megatron_mode.command_line import whole
 from megatron_mode.errors import ConfigError
-
-FORMATS = ("sharegpt", "openai", "function-call", "agent-log")
+from megatron_mode.tokens.convert.formats import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert; raise ConfigError or DataError with one sentence."""
     if not args.out.name.endswith((".jsonl", ".jsonl.gz")):
         raise ConfigError(f"--out is {args.out}; accepted are names in .jsonl or .jsonl.gz.")
-    from megatron_mode.tokens.convert.convert import Conversion, convert
+    from megatron_mode.tokens.convert.convert import convert
     from megatron_mode.tokens.documents import is_safe_name
     from megatron_mode.tokens.prepare.output import terminated_by_exit
     from megatron_mode.tokens.prepare.staging import disk_error
@@ -66,11 +65,17 @@ def run(args: argparse.Namespace) -> int:
             f"--source is {args.source!r}; accepted are up to 100 letters, digits, '.', '_', '-', "
             "so rename it."
         )
-    plan = Conversion(args.format, tuple(args.inputs), args.out, args.source, args.max_bad_lines)
     started_seconds = time.monotonic()
     try:
         with terminated_by_exit():
-            summary = convert(plan, show_progress=not args.json)
+            summary = convert(
+                args.inputs,
+                args.format,
+                args.out,
+                source=args.source,
+                max_bad_lines=args.max_bad_lines,
+                show_progress=not args.json,
+            )
     except OSError as error:
         raise disk_error(error, args.out) from None
     summary["seconds"] = round(time.monotonic() - started_seconds, 2)

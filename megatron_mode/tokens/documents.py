@@ -18,7 +18,7 @@ from megatron_mode.tokens.json_values import BadLineError as BadLineError
 from megatron_mode.tokens.json_values import parse_json, show
 from megatron_mode.tokens.read.lines import compact_json
 from megatron_mode.tokens.read.readers import open_reader
-from megatron_mode.tokens.turns import BLANK_LINE, in_call_order, parse_turn, tools_of, unpadded
+from megatron_mode.tokens.turns import BLANK_LINE, in_call_order, parse_turns, tools_of
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # "tokenizer" is the corpus' own file; the others would meet files of a source with a shorter name.
@@ -86,17 +86,15 @@ def document_of(value: Any, default_source: str, number: int) -> Document:
         raise BadLineError(
             "the line has both text and messages; keep text (Mode 1) or messages (2)"
         )
-    if text is not None:
-        if not isinstance(text, str) or not text:
-            raise BadLineError(
-                f"text is {show(text)}; it must be a string with at least one character"
-            )
-        return Document(str(identifier), source, 1, text=text)
     if messages is not None:
         tools = tools_of(value)
         turns, ignored = parse_messages(messages, tools)
         return Document(str(identifier), source, 2, messages=turns, tools=tools, ignored=ignored)
-    raise BadLineError("the line has neither text (Mode 1) nor messages (Mode 2); add one")
+    if text is None:
+        raise BadLineError("the line has neither text (Mode 1) nor messages (Mode 2); add one")
+    if not isinstance(text, str) or not text:
+        raise BadLineError(f"text is {show(text)}; it must be a string with at least one character")
+    return Document(str(identifier), source, 1, text=text)
 
 
 def is_safe_name(name: str) -> bool:
@@ -113,16 +111,13 @@ def parse_messages(messages: Any, tools: Any) -> tuple[tuple[Message, ...], tupl
         raise BadLineError(
             f"messages is {show(messages)}; it must be a list of at least one message"
         )
-    turns = [parse_turn(message, f"messages[{n}]") for n, message in enumerate(messages)]
-    turns = in_call_order(unpadded(turns, messages, tools))
+    turns = in_call_order(parse_turns(messages, "messages", tools))
     if not any(turn.content or turn.calls for turn in turns):
-        raise BadLineError(
-            "messages holds only empty turns; accepted is at least one with a character"
-        )
+        raise BadLineError("messages holds only empty turns; give one at least one character")
     found = []
     for turn in turns:
         parts = [turn.content] if turn.content or not turn.calls else []
-        parts += [compact_json(turn.calls)] if turn.calls else []
+        parts += [compact_json([call.given for call in turn.calls])] if turn.calls else []
         found.append(Message(turn.role, BLANK_LINE.join(parts), turn.is_trained))
     return tuple(found), tuple(name for turn in turns for name in turn.ignored)
 
@@ -135,7 +130,7 @@ def check_surrogates(document: Document) -> None:
         "".join(parts).encode("utf-8")
     except UnicodeEncodeError:
         raise BadLineError(
-            "a string holds half of a \\uD800 surrogate pair; write whole ones"
+            "a string holds half of a \\uD800 surrogate pair; write both halves"
         ) from None
 
 

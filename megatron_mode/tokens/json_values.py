@@ -6,8 +6,10 @@ JSON lines, such nulls stand in tool schemas and in the arguments of calls.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_mode.tokens.read.lines import RefusedLine
@@ -39,24 +41,18 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadLineError(f"an object has the key {show(twice)} twice; accepted is once")
+        raise BadLineError(f"an object has the key {show(twice)} twice; give it once")
     return found
 
 
-def _float_of(text: str) -> float:
+def _finite(text: str) -> float:
     value = float(text)
-    if math.isinf(value):
+    if not math.isfinite(value):
         raise NotFiniteError(text)
     return value
 
 
-def _refuse_constant(text: str) -> None:
-    raise NotFiniteError(text)
-
-
-STRICT = json.JSONDecoder(
-    object_pairs_hook=_object_of, parse_float=_float_of, parse_constant=_refuse_constant
-)
+STRICT = json.JSONDecoder(object_pairs_hook=_object_of, parse_float=_finite, parse_constant=_finite)
 
 
 def read_json(text: str, field: str) -> Any:
@@ -75,13 +71,12 @@ def not_finite(value: Any, field: str) -> str | None:
     """Return the place of the first number that is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return field
-    inner: list[tuple[str, Any]] = []
+    inner: Iterable[tuple[str, Any]] = ()
     if isinstance(value, dict):
-        inner = [(f"{field}.{key}" if field else key, held) for key, held in value.items()]
+        inner = ((f"{field}.{key}" if field else key, held) for key, held in value.items())
     elif isinstance(value, list):
-        inner = [(f"{field}[{index}]", held) for index, held in enumerate(value)]
-    places = (not_finite(held, place) for place, held in inner)
-    return next((place for place in places if place is not None), None)
+        inner = ((f"{field}[{index}]", held) for index, held in enumerate(value))
+    return next(filter(None, (not_finite(held, place) for place, held in inner)), None)
 
 
 def parse_json(line: bytes) -> Any:
@@ -98,6 +93,16 @@ def parse_json(line: bytes) -> Any:
         raise BadLineError("malformed JSON (nested too deep, or a number too long)") from None
 
 
+def parsed(value: Any, field: str) -> Any:
+    """Return a value, one that is a string read as JSON; BadLineError when it is broken."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_json(value, field)
+    except (ValueError, RecursionError) as error:
+        raise BadLineError(f"{field} is {show(value)}, broken JSON ({error})") from None
+
+
 def parse_tools(tools: Any) -> Any:
     """Check the tool schemas; a string is read as JSON, an empty one as none."""
     if isinstance(tools, str):
@@ -111,22 +116,22 @@ def parse_tools(tools: Any) -> Any:
     if tools is None:
         return None
     if not isinstance(tools, list | dict):
-        raise BadLineError(f"tools is {show(tools)}; accepted is a list of tool schemas")
+        raise BadLineError(f"tools is {show(tools)}; use a list of tool schemas")
     level: list[Any] = [tools]
     for _ in range(TOOLS_LEVELS):
         held = [
             v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
         ]
-        level = [value for values in held for value in values]
+        level = list(itertools.chain.from_iterable(held))
         if not level:
-            return without_padding(tools)
+            return meant_schemas(tools)
     raise BadLineError(f"tools is nested deeper than {TOOLS_LEVELS} levels; flatten the schemas")
 
 
-def without_padding(schema: Any, *, by_name: bool = False) -> Any:
+def meant_schemas(schema: Any, *, by_name: bool = False) -> Any:
     """Leave out the nulls of schemas that mean nothing; by_name says that names are the keys."""
     if isinstance(schema, list):
-        return [without_padding(inner) for inner in schema]
+        return [meant_schemas(inner) for inner in schema]
     if not isinstance(schema, dict):
         return schema
     kept = {}
@@ -135,33 +140,32 @@ def without_padding(schema: Any, *, by_name: bool = False) -> Any:
             if inner is not None or key in MEANT_NULLS:
                 kept[key] = inner
         elif inner is not None:
-            kept[key] = without_padding(inner, by_name=not by_name and key in SCHEMAS_BY_NAME)
+            kept[key] = meant_schemas(inner, by_name=not by_name and key in SCHEMAS_BY_NAME)
     return kept
 
 
 def parameters_by_name(tools: Any) -> dict[str, Any]:
     """Return the schema of the arguments of each tool."""
-    found = {}
-    for tool in tools if isinstance(tools, list) else [tools]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            found[function["name"]] = function.get("parameters")
-    return found
+    listed = [
+        tool for tool in (tools if isinstance(tools, list) else [tools]) if isinstance(tool, dict)
+    ]
+    functions = [tool.get("function", tool) for tool in listed]
+    return {str(f.get("name")): f.get("parameters") for f in functions if isinstance(f, dict)}
 
 
-def meant_arguments(value: Any, schema: Any) -> Any:
-    """Leave out the nulls of a call's arguments, but where their schema takes null."""
+def meant_values(value: Any, schema: Any) -> Any:
+    """Leave out the nulls of a value at any depth, but where its schema takes null."""
     schema = schema if isinstance(schema, dict) else {}
     if isinstance(value, list):
-        return [meant_arguments(inner, schema.get("items")) for inner in value]
+        return [meant_values(inner, schema.get("items")) for inner in value]
     if not isinstance(value, dict):
         return value
-    properties = schema.get("properties")
-    properties = properties if isinstance(properties, dict) else {}
+    named = schema.get("properties", schema)
+    named = named if isinstance(named, dict) else {}
     return {
-        key: meant_arguments(inner, properties.get(key))
+        key: meant_values(inner, named.get(key))
         for key, inner in value.items()
-        if inner is not None or takes_null(properties.get(key))
+        if inner is not None or takes_null(named.get(key))
     }
 
 
@@ -170,10 +174,11 @@ def takes_null(schema: Any) -> bool:
     if not isinstance(schema, dict):
         return False
     kinds, values = schema.get("type"), schema.get("enum")
-    named = kinds == "null" or (isinstance(kinds, list) and "null" in kinds)
-    listed = isinstance(values, list) and None in values
-    is_given = any(key in schema and schema[key] is None for key in MEANT_NULLS)
-    choices = [c for key in ("anyOf", "oneOf") for c in schema.get(key) or ()]
-    return named or listed or is_given or schema.get("nullable") is True or any(
-        map(takes_null, choices)
-    )  # fmt: skip
+    return (
+        kinds == "null"
+        or schema.get("nullable") is True
+        or (isinstance(kinds, list) and "null" in kinds)
+        or (isinstance(values, list) and None in values)
+        or any(key in schema and schema[key] is None for key in MEANT_NULLS)
+        or any(takes_null(one) for key in ("anyOf", "oneOf") for one in schema.get(key) or ())
+    )

@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_mode.commands.convert import FORMATS, add_arguments, run
+from megatron_mode.commands.convert import add_arguments, run
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.tokens.convert import formats as record
 from megatron_mode.tokens.documents import read_documents
 from megatron_mode.tokens.source.shards import Source
 
@@ -31,10 +30,6 @@ def convert(form: str, *words: str | Path) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return run(parser.parse_args(["--from", form, *map(str, words)]))
-
-
-def test_the_command_names_every_format() -> None:
-    assert tuple(record.FORMATS) == FORMATS
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])

@@ -158,6 +158,39 @@ def test_agent_log_events() -> None:
     assert told("agent-log", events) == told("agent-log", {"events": events}) == expected
 
 
+def test_nulls_that_pad_a_table_of_calls_are_no_text() -> None:
+    """A call lacks what a table gave it of the others; a null that its schema names is meant."""
+    takes_null = {"type": ["string", "null"]}
+    padded = {"city": "Oslo", "day": None, "x": None}
+    kept = '[{"name":"weather","arguments":{"city":"Oslo","day":null}}]'
+    schemas = [
+        {"name": name, "parameters": {**dict.fromkeys(("city", "day", "x")), **fields}}
+        for name, fields in (("weather", {"city": {"type": "string"}, "day": takes_null}),
+                             ("add", {"x": {"type": "integer"}}))
+    ]  # fmt: skip
+    asked = {"query": "Oslo?", "answers": [{"name": "weather", "arguments": padded}]}
+    assert told("function-call", {**asked, "tools": schemas})[1] == ("assistant", kept)
+    named = [{"name": tool["name"], "parameters": {"properties": tool["parameters"]}}
+             for tool in schemas]  # fmt: skip
+    assert told("function-call", {**asked, "tools": named})[1] == ("assistant", kept)
+    meant = {**asked, "answers": json.dumps(asked["answers"]), "tools": schemas}
+    assert '"day":null,"x":null' in told("function-call", meant)[1][1]
+
+    fields = dict.fromkeys(("content", "tool", "arguments", "id"))
+    events = [
+        {"type": "user", **fields, "content": "Oslo?"},
+        {"type": "action", **fields, "tool": "weather", "arguments": padded},
+        {"type": "observation", **fields, "content": {"sky": "fog", "error": None}},
+    ]
+    expected = [("user", "Oslo?"), ("assistant", kept), ("tool", '{"sky":"fog"}')]
+    assert told("agent-log", {"events": events, "tools": schemas}) == expected
+    bare = [{key: held for key, held in event.items() if held is not None} for event in events]
+    assert told("agent-log", bare)[1:] == [
+        ("assistant", '[{"name":"weather","arguments":{"city":"Oslo","day":null,"x":null}}]'),
+        ("tool", '{"sky":"fog","error":null}'),
+    ]
+
+
 def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
@@ -170,7 +203,7 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ("sharegpt", {"conversations": [{"from": "narrator", "value": "a"}]},
          'conversations[0].from is "narrator"; accepted are human'),
         ("sharegpt", {"conversations": [{"from": "human", "value": None}]},
-         "conversations[0].value is missing; accepted is a string"),
+         "conversations[0].value is missing; use a string"),
         ("sharegpt", {"conversations": [{"from": "human", "value": "a"},
                                         {"from": "tool", "value": "b"}]},
          "conversations[1] is a tool result without a call"),
@@ -204,7 +237,7 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ("function-call", {"query": "a", "answers": "[]"}, "answers is []"),
         ("function-call", {"query": "a", "tools": []}, "accepted are query, tools and answers"),
         ("function-call", {"query": "a", "answers": [{"name": "f", "arguments": 3}]},
-         "answers[0].arguments is 3; accepted is an object"),
+         "answers[0].arguments is 3; use an object"),
         ("function-call", {"chat": "Hello"}, 'chat begins with "Hello"'),
         ("function-call", {"chat": "USER: a\nASSISTANT: <functioncall> {\"name\""},
          'chat turn 2 is "{\\"name\\"", broken JSON'),

@@ -1,7 +1,7 @@
 """Turn the dialogue formats of others into the messages of `documents`, without losing a word.
 
-    one record -> {"messages": [{"role", "content", "tool_calls"?}], "tools"?}
+    one record -> turns -> {"messages": [{"role", "content", "tool_calls"?}], "tools"?}
 
-`turns` holds the rules that all formats share; `sharegpt`, `openai`, `function_call` and
-`agent_log` read one format each; `record` reads files and gives every dialogue its id and source.
+`formats` names the formats, most of which only map their fields to turns (`tokens.turns`);
+`dialogue` checks and writes the turns of all; `convert` reads and writes files.
 """

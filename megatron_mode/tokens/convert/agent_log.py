@@ -17,11 +17,28 @@ Actions that follow each other are calls of one turn; an id ties an observation 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megatron_mode.tokens.convert.turns import Turns, text_or_json, turns_of
-from megatron_mode.tokens.json_values import BadLineError, show
-from megatron_mode.tokens.turns import BLANK_LINE, Call, Turn, call, marks, object_of, text_of
+from megatron_mode.tokens.convert.dialogue import dialogue, turns_in
+from megatron_mode.tokens.json_values import (
+    BadLineError,
+    meant_values,
+    parameters_by_name,
+    parse_tools,
+)
+from megatron_mode.tokens.read.lines import compact_json
+from megatron_mode.tokens.turns import (
+    BLANK_LINE,
+    Call,
+    Turn,
+    is_padded,
+    known,
+    marked,
+    object_of,
+    one_of,
+    text_of,
+)
 
 FIELDS = {
     **dict.fromkeys(("system", "user", "thought"), ("content",)),
@@ -29,18 +46,20 @@ FIELDS = {
     "observation": ("content", "tool", "id"),
     "final": ("content",),
 }
+SPOKEN = ("thought", "action", "final")
 
 
-def convert(record: Any) -> dict[str, Any]:
+def agent_log(record: Any) -> dict[str, Any]:
     """Turn one run into one dialogue."""
-    if isinstance(record, list):
-        record = {"events": record}
-    record = object_of(record, "the record")
-    field, events = turns_of(record, ("events",))
-    turns = AgentTurns(record.get("tools"))
-    for index, event in enumerate(events):
-        turns.add(event, f"{field}[{index}]")
-    return turns.record()
+    record = {"events": record} if isinstance(record, list) else object_of(record, "the record")
+    field, events = turns_in(record, "events")
+    tools = parse_tools(record.get("tools"))
+    turns = read_events(events, field)
+    if any(is_padded(event, ("run", *FIELDS[event["type"]])) for event in events):
+        schemas = parameters_by_name(tools)
+        meant = [{"properties": {"arguments": schemas.get(event.get("tool"))}} for event in events]
+        turns = read_events(list(map(meant_values, events, meant)), field)
+    return dialogue(joined_turns(turns), tools)
 
 
 def run_of(record: Any) -> tuple[Any] | None:
@@ -50,54 +69,52 @@ def run_of(record: Any) -> tuple[Any] | None:
     return None
 
 
-class AgentTurns(Turns):
-    """Join thoughts and actions to assistant turns."""
+def read_events(events: list[Any], field: str) -> list[Turn]:
+    """Check events; what the assistant says or does has the type of its event as role."""
+    return [turn_of(event, f"{field}[{index}]") for index, event in enumerate(events)]
 
-    def __init__(self, tools: Any) -> None:
-        super().__init__(tools)
-        self._thoughts: list[str] = []
-        self._actions: list[Call] = []
-        self._marks: list[Turn] = []
 
-    def add(self, event: Any, place: str) -> None:
-        """Append an event."""
-        event = object_of(event, place)
-        kind = event.get("type")
-        if kind not in FIELDS:
-            raise BadLineError(f"{place}.type is {show(kind)}; accepted are {', '.join(FIELDS)}")
-        mark = Turn("assistant", "", [], (), *marks(event, place, ("run", "type", *FIELDS[kind])))
-        if kind == "action":
-            name = text_of(event.get("tool"), f"{place}.tool")
-            given = {"name": name, "arguments": event.get("arguments")}
-            self._actions.append(call(given, place, event.get("id")))
-            self._marks.append(mark)
-            return
-        content = text_or_json(event.get("content"), f"{place}.content")
-        if kind == "observation":
-            self._speak()
-            self.result(content, place, (event.get("id"), event.get("tool")), mark)
-            return
-        content = text_of(event.get("content"), f"{place}.content")
-        if kind == "thought" or kind == "final":
-            if self._actions:
-                self._speak()
-            self._thoughts.append(content)
-            self._marks.append(mark)
-        if kind != "thought":
-            self._speak()
-        if kind in ("system", "user"):
-            self.say(kind, content, mark=mark)
+def turn_of(event: Any, place: str) -> Turn:
+    """Read one event."""
+    event = object_of(event, place)
+    kind = event.get("type")
+    fields = one_of(FIELDS, kind, f"{place}.type")
+    turn = marked(Turn(place, kind, ""), event, ("run", "type", *fields))
+    if kind == "action":
+        name = text_of(event.get("tool"), f"{place}.tool")
+        given = {"name": name, "arguments": event.get("arguments")}
+        return turn._replace(calls=[Call({"id": event.get("id"), "function": given}, place)])
+    content = event.get("content")
+    if kind != "observation":
+        return turn._replace(content=text_of(content, f"{place}.content"))
+    if content is None:
+        raise BadLineError(f"{place}.content is missing; use a string or a JSON value")
+    content = content if isinstance(content, str) else compact_json(content)
+    keys = known(event.get("id"), event.get("tool"))
+    return turn._replace(role="tool", content=content, keys=keys)
 
-    def record(self) -> dict[str, Any]:
-        """Return the dialogue as a record."""
-        self._speak()
-        return super().record()
 
-    def _speak(self) -> None:
-        if self._thoughts or self._actions:
-            words = BLANK_LINE.join(self._thoughts)
-            is_trained = all(mark.is_trained for mark in self._marks)
-            ignored = tuple(name for mark in self._marks for name in mark.ignored)
-            mark = Turn("assistant", words, [], (), is_trained, ignored)
-            calls, self._thoughts, self._actions, self._marks = self._actions, [], [], []
-            self.say("assistant", words, calls=calls, mark=mark)
+def joined_turns(turns: Iterable[Turn]) -> Iterator[Turn]:
+    """Join the thoughts and actions that follow each other to turns of the assistant."""
+    spoken: list[Turn] = []
+    for turn in turns:
+        before = [one.role for one in spoken]
+        is_new = "final" in before or ("action" in before and turn.role != "action")
+        if spoken and (is_new or turn.role not in SPOKEN):
+            yield joined(spoken)
+            spoken = []
+        if turn.role in SPOKEN:
+            spoken.append(turn)
+        else:
+            yield turn
+    if spoken:
+        yield joined(spoken)
+
+
+def joined(spoken: list[Turn]) -> Turn:
+    """Return what the assistant said and did as one turn."""
+    words = BLANK_LINE.join(turn.content for turn in spoken if turn.role != "action")
+    calls = [call for turn in spoken for call in turn.calls]
+    ignored = tuple(name for turn in spoken for name in turn.ignored)
+    is_trained = all(turn.is_trained for turn in spoken)
+    return Turn(spoken[0].field, "assistant", words, calls, (), is_trained, ignored)

@@ -12,12 +12,20 @@ system text become `tools`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from megatron_mode.tokens.convert.openai import add
-from megatron_mode.tokens.convert.turns import Turns, parsed_list
-from megatron_mode.tokens.json_values import STRICT, BadLineError, show
-from megatron_mode.tokens.turns import Call, call, object_of, parse_turn, parsed, text_of
+from megatron_mode.tokens.convert.dialogue import calls_in, dialogue
+from megatron_mode.tokens.json_values import STRICT, BadLineError, parse_tools, parsed, show
+from megatron_mode.tokens.turns import (
+    Call,
+    Turn,
+    is_padded,
+    object_of,
+    parse_turns,
+    text_of,
+    without_padded_calls,
+)
 
 SPEAKER = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
 END_OF_TEXT = "<|endoftext|>"
@@ -28,61 +36,62 @@ QUOTED_CALL = re.compile(
 )
 
 
-def convert(record: Any) -> dict[str, Any]:
+def function_call(record: Any) -> dict[str, Any]:
     """Turn one record of either form into one dialogue."""
     record = object_of(record, "the record")
-    return from_query(record) if record.get("chat") is None else from_chat(record)
+    if record.get("chat") is None:
+        return from_query(record)
+    system = text_of(record.get("system") or "", "system").strip()
+    system, schemas = split_schemas(system.removeprefix("SYSTEM:").strip())
+    said = [Turn("system", "system", system)] if system else []
+    return dialogue([*said, *chat_turns(text_of(record["chat"], "chat"))], parse_tools(schemas))
 
 
 def from_query(record: dict[str, Any]) -> dict[str, Any]:
     """Read the form with a query and its answers."""
-    asked = next((name for name in ("query", "question") if record.get(name) is not None), None)
-    if asked is None or record.get("answers") is None:
+    field = next((name for name in ("query", "question") if record.get(name) is not None), None)
+    if field is None or record.get("answers") is None:
         raise BadLineError(
             f"the record has the fields {show(sorted(record))}; accepted are query, tools and "
             "answers, or system and chat"
         )
-    tools = record.get("tools") or record.get("functions") or record.get("function")
-    turns = Turns(tools)
-    question = record[asked]
-    if isinstance(question, list):
-        nested = question[0] if len(question) == 1 and isinstance(question[0], list) else question
-        for index, message in enumerate(nested):
-            place = f"{asked}[{index}]"
-            add(turns, parse_turn(message, place), place)
+    given = record.get("tools") or record.get("functions") or record.get("function")
+    tools, asked, answers = parse_tools(given), record[field], record["answers"]
+    if isinstance(asked, list):
+        asked = asked[0] if len(asked) == 1 and isinstance(asked[0], list) else asked
+        turns = parse_turns(asked, field, tools)
     else:
-        turns.say("user", text_of(question, asked))
-    answers = parsed_list(record["answers"], "answers")
-    calls = [call(one, f"answers[{index}]") for index, one in enumerate(answers)]
+        turns = [Turn(field, "user", text_of(asked, field))]
+    calls = calls_in(answers, "answers")
     if not calls:
         raise BadLineError("answers is []; it must hold at least one call")
-    turns.say("assistant", "", calls=calls)
-    return turns.record()
+    answer = [Turn("answers", "assistant", "", calls)]
+    # A table pads the schemas with the fields of other tools, and the calls likewise.
+    is_table = not isinstance(given, str) and tools != given
+    is_table = is_table or any(is_padded(one.given, ("arguments", "parameters")) for one in calls)
+    if is_table and not isinstance(answers, str):
+        answer = without_padded_calls(answer, tools)
+    return dialogue([*turns, *answer], tools)
 
 
-def from_chat(record: dict[str, Any]) -> dict[str, Any]:
-    """Read the form with a system text and a chat text."""
-    system = text_of(record.get("system") or "", "system").strip()
-    system, tools = split_schemas(system.removeprefix("SYSTEM:").strip())
-    turns = Turns(tools)
-    if system:
-        turns.say("system", system)
-    before, *spoken = SPEAKER.split(text_of(record["chat"], "chat"))
+def chat_turns(chat: str) -> Iterator[Turn]:
+    """Yield the turns of a chat text."""
+    before, *spoken = SPEAKER.split(chat)
     if before.strip() or not spoken:
         raise BadLineError(
             f"chat begins with {show(before.strip())}; it must begin with USER: or ASSISTANT:"
         )
-    pairs = list(zip(spoken[::2], spoken[1::2], strict=True))
-    for index, (speaker, text) in enumerate(pairs):
-        content, place = text.replace(END_OF_TEXT, "").strip(), f"chat turn {index + 1}"
+    for index, (speaker, text) in enumerate(zip(spoken[::2], spoken[1::2], strict=True), start=1):
+        content, place = text.replace(END_OF_TEXT, "").strip(), f"chat turn {index}"
         if speaker == "FUNCTION RESPONSE":
-            turns.result(content, place)
+            yield Turn(place, "tool", content)
         elif speaker == "ASSISTANT" and CALL_MARK in content:
-            words, _, called = content.partition(CALL_MARK)
-            turns.say("assistant", words.strip(), calls=[written_call(called.strip(), place)])
+            words, _, called = (part.strip() for part in content.partition(CALL_MARK))
+            quoted = QUOTED_CALL.fullmatch(called)
+            given = quoted.groupdict() if quoted else object_of(parsed(called, place), place)
+            yield Turn(place, "assistant", words, [Call(given, place)])
         else:
-            turns.say(speaker.lower(), content)
-    return turns.record()
+            yield Turn(place, speaker.lower(), content)
 
 
 def split_schemas(system: str) -> tuple[str, list[Any] | None]:
@@ -101,11 +110,3 @@ def split_schemas(system: str) -> tuple[str, list[Any] | None]:
     if not all(isinstance(schema, dict) for schema in schemas):
         return system, None
     return system[: start.start()].strip(), schemas
-
-
-def written_call(text: str, place: str) -> Call:
-    """Read a call out of a text."""
-    quoted = QUOTED_CALL.fullmatch(text)
-    if quoted:
-        return call(quoted.groupdict(), place)
-    return call(parsed(text, place), place)
