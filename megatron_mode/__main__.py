@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_mode import __version__
-from megatron_mode.command_line import CommandParser, Formatter, exit_status, suggest
+from megatron_mode.command_line import CommandParser, Formatter, run_program, suggest
 from megatron_mode.errors import ConfigError, ExitStatus
-from megatron_mode.streams import discard_stdout
 
 
 class Verb(NamedTuple):
@@ -85,13 +84,7 @@ def run_verb(arguments: Sequence[str]) -> int:
 
 def main() -> int:
     """Run the verb on the command line."""
-    try:
-        status = exit_status(lambda: run_verb(sys.argv[1:]))
-    except BrokenPipeError:
-        status = ExitStatus.BROKEN_PIPE
-    if status:
-        discard_stdout()
-    return status
+    return run_program(lambda: run_verb(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Share what all command lines need: the parser, its number types and the exit status."""
+"""Share what all command lines need: parser, number types, text tables, exit status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_mode.errors import ConfigError, ExitStatus, MegatronModeError
-from megatron_mode.streams import open_streams
+from megatron_mode.streams import discard_stdout, open_streams
 
 # What the machine refuses, as opposed to what our code does wrong.
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT,
@@ -105,6 +105,25 @@ def real(least: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as text in columns of equal width, the first one to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+
+
+def run_program(program: Callable[[], int]) -> int:
+    """Run a program of one process and return its exit status, also where nobody reads stdout."""
+    try:
+        status = exit_status(program)
+    except BrokenPipeError:
+        status = ExitStatus.BROKEN_PIPE
+    if status:
+        discard_stdout()
+    return status
 
 
 def exit_status(

@@ -1,6 +1,5 @@
 """Compile what the launcher launches, without a GPU and never from Triton's cache.
 
-A launch is a kernel with argument types, constants and options.
 Triton specialises on divisibility by 16 of pointers (bytes) and of integers that the kernel does
 not exempt. The training shapes are divisible; odd ones must work too, so each kernel has both
 variants. Tile sizes are those of `tiling`.
@@ -27,26 +26,12 @@ from megatron_mode.kernels.mode_loss.mode_kernels import (
     mode_weight_gradient,
 )
 
-TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-DTYPES = {name: dtype for dtype, name in TRITON_TYPES.items()}
-
-# What Triton takes where a launch names nothing else.
-SMALL_OPTIONS = {"num_warps": 4, "num_stages": 3}
-
-HIDDEN_TYPE = "*hidden"
-"""Stands for a pointer to elements in the dtype of the hidden states."""
-POINTER_TYPES = {
-    "hidden_ptr": HIDDEN_TYPE,
-    "weight_ptr": HIDDEN_TYPE,
-    "logits_ptr": HIDDEN_TYPE,
-    "out_ptr": HIDDEN_TYPE,
-    "mode_weight_ptr": HIDDEN_TYPE,
-    "mode_bias_ptr": HIDDEN_TYPE,
-    "target_ptr": "*i64",
-    "lm_row_ptr": "*i32",
-    "candidate_ptr": "*i8",
-}
-OTHER_POINTER = "*fp32"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Pointers to elements in the dtype of the hidden states, then others that are not fp32.
+HIDDEN_POINTERS = (
+    "hidden_ptr", "weight_ptr", "logits_ptr", "out_ptr", "mode_weight_ptr", "mode_bias_ptr",
+)  # fmt: skip
+POINTERS = {"target_ptr": "*i64", "lm_row_ptr": "*i32", "candidate_ptr": "*i8"}
 FLOATS = ("z_weight", "threshold")
 
 
@@ -58,11 +43,12 @@ class Launch:
     """The function that `triton.jit` made."""
     constants: dict[str, Any]
     """Compile-time arguments; a pointer that is None is one too."""
-    options: dict[str, int] = field(default_factory=lambda: dict(SMALL_OPTIONS))
+    # What Triton takes where a launch names nothing else.
+    options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 3})
     multiplies: bool = False
     """It multiplies matrices: 16-bit operands must meet tensor cores."""
 
-    def signature(self, dtype: torch.dtype) -> dict[str, str]:
+    def signature(self, dtype: str) -> dict[str, str]:
         """Return the Triton type of each argument, in order."""
         names = [parameter.name for parameter in self.kernel.params]
         return {
@@ -70,50 +56,49 @@ class Launch:
             for name in names
         }
 
-    def attributes(self, dtype: torch.dtype, *, divisible: bool) -> dict[tuple[int], Any]:
-        """Return what Triton knows of the values of the arguments, by position."""
+    def attributes(self, dtype: str) -> dict[tuple[int], Any]:
+        """Return what Triton knows of divisible arguments, by position."""
         fixed = {p.name for p in self.kernel.params if p.do_not_specialize}
         return {
             (position,): [["tt.divisibility", tiling.ALIGNMENT]]
             for position, (name, kind) in enumerate(self.signature(dtype).items())
-            if divisible and (kind == "i32" or kind[0] == "*") and name not in fixed
+            if (kind == "i32" or kind[0] == "*") and name not in fixed
         }
 
 
-def _argument_type(name: str, dtype: torch.dtype) -> str:
+def _argument_type(name: str, dtype: str) -> str:
+    if name in HIDDEN_POINTERS:
+        return f"*{dtype}"
     if name.endswith("_ptr"):
-        kind = POINTER_TYPES.get(name, OTHER_POINTER)
-        return f"*{TRITON_TYPES[dtype]}" if kind == HIDDEN_TYPE else kind
+        return POINTERS.get(name, "*fp32")
     return "fp32" if name in FLOATS else "i32"
 
 
-def launches(dtype: torch.dtype, arch: int, *, divisible: bool) -> dict[str, Launch]:
+def launches(dtype: str, arch: int, *, divisible: bool) -> dict[str, Launch]:
     """Return every launch by name, with the tiles for a compute capability such as 90."""
-    tile = tiling.matmul_tile(dtype, arch, aligned=divisible)
+    tile = tiling.matmul_tile(DTYPES[dtype], arch, aligned=divisible)
     matmul = {"EVEN_D": divisible, "UPCAST": False, **tile.constexprs}
     policy = {"WATCH_MODE1": True, "WATCH_MODE2": True, "DROP": False}
+    forward = {"logits_ptr": None, "KEEP": False, **matmul}
+    backward = {"logits_ptr": None, "KEPT": False, **matmul}
     return {
         "mode_prologue": Launch(mode_prologue, policy | tiling.PROLOGUE),
-        "lse_forward": Launch(
-            lse_forward, {"logits_ptr": None, "KEEP": False, **matmul}, tile.options, True
-        ),
+        "lse_forward": Launch(lse_forward, forward, tile.options, True),
         "lse_forward keep": Launch(lse_forward, {"KEEP": True, **matmul}, tile.options, True),
         "merge_tiles": Launch(merge_tiles, dict(tiling.MERGE)),
-        "dlogits": Launch(
-            dlogits, {"logits_ptr": None, "KEPT": False, **matmul}, tile.options, True
-        ),
+        "dlogits": Launch(dlogits, backward, tile.options, True),
         "dlogits kept": Launch(dlogits, {"KEPT": True, **matmul}, tile.options),
         "hidden_gradient": Launch(hidden_gradient, dict(tiling.HIDDEN_GRADIENT)),
         "mode_weight_gradient": Launch(mode_weight_gradient, dict(tiling.MODE_WEIGHT_GRADIENT)),
     }
 
 
-KERNELS = tuple(launches(torch.bfloat16, 90, divisible=True))
+KERNELS = tuple(launches("bf16", 90, divisible=True))
 
 
 def measure(job: Job) -> Resources:
     """Compile one job and return what it uses; raises RuntimeError where Triton cannot."""
-    launch = launches(DTYPES[job.dtype], job.arch, divisible=job.divisible)[job.kernel]
+    launch = launches(job.dtype, job.arch, divisible=job.divisible)[job.kernel]
     try:
         compiled, log = compile_launch(launch, job)
     except Exception as error:
@@ -131,24 +116,19 @@ def measure(job: Job) -> Resources:
 
 def compile_launch(launch: Launch, job: Job) -> tuple[triton.compiler.CompiledKernel, str]:
     """Return the compiled kernel and the log of ptxas."""
-    dtype = DTYPES[job.dtype]
-    signature = launch.signature(dtype)
+    signature = launch.signature(job.dtype)
     names = list(signature)
     source = ASTSource(
         fn=launch.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
-        attrs=launch.attributes(dtype, divisible=job.divisible),
+        attrs=launch.attributes(job.dtype) if job.divisible else {},
     )
-    log = io.StringIO()
-    with (
-        triton.knobs.nvidia.scope(),
-        triton.knobs.compilation.scope(),
-        contextlib.redirect_stdout(log),
-    ):
+    knobs, log = triton.knobs, io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         # A kernel from the cache would bring no log.
-        triton.knobs.compilation.always_compile = True
-        triton.knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", job.arch, WARP_THREADS),
