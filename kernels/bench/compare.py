@@ -10,34 +10,42 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from megatron_mode.command_line import aligned
 from megatron_mode.errors import ConfigError
-from megatron_mode.kernels.bench.case import Case, Effort, MeasurementError, reason
 from megatron_mode.kernels.bench.implementations import (
     CHUNKED,
     CHUNKED_WITHOUT_HEAD,
     Implementation,
 )
-from megatron_mode.kernels.bench.memory import extra_bytes_in_fresh_process
+from megatron_mode.kernels.bench.measure import (
+    Interval,
+    call_seconds,
+    extra_bytes_in_fresh_process,
+    head_share,
+)
 from megatron_mode.kernels.bench.problem import (
+    Case,
     Inputs,
+    MeasurementError,
     Truth,
+    errors,
     exact,
-    grad_error,
-    loss_error,
     make_inputs,
 )
-from megatron_mode.kernels.bench.timing import Interval, call_seconds, head_share, rotated
 
 COLUMNS = (
     "implementation", "median s", "ratio", "min s", "calls", "extra MiB", "ratio", "loss error",
     "grad error",
 )  # fmt: skip
-NOTHING = "-"
+REASON_CHARACTERS = 200
+# Time for the timed calls of one implementation, which makes one in any case: bf16 is slow on a CPU
+# without instructions for it.
+LIMIT_SECONDS = 120
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -68,7 +76,8 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as an object of the JSON output."""
-        values: dict[str, Any] = {
+        share = self.mode_head_share
+        return {
             "name": self.name,
             "median_seconds": self.median_seconds,
             "min_seconds": min(self.seconds),
@@ -76,34 +85,43 @@ class Row:
             "extra_bytes": self.extra_bytes,
             "loss_error": self.loss_error,
             "grad_error": self.grad_error,
-        }
-        if self.mode_head_share is not None:
-            values["mode_head_share"] = self.mode_head_share._asdict()
-        return values
+        } | ({} if share is None else {"mode_head_share": share._asdict()})
 
 
-def compare(case: Case, implementations: Sequence[Implementation], effort: Effort) -> list[Row]:
+def compare(
+    case: Case, implementations: Sequence[Implementation], rounds: int, head_rounds: int
+) -> list[Row]:
     """Return a row for each implementation that ran, in the order given.
 
-    Raises ConfigError for a shape that does not fit the memory.
+    `rounds` counts the timed calls of each, `head_rounds` pairs of calls with and without the mode
+    head. Raises ConfigError for a shape that does not fit the memory.
     """
     inputs, truths = _inputs_and_truths(case)
-    pairs = effort.head_rounds if {CHUNKED, CHUNKED_WITHOUT_HEAD} <= {*implementations} else 0
-    calls = len(implementations) * (effort.rounds + 2) + 2 * pairs
+    pairs = head_rounds if {CHUNKED, CHUNKED_WITHOUT_HEAD} <= {*implementations} else 0
+    calls = len(implementations) * (rounds + 2) + 2 * pairs
+    rows: dict[str, Row] = {}
     with tqdm(total=calls, desc=case.dtype, unit="call", leave=False, disable=None) as bar:
-        rows = _warm_up(implementations, inputs, truths, bar)
-        del truths
-        _time_rounds(rows, inputs, effort, bar)
+        for one in implementations:
+            truth = truths[0 if one.mode_head else 1]
+            row = _attempt(f"{one.name} left out", _first_call, one, inputs, truth)
+            if row is not None:
+                rows[one.name] = row
+            bar.update()
+        del truths, truth
+        for turn in range(rounds):
+            for name in rotated(list(rows), turn):
+                if allows_another(rows[name].seconds):
+                    loss = rows[name].implementation.loss
+                    seconds = _attempt(f"{name} left out", call_seconds, loss, inputs)
+                    if seconds is None:
+                        del rows[name]
+                    else:
+                        rows[name].seconds.append(seconds)
+                bar.update()
         if pairs and {CHUNKED.name, CHUNKED_WITHOUT_HEAD.name} <= {*rows}:
-            rows[CHUNKED.name].mode_head_share = _attempt(
-                "share of the mode head not measured",
-                head_share,
-                CHUNKED.loss,
-                CHUNKED_WITHOUT_HEAD.loss,
-                inputs,
-                rounds=pairs,
-                step=bar.update,
-            )
+            what, losses = "mode head not measured", (CHUNKED.loss, CHUNKED_WITHOUT_HEAD.loss)
+            share = _attempt(what, head_share, *losses, inputs, rounds=pairs, step=bar.update)
+            rows[CHUNKED.name].mode_head_share = share
         del inputs  # the measuring processes share the device and the machine
         if case.device == "cuda":
             torch.cuda.empty_cache()
@@ -113,7 +131,7 @@ def compare(case: Case, implementations: Sequence[Implementation], effort: Effor
                 extra_bytes_in_fresh_process,
                 row.implementation,
                 case,
-                short_warm_up=row.median_seconds > effort.limit_seconds,
+                short_warm_up=row.median_seconds > LIMIT_SECONDS,
             )
             bar.update()
     return list(rows.values())
@@ -126,54 +144,31 @@ def _inputs_and_truths(case: Case) -> tuple[Inputs, tuple[Truth, Truth]]:
     except (RuntimeError, MemoryError) as error:
         sizes = " ".join(map(str, case.shape))
         raise ConfigError(
-            f"shape is {sizes}: accepted is one whose inputs and fp64 gradients fit the memory; "
-            f"choose a smaller one ({reason(error)})"
+            f"shape is {sizes}, but its inputs and fp64 gradients do not fit the memory: choose a "
+            f"smaller one ({_reason(error)})"
         ) from error
 
 
-def _warm_up(
-    implementations: Sequence[Implementation],
-    inputs: Inputs,
-    truths: tuple[Truth, Truth],
-    bar: tqdm[NoReturn],
-) -> dict[str, Row]:
-    """Call each implementation once, untimed, and hold the result against the truth."""
-    with_head, lm_alone = truths
-    rows = {}
-    for implementation in implementations:
-        truth = with_head if implementation.mode_head else lm_alone
-        row = _attempt(
-            f"{implementation.name} left out", _first_call, implementation, inputs, truth
-        )
-        if row is not None:
-            rows[implementation.name] = row
-        bar.update()
-    return rows
-
-
 def _first_call(implementation: Implementation, inputs: Inputs, truth: Truth) -> Row:
+    """Call it once, untimed, and hold the result against the truth."""
     inputs.clear_gradients()
     loss = implementation.loss(inputs)
     torch.autograd.backward(loss)
-    row = Row(implementation, loss_error(loss, truth), grad_error(inputs, truth))
+    row = Row(implementation, *errors(loss, inputs, truth))
     if not (isfinite(row.loss_error) and isfinite(row.grad_error)):
         raise MeasurementError("its loss or a gradient is not finite")
     return row
 
 
-def _time_rounds(rows: dict[str, Row], inputs: Inputs, effort: Effort, bar: tqdm[NoReturn]) -> None:
-    """Call all implementations in turn, round after round; drop one that fails on the way."""
-    for turn in range(effort.rounds):
-        for name in rotated(list(rows), turn):
-            if effort.allows_another(rows[name].seconds):
-                seconds = _attempt(
-                    f"{name} left out", call_seconds, rows[name].implementation.loss, inputs
-                )
-                if seconds is None:
-                    del rows[name]
-                else:
-                    rows[name].seconds.append(seconds)
-            bar.update()
+def rotated(names: list[str], turn: int) -> list[str]:
+    """Return the names in the order of one round, so that none is always the first."""
+    first = turn % max(len(names), 1)
+    return names[first:] + names[:first]
+
+
+def allows_another(seconds: list[float]) -> bool:
+    """Tell whether one more call like the slowest of those made stays within the limit."""
+    return not seconds or sum(seconds) + max(seconds) <= LIMIT_SECONDS
 
 
 def _attempt(
@@ -186,41 +181,38 @@ def _attempt(
     try:
         return function(*arguments, **options)
     except Exception as error:  # whatever a peer raises
-        tqdm.write(f"{what}: {reason(error)}", file=sys.stderr)
+        tqdm.write(f"{what}: {_reason(error)}", file=sys.stderr)
         return None
+
+
+def _reason(error: BaseException) -> str:
+    """Return kind and first line of an error; of ours the message, which says it all."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    kind = "" if isinstance(error, MeasurementError) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0]}"[:REASON_CHARACTERS]
 
 
 def table(case: Case, rows: Sequence[Row]) -> str:
     """Return the table; the ratios of time and memory are to the peer with the least median."""
-    peer = min(
-        (row for row in rows if not row.implementation.ours),
-        key=lambda row: row.median_seconds,
-        default=None,
-    )
-    lines = [COLUMNS, *(_cells(row, peer) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    text = [_title(case, peer)]
-    for first, *numbers in lines:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
-        text.append("  ".join(cells))
-    text += [
-        f"mode head: {_share(row.mode_head_share)} of the time of {row.name} without it"
-        for row in rows
-        if row.mode_head_share is not None
-    ]
-    return "\n".join(text)
-
-
-def _title(case: Case, peer: Row | None) -> str:
+    peers = [row for row in rows if not row.implementation.ours]
+    peer = min(peers, key=lambda row: row.median_seconds, default=None)
     tokens, hidden_size, vocab_size = case.shape
     where = f"{case.threads} threads" if case.device == "cpu" else "cuda"
     title = f"N={tokens} D={hidden_size} V={vocab_size}, {case.dtype}, {where}, forward + backward"
-    return title if peer is None else f"{title}; ratios to {peer.name}, the fastest peer"
+    if peer is not None:
+        title += f"; ratios to {peer.name}, the fastest peer"
+    lines = [title, aligned([COLUMNS, *(_cells(row, peer) for row in rows)])]
+    for row in rows:
+        if row.mode_head_share is not None:
+            median, low, high = row.mode_head_share
+            interval = f"95 % interval {low:+.2%} to {high:+.2%}"
+            lines.append(f"mode head: {median:+.2%} ({interval}) of the time of {row.name} "
+                         "without it")  # fmt: skip
+    return "\n".join(lines)
 
 
 def _cells(row: Row, peer: Row | None) -> tuple[str, ...]:
-    time_ratio = memory_ratio = memory = NOTHING
+    time_ratio = memory_ratio = memory = "-"
     if peer is not None:
         time_ratio = f"{row.median_seconds / peer.median_seconds:.2f}"
     if row.extra_bytes is not None:
@@ -238,7 +230,3 @@ def _cells(row: Row, peer: Row | None) -> tuple[str, ...]:
         f"{row.loss_error:.1e}",
         f"{row.grad_error:.1e}",
     )
-
-
-def _share(share: Interval) -> str:
-    return f"{share.median:+.2%} (95 % interval {share.low:+.2%} to {share.high:+.2%})"

@@ -4,7 +4,7 @@ Every function returns the sum of the LM losses plus the sum of the mode losses 
 and the peers are imported inside the functions: the list serves `--help`, and a peer that is not
 installed fails alone. Peers run with their own defaults.
 
-Letters: N tokens, D hidden size, V vocabulary.
+Letters: N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_mode.kernels.bench.problem import Inputs
 
 Loss = Callable[["Inputs"], "Tensor"]
+Ours = Literal["chunked", "triton", "reference"]
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,8 @@ def _mode_sum(inputs: Inputs) -> Tensor:
     return binary_cross_entropy_with_logits(logit_N, inputs.mode_label_N, reduction="sum")
 
 
-def _ours(
-    inputs: Inputs,
-    *,
-    implementation: Literal["chunked", "triton", "reference"],
-    mode_head: bool,
-) -> Tensor:
-    from megatron_mode.kernels.mode_loss import Targets, VocabShard, mode_loss
+def _ours(inputs: Inputs, *, implementation: Ours, mode_head: bool) -> Tensor:
+    from megatron_mode.kernels.mode_loss import Targets, mode_loss
 
     losses = mode_loss(
         inputs.hidden_ND,
@@ -98,35 +94,38 @@ def _ours(
         inputs.mode_weight_D if mode_head else None,
         inputs.mode_bias if mode_head else None,
         Targets(inputs.target_N, inputs.weight_N, inputs.mode_label_N, inputs.weight_N),
-        shard=VocabShard(vocab_size=len(inputs.lm_weight_VD)),
         implementation=implementation,
     )
     return losses.lm_sum + losses.mode_sum if mode_head else losses.lm_sum
 
 
-def _row_of_ours(
-    implementation: Literal["chunked", "triton", "reference"], mode_head: bool, not_on_cpu: str = ""
-) -> Implementation:
-    name = f"megatron_mode {implementation}{'' if mode_head else ' without mode head'}"
-    loss = partial(_ours, implementation=implementation, mode_head=mode_head)
-    return Implementation(name, loss, True, mode_head, not_on_cpu)
+def _rows_of_ours(implementation: Ours, not_on_cpu: str = "") -> tuple[Implementation, ...]:
+    """Return the row with the mode head and the row without it."""
+    return tuple(
+        Implementation(
+            f"megatron_mode {implementation}{'' if mode_head else ' without mode head'}",
+            partial(_ours, implementation=implementation, mode_head=mode_head),
+            True,
+            mode_head,
+            not_on_cpu,
+        )
+        for mode_head in (True, False)
+    )
 
 
-CHUNKED, CHUNKED_WITHOUT_HEAD = _row_of_ours("chunked", True), _row_of_ours("chunked", False)
-INTERPRETED = "a CPU runs Triton only in its interpreter, whose times say nothing"
+CHUNKED, CHUNKED_WITHOUT_HEAD = _rows_of_ours("chunked")
+TORCH_CHUNKED = "torch linear_cross_entropy chunked"
 IMPLEMENTATIONS = (
     Implementation("torch", _torch),
     Implementation(
         "torch linear_cross_entropy", partial(_torch_linear_cross_entropy, chunked=False)
     ),
-    Implementation(
-        "torch linear_cross_entropy chunked", partial(_torch_linear_cross_entropy, chunked=True)
-    ),
+    Implementation(TORCH_CHUNKED, partial(_torch_linear_cross_entropy, chunked=True)),
     Implementation("cut-cross-entropy", _cut_cross_entropy),
     Implementation("liger", _liger, not_on_cpu="its Triton kernels need a CUDA device"),
     CHUNKED,
     CHUNKED_WITHOUT_HEAD,
-    *(_row_of_ours("triton", mode_head, INTERPRETED) for mode_head in (True, False)),
-    *(_row_of_ours("reference", mode_head) for mode_head in (True, False)),
+    *_rows_of_ours("triton", "a CPU runs Triton only in its interpreter, whose times say nothing"),
+    *_rows_of_ours("reference"),
 )
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}

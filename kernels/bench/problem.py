@@ -5,7 +5,7 @@
 
 Logits and mode logits have a standard deviation near 1, as at the start of training. The softmax
 is then flat: an implementation that skips small gradients skips nearly all of them here, which
-`grad_error` shows.
+the error of the gradients shows.
 
 Letters: N tokens, R tokens of a chunk, D hidden size, V vocabulary.
 """
@@ -13,17 +13,32 @@ Letters: N tokens, R tokens of a chunk, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megatron_mode.kernels.bench.case import DTYPES, Case, MeasurementError
-
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # 64 MiB of fp64 logits at V = 32768, 251 MiB at V = 128256.
 TRUTH_ROWS = 256
 # Rows of a gradient that are widened to fp64 at a time.
 ERROR_ROWS = 4096
+
+
+class Case(NamedTuple):
+    """Name one table of the benchmark."""
+
+    shape: tuple[int, int, int]
+    """Tokens, hidden size, vocabulary."""
+    dtype: str
+    """Of hidden states and weights: fp32 or bf16."""
+    device: str
+    threads: int
+
+
+class MeasurementError(RuntimeError):
+    """Report that a measurement gave no usable number; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +83,10 @@ def make_inputs(case: Case) -> Inputs:
     """Draw the inputs with seed 0 on the device of the case."""
     tokens, hidden_size, vocab_size = case.shape
     generator = torch.Generator(case.device).manual_seed(0)
-    dtype: torch.dtype = getattr(torch, DTYPES[case.dtype])
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         value = torch.randn(shape, generator=generator, device=case.device).mul_(scale)
-        return value.to(dtype).requires_grad_()
+        return value.to(DTYPES[case.dtype]).requires_grad_()
 
     def integers(below: int) -> Tensor:
         return torch.randint(0, below, (tokens,), generator=generator, device=case.device)
@@ -88,8 +102,7 @@ def make_inputs(case: Case) -> Inputs:
     )
 
 
-@dataclass(frozen=True)
-class Truth:
+class Truth(NamedTuple):
     """Hold the exact loss and gradients of one batch."""
 
     loss: float
@@ -99,9 +112,8 @@ class Truth:
 
 def exact(inputs: Inputs) -> tuple[Truth, Truth]:
     """Return the truth with the mode head, and that of the LM loss alone."""
-    hidden_ND, lm_weight_VD = (
-        inputs.hidden_ND.detach().double(),
-        inputs.lm_weight_VD.detach().double(),
+    hidden_ND, lm_weight_VD, mode_weight_D, bias = (
+        leaf.detach().double() for leaf in inputs.leaves.values()
     )
     hidden_grad_ND, weight_grad_VD = torch.empty_like(hidden_ND), torch.zeros_like(lm_weight_VD)
     lm_sum = hidden_ND.new_zeros(())
@@ -116,36 +128,30 @@ def exact(inputs: Inputs) -> tuple[Truth, Truth]:
         hidden_grad_ND[rows] = dlogit_RV @ lm_weight_VD
         weight_grad_VD.addmm_(dlogit_RV.T, hidden_ND[rows])
 
-    mode_weight_D, label_N = inputs.mode_weight_D.detach().double(), inputs.mode_label_N.double()
-    mode_logit_N = hidden_ND @ mode_weight_D + inputs.mode_bias.detach().double()
+    mode_logit_N, label_N = hidden_ND @ mode_weight_D + bias, inputs.mode_label_N.double()
     mode_sum = binary_cross_entropy_with_logits(mode_logit_N, label_N, reduction="sum")
     dmode_N = mode_logit_N.sigmoid() - label_N
+    lm_alone = {"hidden": hidden_grad_ND, "lm_weight": weight_grad_VD}
     with_head = {
         "hidden": hidden_grad_ND + torch.outer(dmode_N, mode_weight_D),
         "lm_weight": weight_grad_VD,
         "mode_weight": hidden_ND.T @ dmode_N,
     }
-    lm_alone = {"hidden": hidden_grad_ND, "lm_weight": weight_grad_VD}
     return Truth(float(lm_sum + mode_sum), with_head), Truth(float(lm_sum), lm_alone)
 
 
-def loss_error(loss: Tensor, truth: Truth) -> float:
-    """Return the error of the loss relative to the truth."""
-    return abs(float(loss.detach().double()) - truth.loss) / abs(truth.loss)
+def errors(loss: Tensor, inputs: Inputs, truth: Truth) -> tuple[float, float]:
+    """Return the relative error of the loss, and the largest relative L2 error of a gradient.
 
-
-def grad_error(inputs: Inputs, truth: Truth) -> float:
-    """Return the largest relative L2 error among the gradients.
-
-    Raises MeasurementError where the backward pass left none.
+    Raises MeasurementError where the backward pass left no gradient.
     """
-    errors = []
+    worst = 0.0
     for name, exact_gradient in truth.gradients.items():
         gradient = inputs.leaves[name].grad
         if gradient is None:
             raise MeasurementError(f"the backward pass left no gradient on {name}")
-        errors.append(relative_error(gradient, exact_gradient))
-    return max(errors)
+        worst = max(worst, relative_error(gradient, exact_gradient))
+    return abs(float(loss.detach().double()) - truth.loss) / abs(truth.loss), worst
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
