@@ -23,12 +23,7 @@ from megatron_mode.kernels.bench.implementations import (
     IMPLEMENTATIONS,
     Implementation,
 )
-from megatron_mode.kernels.bench.measure import (
-    Interval,
-    extra_bytes,
-    extra_bytes_in_fresh_process,
-    median_interval,
-)
+from megatron_mode.kernels.bench.measure import Interval, median_interval
 from megatron_mode.kernels.bench.problem import Case, MeasurementError
 
 TINY = (64, 32, 512)
@@ -191,8 +186,8 @@ def eight_blocks(inputs):
 @pytest.mark.parametrize("short_warm_up", [True, False])
 def test_extra_bytes_are_those_of_the_call(short_warm_up):
     blocks = Implementation("blocks", eight_blocks)
-    measured = extra_bytes(blocks, tiny(), short_warm_up)
-    plain = extra_bytes(CHUNKED, tiny(), short_warm_up)
+    measured = measure.extra_bytes(blocks, tiny(), short_warm_up)
+    plain = measure.extra_bytes(CHUNKED, tiny(), short_warm_up)
     assert 0 <= plain < 4 * 2**20
     assert abs(measured - plain - 32 * 2**20) < 2 * 2**20
 
@@ -204,7 +199,7 @@ def killed(inputs):
 def test_a_killed_measurement_is_an_error():
     one = Implementation("killed", killed)
     with pytest.raises(BrokenProcessPool):
-        extra_bytes_in_fresh_process(one, tiny(), short_warm_up=False)
+        measure.extra_bytes_in_fresh_process(one, tiny(), short_warm_up=False)
 
 
 def row_of(name, seconds, memory):
