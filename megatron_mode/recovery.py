@@ -26,7 +26,7 @@ from megatron_mode.checkpoint.save import Checkpoints
 from megatron_mode.engine.health import Verdict
 from megatron_mode.engine.step import Engine, StepResult
 from megatron_mode.errors import CheckpointError, DataError, HealthError
-from megatron_mode.mix.audit.row_documents import describe_rows
+from megatron_mode.mix.audit.documents import describe_rows
 from megatron_mode.mix.corpus import Corpus
 from megatron_mode.mix.loader import StepBatch
 from megatron_mode.mix.order import Order, Rows
@@ -207,7 +207,7 @@ def row_losses(
     if not engine.computes_loss or engine.at.tensor:
         return {}
     micro_rows, readers = engine.config.batch.micro_rows, engine.layout.data
-    deal = order.deal(batch.step, len(batch.rows)).reshape(-1, readers, micro_rows)
+    deal = order.deals(batch.step, batch.step + 1, len(batch.rows)).reshape(-1, readers, micro_rows)
     found: dict[int, float] = {}
     for dealt, output in zip(deal[:, engine.at.data], result.outputs, strict=True):
         lm_B = _row_means(output.loss.nll_BT, output.batch.lm_weight_BT)

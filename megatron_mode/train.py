@@ -38,7 +38,6 @@ from megatron_mode.mix.loader import Loader, StepBatch
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.mix.rows import RowReader
-from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.model.size import parameters
 from megatron_mode.process.launch import Process
 from megatron_mode.process.stopping import Reason, Stopping, StopRequest
@@ -196,7 +195,7 @@ def steps(run: Run, first_step: int) -> Generator[StepBatch, None, None]:
     config, engine = run.config, run.engine
     global_rows = config.batch.global_rows
     if not engine.reads_data:
-        ahead = rows_of_steps(run.order, first_step, config.run.steps, global_rows)
+        ahead = run.order.steps(first_step, config.run.steps, global_rows)
         for step, rows in enumerate(ahead, start=first_step):
             yield StepBatch(step, [], rows)
         return

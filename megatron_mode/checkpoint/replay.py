@@ -13,7 +13,6 @@ from megatron_mode.checkpoint.source_files import check_file, sealed_files
 from megatron_mode.errors import CheckpointError
 from megatron_mode.mix.digest import OrderDigest
 from megatron_mode.mix.order import Order
-from megatron_mode.mix.steps import rows_of_steps
 from megatron_mode.tokens.source.shards import Source
 
 MOST_NAMED = 6
@@ -78,7 +77,7 @@ def replay(order: Order, global_rows: int, manifests: Sequence[Manifest], report
                 f"the checkpoint of step {manifest.step} lies beyond the order's "
                 f"{order.total_rows // global_rows} steps; name the config of the run"
             )
-        ahead = rows_of_steps(order, step, manifest.step, global_rows)
+        ahead = order.steps(step, manifest.step, global_rows)
         for number, rows in enumerate(ahead, start=step):
             digest.update(rows, order.edits, left_out=number in manifest.skips)
             report(1)

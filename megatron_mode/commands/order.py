@@ -163,7 +163,7 @@ def rows_answer(document: OrderDocument, begin: int, end: int) -> tuple[dict[str
 
 def document_answer(opened: Opened, document: str) -> tuple[dict[str, Any], str]:
     """List the exposures of a document; those before the newest checkpoint are past."""
-    from megatron_mode.mix.audit.exposures import exposures
+    from megatron_mode.mix.audit.documents import exposures
 
     if opened.config is None or opened.corpus is None:
         raise ConfigError(

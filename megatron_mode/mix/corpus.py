@@ -11,22 +11,10 @@ from megatron_mode.config.fields import Config
 from megatron_mode.config.mix import SourceConfig
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.digest import order_config
-from megatron_mode.mix.edits.lookup import (
-    PackedSource,
-    cut_notes,
-    edited_sources,
-    find_changed,
-    find_document,
-    pack,
-)
-from megatron_mode.mix.edits.overrides import (
-    Clock,
-    EditStream,
-    PackingName,
-    PlannedEdits,
-    plan_edits,
-)
+from megatron_mode.mix.edits.documents import edited_sources, find_changed, find_document
+from megatron_mode.mix.edits.overrides import EditStream, plan_edits
 from megatron_mode.mix.order import Order
+from megatron_mode.mix.packing import PackedSource, PackingName, pack
 from megatron_mode.mix.rows import RowReader
 from megatron_mode.mix.schedule import Integral
 from megatron_mode.tokens.source.shards import Source
@@ -67,11 +55,9 @@ def open_corpus(config: Config) -> Corpus:
     train = _open(root, mix.mode1.sources, 1) + _open(root, mix.mode2.sources, 2)
     valid = _open(root, mix.valid.sources, None)
     by_name = {source.name: source for source in train}
-    asked = [text.partition("/")[0] for text in (i.document for i in mix.edits.inject)]
-    asked += [cohort.source for cohort in mix.edits.cohorts]
+    asked = [name for name, _ in _edit_streams(config)]
     asked += [pair.by.partition("/")[0] for pair in mix.edits.replace]
-    names = dict.fromkeys(asked)
-    edits = {name: by_name.get(name) or Source.open(root, name) for name in names}
+    edits = {n: by_name.get(n) or Source.open(root, n) for n in dict.fromkeys(asked)}
     for source in (*train, *valid, *edits.values()):
         source.limit_ids(vocabulary.padded_vocab_size)
     return Corpus(root, vocabulary, train, valid, edits)
@@ -121,26 +107,53 @@ def resolve_vocabulary(config: Config, corpus: Corpus) -> Config:
 
 
 def packed_sources(config: Config, corpus: Corpus) -> list[PackedSource]:
-    """Return the sources of the mix, in the order of Order.source_names, with their packings."""
-    configs = (*config.mix.mode1.sources, *config.mix.mode2.sources)
-    return [
-        pack(source, entry.packing, config.model.seq_len)
-        for source, entry in zip(corpus.train, configs, strict=True)
-    ]
+    """Return the sources with their packings, in the order of Order.source_names.
+
+    Those of the mix come first, then those that injections and cohorts show.
+    """
+    entries = (*config.mix.mode1.sources, *config.mix.mode2.sources)
+    asked = [(source, entry.packing) for source, entry in zip(corpus.train, entries, strict=True)]
+    packed = [pack(source, packing, config.model.seq_len) for source, packing in asked]
+    shown = _edit_streams(config)
+    return packed + [pack(corpus.edits[name], p, config.model.seq_len) for name, p in shown]
 
 
 def build_order(config: Config, corpus: Corpus) -> Order:
     """Return the order of the complete run."""
+    mix, seq_len, seed = config.mix, config.model.seq_len, config.run.seed
     total_rows = config.run.steps * config.batch.global_rows
     packed = packed_sources(config, corpus)
-    return Order(
-        config.mix,
-        config.model.seq_len,
-        total_rows,
-        config.run.seed,
-        {entry.source.name: entry.rows for entry in packed},
-        edits=_plan(config, corpus, packed),
+    mixed, shown = packed[: len(corpus.train)], packed[len(corpus.train) :]
+    streams, notes = [], []
+    for entry in shown:
+        name, lengths = entry.source.name, entry.source.document_spans(0, entry.source.documents)[1]
+        if not entry.rows:
+            raise DataError(
+                f"mix.edits reads {name} with packing {entry.packing}, which gives no row of "
+                f"{seq_len} tokens; add text, lower model.seq_len or choose packing document"
+            )
+        streams.append(EditStream(name, entry.packing, entry.rows, entry.source.mode))
+        if entry.packing == "document" and (cut := int((lengths > seq_len).sum())):
+            notes.append(
+                f"{cut:,} of {len(lengths):,} documents of {name} are longer than a row of "
+                f"{seq_len} tokens: an edit that shows one cuts it off"
+            )
+    edits = plan_edits(
+        mix,
+        Integral(mix.mode2_fraction, seq_len, total_rows),
+        streams,
+        changed=find_changed(mix.edits, mixed, corpus.edits),
+        documents={
+            injection.document: find_document(injection.document, corpus.edits, "mix.edits.inject")
+            for injection in mix.edits.inject
+        },
+        global_rows=config.batch.global_rows,
+        seed=seed,
     )
+    notes = [*edits.notes, *notes, *silent_notes(config, corpus)]
+    rows = {entry.source.name: entry.rows for entry in mixed}
+    edits = dataclasses.replace(edits, notes=notes)
+    return Order(mix, seq_len, total_rows, seed, rows, edits=edits)
 
 
 def order_settings(config: Config, corpus: Corpus, order: Order) -> dict[str, object]:
@@ -151,51 +164,25 @@ def order_settings(config: Config, corpus: Corpus, order: Order) -> dict[str, ob
 
 def build_reader(config: Config, corpus: Corpus, sources: Sequence[Source]) -> RowReader:
     """Return the reader of rows of these sources, as streams: for held-out text."""
-    return RowReader(sources, config.model.seq_len, config.mix, document_id=corpus.document_id)
+    seq_len = config.model.seq_len
+    packed = [PackedSource(source, seq_len) for source in sources]
+    return RowReader(packed, seq_len, config.mix, document_id=corpus.document_id)
 
 
 def build_train_reader(config: Config, corpus: Corpus, order: Order) -> RowReader:
     """Return the reader of the rows that an order names, edits applied."""
-    seq_len = config.model.seq_len
     packed = packed_sources(config, corpus)
-    sources = edited_sources(packed, order.edits.changed, corpus.edits, corpus.document_id)
-    streams = [pack(corpus.edits[s.name], s.packing, seq_len) for s in order.edits.streams]
-    return RowReader(
-        [*sources, *(entry.source for entry in streams)],
-        seq_len,
-        config.mix,
-        packings=[entry.packing for entry in (*packed, *streams)],
-        document_id=corpus.document_id,
-    )
+    packed = edited_sources(packed, order.edits.changed, corpus.edits, corpus.document_id)
+    return RowReader(packed, config.model.seq_len, config.mix, document_id=corpus.document_id)
 
 
-def _plan(config: Config, corpus: Corpus, packed: Sequence[PackedSource]) -> PlannedEdits:
-    mix, seq_len = config.mix, config.model.seq_len
-    global_rows, steps = config.batch.global_rows, config.run.steps
-    integral = Integral(mix.mode2_fraction, seq_len, steps * global_rows)
+def _edit_streams(config: Config) -> list[tuple[str, PackingName]]:
+    """Name the sources that injections and cohorts show, each packing of them once."""
+    edits = config.mix.edits
     asked: list[tuple[str, PackingName]]
-    asked = [(i.document.partition("/")[0], "document") for i in mix.edits.inject]
-    asked += [(cohort.source, cohort.packing) for cohort in mix.edits.cohorts]
-    streams = {}
-    for name, packing in dict.fromkeys(asked):
-        entry = pack(corpus.edits[name], packing, seq_len)
-        if not entry.rows:
-            raise DataError(
-                f"mix.edits reads {name} with packing {packing}, which gives no row of {seq_len} "
-                "tokens; add text, lower model.seq_len or choose packing document"
-            )
-        streams[name, packing] = EditStream(name, entry.name, entry.rows, entry.source.mode)
-    planned = plan_edits(
-        mix,
-        Clock(integral, global_rows, steps, config.run.seed),
-        streams,
-        lambda text: find_document(text, corpus.edits, "mix.edits.inject"),
-        find_changed(mix.edits, packed, corpus.edits),
-    )
-    notes = cut_notes([corpus.edits[s.name] for s in planned.streams if s.packing == "document"],
-                      seq_len)  # fmt: skip
-    notes += silent_notes(config, corpus)
-    return dataclasses.replace(planned, notes=(*planned.notes, *notes))
+    asked = [(injection.document.partition("/")[0], "document") for injection in edits.inject]
+    asked += [(cohort.source, cohort.packing) for cohort in edits.cohorts]
+    return list(dict.fromkeys(asked))
 
 
 def silent_notes(config: Config, corpus: Corpus) -> list[str]:

@@ -10,9 +10,9 @@ source, source row, -3.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
-from typing import Protocol
+from typing import assert_never
 
 import numpy as np
 
@@ -22,32 +22,10 @@ from megatron_mode.errors import CheckpointError
 from megatron_mode.mix.edits.overrides import NO_EDITS, PlannedEdits
 from megatron_mode.mix.order import Rows
 from megatron_mode.mix.schedule import resolved_end_tokens
+from megatron_mode.tokens.source.shards import Source
 
 START_HEX = "00" * 32
 LEFT_OUT = -3
-
-
-class DigestedSource(Protocol):
-    """Say what the order's record needs to know of a prepared source."""
-
-    @property
-    def name(self) -> str:
-        """Return the source's name."""
-
-    @property
-    def tokens(self) -> int:
-        """Return the length of the stream in tokens."""
-
-    @property
-    def content_digests(self) -> Mapping[str, str]:
-        """Return file name -> digest of what the source holds."""
-
-    @property
-    def mode_tokens(self) -> Mapping[str, object] | None:
-        """Return how mode tokens stand in it, None where there are none."""
-
-    def row_table_digest(self, seq_len: int) -> str | None:
-        """Return the digest of the row table for rows of `seq_len` tokens, None without one."""
 
 
 class OrderDigest:
@@ -90,7 +68,7 @@ class OrderDigest:
 
 
 def order_config(
-    config: Config, sources: Sequence[DigestedSource], edits: PlannedEdits = NO_EDITS
+    config: Config, sources: Sequence[Source], edits: PlannedEdits = NO_EDITS
 ) -> dict[str, object]:
     """Return everything that the order depends on, JSON-ready and flat.
 
@@ -105,18 +83,18 @@ def order_config(
         "batch.global_rows": config.batch.global_rows,
         **_fraction_record(config),
     }
-    by_name = {source.name: source for source in sources}
+    opened = {source.name: source for source in sources}
+    edits_only = dict(opened)
     for mode, section in ((1, mix.mode1), (2, mix.mode2)):
         key = f"mix.mode{mode}.sources"
         record[key] = [source.name for source in section.sources]
         for entry in section.sources:
-            here, source = f"{key}.{entry.name}", by_name.pop(entry.name)
+            here, source = f"{key}.{entry.name}", edits_only.pop(entry.name)
             record |= _source_record(here, entry) | _content_record(here, source)
             if entry.packing == "whole":
                 record[f"{here}.row_table"] = source.row_table_digest(config.model.seq_len)
-    for name, source in by_name.items():
+    for name, source in edits_only.items():
         record |= _content_record(f"mix.edits.sources.{name}", source)
-    opened = {source.name: source for source in sources}
     for stream in edits.streams:
         if stream.packing == "whole":
             digest = opened[stream.name].row_table_digest(config.model.seq_len)
@@ -124,7 +102,7 @@ def order_config(
     return {**record, **edits.record}
 
 
-def _content_record(key: str, source: DigestedSource) -> dict[str, object]:
+def _content_record(key: str, source: Source) -> dict[str, object]:
     record: dict[str, object] = {
         f"{key}.tokens": source.tokens,
         f"{key}.content": dict(sorted(source.content_digests.items())),
@@ -152,20 +130,25 @@ def _source_record(key: str, entry: SourceConfig) -> dict[str, object]:
 
 def _fraction_record(config: Config) -> dict[str, object]:
     """Return the keys of the schedule that its shape reads."""
-    fraction, prefix = config.mix.mode2_fraction, "mix.mode2_fraction."
-    record: dict[str, object] = {prefix + "shape": fraction.shape}
-    if fraction.shape == "piecewise":
-        record[prefix + "points"] = [[at, _plain(share)] for at, share in fraction.points]
-        return record
-    record[prefix + "start"] = _plain(fraction.start)
-    if fraction.shape == "constant":
-        return record
-    record[prefix + "end"] = _plain(fraction.end)
-    record[prefix + "begin_tokens"] = fraction.begin_tokens
-    if fraction.shape != "step":
-        total_tokens = config.run.steps * config.batch.global_rows * config.model.seq_len
-        record[prefix + "end_tokens"] = resolved_end_tokens(fraction, total_tokens)
-    return record
+    plan = config.mix.mode2_fraction
+    total_tokens = config.run.steps * config.batch.global_rows * config.model.seq_len
+    start: dict[str, object] = {"start": _plain(plan.start)}
+    end = {"end": _plain(plan.end), "begin_tokens": plan.begin_tokens}
+    match plan.shape:
+        case "constant":
+            read = start
+        case "piecewise":
+            read = {"points": [[at, _plain(share)] for at, share in plan.points]}
+        case "step":
+            read = start | end
+        case "linear" | "cosine":
+            read = start | end | {"end_tokens": resolved_end_tokens(plan, total_tokens)}
+        case _:
+            assert_never(plan.shape)
+    return {
+        f"mix.mode2_fraction.{name}": value
+        for name, value in ({"shape": plan.shape} | read).items()
+    }
 
 
 def _plain(value: Decimal | None) -> str | None:

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 INTEGER_LIMIT = 2**62
 
@@ -28,21 +27,22 @@ def floor_quadratic(constant: Fraction, slope: Fraction, curve: Fraction, count:
     does not matter. Integers are used where all terms fit in 62 bits, else float64 with an error
     of at most 2**-50 times the sum of the terms' magnitudes, and exact integers within it.
     """
-    whole = math.floor(constant)
+    floor = math.floor(constant)
     scale = math.lcm(slope.denominator, curve.denominator)
-    a = math.floor((constant - whole) * scale)
+    a = math.floor((constant - floor) * scale)
     b, c = int(slope * scale), int(curve * scale)
     size = scale + abs(b) * count + abs(c) * count * count
+    k = np.arange(count + 1, dtype=np.int64)
     if size < INTEGER_LIMIT:
-        k = np.arange(count + 1, dtype=np.int64)
-        return ((k * c + b) * k + a) // scale + whole
-    k_float = np.arange(count + 1, dtype=np.float64)
-    approximation = a / scale + k_float * (b / scale + k_float * (c / scale))
+        return ((k * c + b) * k + a) // scale + floor
+    approximation = a / scale + k * (b / scale + k * (c / scale))
     bound = math.ldexp(size / scale, -50)
-    return settle(approximation, bound, lambda k: (a + b * k + c * k * k) // scale) + whole
+    return settle(approximation, bound, lambda k: (a + b * k + c * k * k) // scale) + floor
 
 
-def settle(approximation: FloatArray, bound: float, exact_floor: Callable[[int], int]) -> IntArray:
+def settle(
+    approximation: npt.NDArray[np.float64], bound: float, exact_floor: Callable[[int], int]
+) -> IntArray:
     """Return floors of values known to within `bound`; ask `exact_floor(k)` where that is too wide.
 
     A value farther than the bound from every integer has the floor of its approximation.

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from megatron_mode.errors import ConfigError, DataError, MegatronModeError
 from megatron_mode.mix.floors import IntArray
-from megatron_mode.mix.order import Order, Rows
+from megatron_mode.mix.order import BLOCK_ROWS, Order, Rows
 from megatron_mode.mix.rows import ArrayBatch, Batch, RowReader
-from megatron_mode.mix.steps import steps_in_block
 
 KEPT_BLOCKS = 3
 ALIVE_EVERY_SECONDS = 0.5
@@ -92,7 +91,7 @@ class Loader:
         self._global_rows, self._micro_rows = global_rows, micro_rows
         self._reader_index, self._readers = reader_index, readers
         self._next_step, self._end_step = first_step, end_step
-        self._block_steps = steps_in_block(global_rows)
+        self._block_steps = max(1, BLOCK_ROWS // global_rows)
         self._blocks: dict[int, tuple[Rows, IntArray]] = {}
         self._lock = threading.Lock()
         self._pending: deque[Future[StepBatch]] = deque()

@@ -1,4 +1,4 @@
-"""Say which tokens of a source stand in which of its rows.
+"""Say which tokens of a source stand in which of its rows, and read a row.
 
     stream     row r is tokens [r*T, (r + 1)*T]: nothing is lost, documents are cut anywhere
     whole      row r holds the undivided documents that the row table names, then padding
@@ -12,67 +12,121 @@ Letters: T row length (`seq_len`); a row has T + 1 tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_mode.mix.floors import IntArray
 from megatron_mode.tokens.flags import BLANK, CONTROL, MODE2, NO_LM_LOSS, NO_MODE_LOSS
-from megatron_mode.tokens.source.row_table import Piece
+from megatron_mode.tokens.source.row_table import Piece, RowTable, open_table
+from megatron_mode.tokens.source.shards import Source
 
+PackingName = Literal["stream", "whole", "document"]
 ByteArray = npt.NDArray[np.uint8]
 
 PADDING = BLANK | CONTROL | NO_LM_LOSS | NO_MODE_LOSS
 
 
-class TokenSource(Protocol):
-    """Say what rows need of a prepared source (tokens.shards.Source)."""
+class RowTokens(NamedTuple):
+    """Hold a row: ids [T + 1], flags [T + 1] and the offsets at which documents start in it."""
 
-    @property
-    def name(self) -> str:
-        """Return the source's name."""
-
-    @property
-    def mode(self) -> int | None:
-        """Return the mode of all its documents, 1 or 2, or None where they differ."""
-
-    @property
-    def tokens(self) -> int:
-        """Return the length of the stream in tokens."""
-
-    def read(self, begin_token: int, end_token: int) -> tuple[IntArray, ByteArray]:
-        """Return ids (int64) and flags of tokens begin_token .. end_token - 1."""
-
-    def document_starts(self, begin_token: int, end_token: int) -> IntArray:
-        """Return the stream offsets in [begin_token, end_token) at which documents start."""
+    ids: IntArray
+    flags: ByteArray
+    starts: IntArray
 
 
-class DocumentSource(TokenSource, Protocol):
-    """Say what the `document` packing needs besides."""
+class PackedSource(NamedTuple):
+    """Hold a source and how its rows are packed; only packing `whole` has a table."""
 
-    @property
-    def documents(self) -> int:
-        """Return the number of documents."""
-
-    def document_spans(self, begin: int, end: int) -> tuple[IntArray, IntArray]:
-        """Return the first token and the length in tokens of documents begin .. end - 1."""
-
-
-class Packing(Protocol):
-    """Name the pieces of each row of a source."""
+    source: Source
+    seq_len: int
+    packing: PackingName = "stream"
+    table: RowTable | None = None
 
     @property
     def rows(self) -> int:
         """Return the number of rows."""
+        if self.table is not None:
+            return int(self.table.rows)
+        if self.packing == "document":
+            return int(self.source.documents)
+        return rows_in_stream(self.source.tokens, self.seq_len)
 
-    def pieces(self, row: int) -> Sequence[Piece]:
-        """Return what stands in a row, in order, at most T tokens in all."""
+    @property
+    def padding_share(self) -> float:
+        """Return the share of padding among the tokens of all rows; 0 without a table."""
+        return self.table.padding_share if self.table is not None else 0.0
 
-    def rows_of(self, document: int, begin_token: int, end_token: int) -> list[int]:
-        """Return the rows of tokens [begin_token, end_token) of a document, from its start on."""
+    def rows_of(self, document: int, tokens: int | None = None) -> list[int]:
+        """Return the rows that read a document, or its first `tokens` tokens; ascending."""
+        if self.packing == "document":
+            return [document]
+        begin, end = span_of(self.source, document)
+        end = end if tokens is None else min(end, begin + tokens)
+        if self.table is not None:
+            return self.table.rows_of(document, begin, end)
+        last = min((end - 1) // self.seq_len, self.rows - 1) if end > begin else -1
+        return list(range(begin // self.seq_len, last + 1))
+
+    def documents_of(self, row: int) -> list[int]:
+        """Return the documents whose tokens are inputs of a row, in the order in which they stand.
+
+        Documents that an edit changed are named as they were.
+        """
+        if self.packing != "stream":
+            return [self.source.document_of(piece.begin) for piece in self._pieces(row)]
+        begin = row * self.seq_len
+        last = self.source.document_of(begin + self.seq_len - 1)
+        return list(range(self.source.document_of(begin), last + 1))
+
+    def read(self, row: int, document_id: int | None) -> RowTokens:
+        """Read a row.
+
+        `document_id` is that of `<|doc|>`; None (a corpus of unknown vocabulary) pads with 0 and
+        has no stop to learn.
+        """
+        if self.packing == "stream":
+            return self.window(row * self.seq_len)
+        ids = np.full(self.seq_len + 1, document_id or 0, np.int64)
+        flags = np.full(self.seq_len + 1, PADDING, np.uint8)
+        starts: list[int] = []
+        at = 0
+        pieces = self._pieces(row)
+        for begin, length, is_end in pieces:
+            room = length if is_end else length + 1  # a cut document still shows what comes next
+            ids[at : at + room], flags[at : at + room] = self.source.read(begin, begin + room)
+            # Inside a piece only a replaced document starts anything: its padding.
+            inside = self.source.document_starts(begin + 1, begin + length)
+            starts += [at, *(inside - begin + at).tolist()]
+            at += length
+        if not pieces or pieces[-1].is_end:  # a cut document fills its row
+            starts.append(at)
+            if document_id is not None and pieces:
+                flags[at] = CONTROL | NO_MODE_LOSS | (flags[at - 1] & MODE2)
+        return RowTokens(ids, flags, np.array(starts, np.int64))
+
+    def window(self, begin: int) -> RowTokens:
+        """Read the T + 1 tokens from `begin` on."""
+        end = begin + self.seq_len + 1
+        starts = self.source.document_starts(begin, end) - begin
+        return RowTokens(*self.source.read(begin, end), starts)
+
+    def _pieces(self, row: int) -> list[Piece]:
+        if self.table is not None:
+            return self.table.pieces(row)
+        begin, end = span_of(self.source, row)
+        return [Piece(begin, min(end - begin, self.seq_len), end - begin <= self.seq_len)]
+
+
+def pack(source: Source, packing: PackingName, seq_len: int) -> PackedSource:
+    """Open a source under a packing; DataError where `whole` lacks its row table."""
+    match packing:
+        case "whole":
+            return PackedSource(source, seq_len, packing, open_table(source, seq_len))
+        case "stream" | "document":
+            return PackedSource(source, seq_len, packing)
+    assert_never(packing)
 
 
 def rows_in_stream(tokens: int, seq_len: int) -> int:
@@ -80,57 +134,7 @@ def rows_in_stream(tokens: int, seq_len: int) -> int:
     return max(0, (tokens - 1) // seq_len)
 
 
-def stream_rows_of(begin_token: int, end_token: int, tokens: int, seq_len: int) -> list[int]:
-    """Return the rows of a stream that have any of these tokens as input."""
-    rows = rows_in_stream(tokens, seq_len)
-    if begin_token == end_token:
-        return []
-    return list(range(begin_token // seq_len, min((end_token - 1) // seq_len + 1, rows)))
-
-
-@dataclass(frozen=True)
-class DocumentRows:
-    """Give each document a row of its own; what does not fit into T tokens is cut off."""
-
-    source: DocumentSource
-    seq_len: int
-
-    @property
-    def rows(self) -> int:
-        """Return the number of rows."""
-        return self.source.documents
-
-    def pieces(self, row: int) -> list[Piece]:
-        """Return the document."""
-        begin_D, length_D = self.source.document_spans(row, row + 1)
-        length = int(length_D[0])
-        return [Piece(int(begin_D[0]), min(length, self.seq_len), length <= self.seq_len)]
-
-    def rows_of(self, document: int, begin_token: int, end_token: int) -> list[int]:
-        """Return the document's own row."""
-        return [document]
-
-
-def read_pieces(
-    source: TokenSource, pieces: Sequence[Piece], seq_len: int, document_id: int | None
-) -> tuple[IntArray, ByteArray, IntArray]:
-    """Return ids [T + 1], flags [T + 1] and the offsets at which documents start in the row.
-
-    `document_id` is that of `<|doc|>`; None (a corpus of unknown vocabulary) pads with 0 and has no
-    stop to learn.
-    """
-    ids = np.full(seq_len + 1, document_id or 0, np.int64)
-    flags = np.full(seq_len + 1, PADDING, np.uint8)
-    starts: list[int] = []
-    at = 0
-    for begin, length, is_end in pieces:
-        room = length if is_end else length + 1  # a cut document still shows what comes next
-        ids[at : at + room], flags[at : at + room] = source.read(begin, begin + room)
-        # Inside a piece only a replaced document starts anything: its padding.
-        starts += [at, *(source.document_starts(begin + 1, begin + length) - begin + at).tolist()]
-        at += length
-    if not pieces or pieces[-1].is_end:  # a cut document fills its row
-        starts.append(at)
-        if document_id is not None and pieces:
-            flags[at] = CONTROL | NO_MODE_LOSS | (flags[at - 1] & MODE2)
-    return ids, flags, np.array(starts, np.int64)
+def span_of(source: Source, document: int) -> tuple[int, int]:
+    """Return the first token of a document and the token after its last."""
+    begin_D, length_D = source.document_spans(document, document + 1)
+    return int(begin_D[0]), int(begin_D[0] + length_D[0])

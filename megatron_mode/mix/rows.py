@@ -20,6 +20,7 @@ Letters: B rows read together, T row length (`seq_len`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -28,13 +29,7 @@ import numpy.typing as npt
 from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.floors import IntArray
-from megatron_mode.mix.packing import (
-    ByteArray,
-    Packing,
-    TokenSource,
-    read_pieces,
-    rows_in_stream,
-)
+from megatron_mode.mix.packing import ByteArray, PackedSource, RowTokens
 from megatron_mode.tokens.flags import (
     BLANK,
     CONTROL,
@@ -76,31 +71,30 @@ def role_weights(mix: MixConfig) -> Float32Array:
     """Return the LM weight of each of the 256 flag bytes; Mode 1 always has 1."""
     flags = np.arange(256)
     weight = np.ones(256, np.float32)
-    if mix.mode2_lm_loss != "all":
-        given_weights = mix.role_weights
-        by_role = {
-            "system": given_weights.system,
-            "user": given_weights.user,
-            "assistant": given_weights.assistant,
-            "tool": given_weights.tool,
-        }
-        for role in ROLES:
-            given = float(by_role.get(role, 0))
-            if mix.mode2_lm_loss == "assistant":
+    of = mix.role_weights
+    given_weights = (Decimal(0), of.system, of.user, of.assistant, of.tool)
+    by_role = dict(zip(ROLES, given_weights, strict=True))
+    for role in ROLES:
+        match mix.mode2_lm_loss:
+            case "all":
+                given = 1.0
+            case "assistant":
                 given = float(role == "assistant")
-            weight[((flags & MODE2) != 0) & ((flags & ROLE_MASK) == role_bits(role))] = given
+            case "weighted":
+                given = float(by_role[role])
+        weight[((flags & MODE2) != 0) & ((flags & ROLE_MASK) == role_bits(role))] = given
     weight[(flags & BLANK) != 0] = 0
     return weight
 
 
-def ends_untrained() -> Float32Array:
-    """Return 0 for flag bytes of a turn that is not trained, after which no stop is learnt."""
+def ends_untrained() -> npt.NDArray[np.bool_]:
+    """Return whether a flag byte is of a turn that is not trained: no stop is learned after it."""
     flags = np.arange(256)
-    untrained = (flags & (MODE2 | NO_LM_LOSS)) == MODE2 | NO_LM_LOSS
+    is_untrained = (flags & (MODE2 | NO_LM_LOSS)) == MODE2 | NO_LM_LOSS
     is_piece = (flags & (CONTROL | NO_MODE_LOSS)) == CONTROL | NO_MODE_LOSS
     is_own_account = is_piece & ((flags & ROLE_MASK) != 0)
-    weight: Float32Array = (~(untrained & ~is_own_account)).astype(np.float32)
-    return weight
+    ends: npt.NDArray[np.bool_] = is_untrained & ~is_own_account
+    return ends
 
 
 class RowReader:
@@ -108,42 +102,32 @@ class RowReader:
 
     def __init__(
         self,
-        sources: Sequence[TokenSource],
+        packed: Sequence[PackedSource],
         seq_len: int,
         mix: MixConfig,
         *,
-        packings: Sequence[Packing | None] = (),
         document_id: int | None = 0,
     ) -> None:
-        """Read from `sources`, indexed as in Order.source_names, in rows of `seq_len` tokens.
+        """Read from `packed`, indexed as in Order.source_names, in rows of `seq_len` tokens.
 
-        `packings` stands beside the sources, None for a stream. Raises ConfigError for a source
-        that stands in the list of the other mode.
+        Raises ConfigError for a source that stands in the list of the other mode.
         """
+        self.sources = [entry.source for entry in packed]
         for mode, section in ((1, mix.mode1), (2, mix.mode2)):
             names = {source.name for source in section.sources}
-            for source in sources:
-                if source.name in names and source.mode not in (None, mode):
+            for source in self.sources:
+                if source.name in names and source.mode != mode:
                     raise ConfigError(
                         f"mix.mode{mode}.sources names '{source.name}', but that source was "
                         f"prepared as mode {source.mode}; move it to mix.mode{source.mode}.sources"
                     )
-        self.sources = tuple(sources)
-        self.packings = tuple(packings) or (None,) * len(self.sources)
         self.seq_len = seq_len
+        self._packed = packed
         self._document_id = document_id
         self._reset = mix.reset_at_documents
         self._judged = role_weights(mix)
-        self._judged_stop = self._judged * ends_untrained()
-        flags = np.arange(256)
-        self._allowed = ((flags & (NO_LM_LOSS | BLANK)) == 0).astype(np.float32)
-
-    def rows(self, source_index: int) -> int:
-        """Return the number of rows of a source."""
-        packing = self.packings[source_index]
-        if packing is not None:
-            return packing.rows
-        return rows_in_stream(self.sources[source_index].tokens, self.seq_len)
+        self._judged_stop = np.where(ends_untrained(), 0, self._judged)
+        self._allowed = ((np.arange(256) & (NO_LM_LOSS | BLANK)) == 0).astype(np.float32)
 
     def read_batch(self, source_index: Sequence[int], source_row: Sequence[int]) -> ArrayBatch:
         """Read B rows: a few slices of memory-mapped files, then arithmetic on all at once.
@@ -152,46 +136,26 @@ class RowReader:
         """
         parts = []
         for index, row in zip(source_index, source_row, strict=True):
-            if not 0 <= row < self.rows(index):
-                source = self.sources[index]
+            entry = self._packed[index]
+            if not 0 <= row < entry.rows:
                 raise DataError(
-                    f"row {row} of source '{source.name}' does not exist: it has {source.tokens} "
-                    f"tokens, {self.rows(index)} rows of {self.seq_len}; run again with the data "
-                    "that the order was planned for"
+                    f"row {row} of source '{entry.source.name}' does not exist: it has "
+                    f"{entry.source.tokens} tokens, {entry.rows} rows of {self.seq_len}; run again "
+                    "with the data that the order was planned for"
                 )
-            parts.append(self._read_row(index, row))
+            parts.append(entry.read(row, self._document_id))
         return self._batch(parts, source_index)
 
     def read_windows(self, source_index: Sequence[int], begin_token: Sequence[int]) -> ArrayBatch:
         """Read B rows that begin at any token of their source with T + 1 tokens to go."""
         pairs = zip(source_index, begin_token, strict=True)
-        return self._batch([self._window(index, begin) for index, begin in pairs], source_index)
+        parts = [self._packed[index].window(begin) for index, begin in pairs]
+        return self._batch(parts, source_index)
 
-    def _read_row(self, index: int, row: int) -> tuple[IntArray, ByteArray, IntArray]:
-        packing = self.packings[index]
-        if packing is None:
-            return self._window(index, row * self.seq_len)
-        pieces = packing.pieces(row)
-        return read_pieces(self.sources[index], pieces, self.seq_len, self._document_id)
-
-    def _window(self, index: int, begin: int) -> tuple[IntArray, ByteArray, IntArray]:
-        source, end = self.sources[index], begin + self.seq_len + 1
-        ids, flags = source.read(begin, end)
-        return ids, flags, source.document_starts(begin, end) - begin
-
-    def _batch(
-        self,
-        parts: Sequence[tuple[IntArray, ByteArray, IntArray]],
-        source_index: Sequence[int],
-    ) -> ArrayBatch:
-        rows, width = len(parts), self.seq_len + 1
-        ids = np.empty((rows, width), np.int64)
-        flags = np.empty((rows, width), np.uint8)
-        starts = [np.empty(0, np.int64)]
-        for b, (row_ids, row_flags, row_starts) in enumerate(parts):
-            ids[b], flags[b] = row_ids, row_flags
-            starts.append(row_starts + b * width)
-        start = np.concatenate(starts)
+    def _batch(self, parts: Sequence[RowTokens], source_index: Sequence[int]) -> ArrayBatch:
+        width = self.seq_len + 1
+        ids, flags = np.stack([part.ids for part in parts]), np.stack([p.flags for p in parts])
+        start = np.concatenate([part.starts + b * width for b, part in enumerate(parts)])
         input_flags = np.ascontiguousarray(flags[:, :-1])
         return ArrayBatch(
             input_BT=np.ascontiguousarray(ids[:, :-1]),
@@ -199,7 +163,7 @@ class RowReader:
             lm_weight_BT=self._lm_weights(flags, start),
             mode_label_BT=(input_flags & MODE2).astype(np.float32),
             mode_weight_BT=((input_flags & NO_MODE_LOSS) == 0).astype(np.float32),
-            position_BT=self._positions(rows, start),
+            position_BT=self._positions(len(parts), start),
             flags_BT=input_flags,
             source_B=np.array(source_index, np.int64),
         )

@@ -4,7 +4,7 @@ A schedule is a list of segments on which the share f is a line or half a cosine
 integral of f over rows from the start of the run, is a rational number at the end of each segment,
 so an error never travels from one segment to the next:
 
-    line    F = area + start*d + (stop - start)*d*d / (2*L)
+    line    F = area + start*d + curve*d*d, curve = (stop - start) / (2*L)
     cosine  F = area + (start + stop)/2*d - (stop - start)/2 * L/pi * sin(pi*d/L)
 
 with d rows since the segment's begin and L its length in rows. On lines, floor(F) is decided in
@@ -17,10 +17,9 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Context, Decimal, localcontext
 from fractions import Fraction
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import numpy as np
 
@@ -34,35 +33,23 @@ PI = Decimal(
 )
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Hold one piece of a schedule: share `start` at `begin`, `stop` at `end` (None: endless)."""
+class Segment(NamedTuple):
+    """Hold one piece of a schedule: share `start` at row `begin`, `stop` after `length` rows.
+
+    The last piece is endless and constant; its length is 0. `area` is F at the begin.
+    """
 
     begin: Fraction
-    end: Fraction | None
+    length: Fraction
     start: Fraction
     stop: Fraction
     area: Fraction
-    cosine: bool = False
+    cosine: bool
 
-
-def segments(
-    config: Mode2FractionConfig, total_tokens: int, seq_len: int = 1
-) -> tuple[Segment, ...]:
-    """Cut a schedule into segments; begin, end and area are in units of `seq_len` tokens."""
-    knots = _knots(config, total_tokens)
-    cosine = config.shape == "cosine"
-    pieces: list[Segment] = []
-    area = Fraction(0)
-    for (begin, start), (end, stop) in itertools.pairwise(knots):
-        if begin == end:
-            continue
-        a, b = Fraction(begin, seq_len), Fraction(end, seq_len)
-        pieces.append(Segment(a, b, start, stop, area, cosine and start != stop))
-        area += (start + stop) / 2 * (b - a)
-    last_begin, last_share = knots[-1]
-    pieces.append(Segment(Fraction(last_begin, seq_len), None, last_share, last_share, area))
-    return tuple(pieces)
+    @property
+    def curve(self) -> Fraction:
+        """Return the coefficient of d*d on a line."""
+        return (self.stop - self.start) / (2 * self.length) if self.length else Fraction(0)
 
 
 def resolved_end_tokens(config: Mode2FractionConfig, total_tokens: int) -> int:
@@ -73,23 +60,22 @@ def resolved_end_tokens(config: Mode2FractionConfig, total_tokens: int) -> int:
 def _knots(config: Mode2FractionConfig, total_tokens: int) -> list[tuple[int, Fraction]]:
     """List (tokens, share) from token 0 on; two knots at the same token are a jump.
 
-    The rules of config/mix_rules.py hold: a ramp has an end after its begin, a table rises.
+    The rules of the config hold: a ramp has an end after its begin, a table rises.
     """
-    start, begin_tokens = Fraction(config.start), config.begin_tokens
+    start = Fraction(config.start)
+    knots = [(0, start), (config.begin_tokens, start)]
     match config.shape:
         case "constant":
-            return [(0, start)]
+            return knots[:1]
         case "piecewise":
             table = [(at, Fraction(share)) for at, share in config.points]
-            return table if table[0][0] == 0 else [(0, table[0][1]), *table]
+            return [(0, table[0][1]), *table]
         case "step":
             assert config.end is not None
-            return [(0, start), (begin_tokens, start), (begin_tokens, Fraction(config.end))]
+            return [*knots, (config.begin_tokens, Fraction(config.end))]
         case "linear" | "cosine":
-            end_tokens = resolved_end_tokens(config, total_tokens)
             assert config.end is not None
-            assert begin_tokens <= end_tokens
-            return [(0, start), (begin_tokens, start), (end_tokens, Fraction(config.end))]
+            return [*knots, (resolved_end_tokens(config, total_tokens), Fraction(config.end))]
     assert_never(config.shape)
 
 
@@ -97,22 +83,34 @@ class Integral:
     """Integrate a schedule over rows: F(i) is the planned number of Mode 2 rows before row i."""
 
     def __init__(self, config: Mode2FractionConfig, seq_len: int, total_rows: int) -> None:
-        """Cut the schedule at its kinks; `seq_len` is tokens in a row."""
-        self.segments = segments(config, total_rows * seq_len, seq_len)
+        """Cut the schedule of a run of so many rows of `seq_len` tokens at its kinks."""
+        self.total_rows = total_rows
+        knots = _knots(config, total_rows * seq_len)
+        self.segments: list[Segment] = []
+        area, zero = Fraction(0), Fraction(0)
+        for (begin, start), (end, stop) in itertools.pairwise(knots):
+            if begin < end:
+                length = Fraction(end - begin, seq_len)
+                cosine = config.shape == "cosine" and start != stop
+                at = Fraction(begin, seq_len)
+                self.segments.append(Segment(at, length, start, stop, area, cosine))
+                area += (start + stop) / 2 * length
+        at, last = Fraction(knots[-1][0], seq_len), knots[-1][1]
+        self.segments.append(Segment(at, zero, last, last, area, False))
         self._begins = [piece.begin for piece in self.segments]
 
     def planned(self, row: int) -> float:
         """Return F(row), rounded once to float64."""
-        piece = self.segments[self._segment_of(row)]
-        rational, wave = _value(piece, row)
+        rational, wave = _value(self._segment_of(row), row)
         if wave is None:
             return float(rational)
         with localcontext(Context(prec=DIGITS)):
             return float(_decimal(rational) - wave)
 
-    def mode2_rows(self, row: int) -> int:
-        """Return floor(F(row)), the number of Mode 2 rows before `row`, exactly."""
-        return _exact_floor(self.segments[self._segment_of(row)], row)
+    def mode_rows(self, mode: int, row: int) -> int:
+        """Return the number of rows of a mode before row `row` of the run, exactly."""
+        mode2_rows = _exact_floor(self._segment_of(row), row)
+        return mode2_rows if mode == 2 else row - mode2_rows
 
     def mode2_rows_window(self, begin_row: int, end_row: int) -> IntArray:
         """Return floor(F(i)) for i = begin_row .. end_row, both included, exactly.
@@ -123,43 +121,34 @@ class Integral:
         parts: list[IntArray] = []
         row = begin_row
         while row <= end_row:
-            index = self._segment_of(row)
-            last = end_row
-            if index + 1 < len(self.segments):
-                last = min(last, math.ceil(self._begins[index + 1]) - 1)
-            parts.append(_floors(self.segments[index], row, last - row))
+            number = bisect_right(self._begins, row)
+            nexts = (math.ceil(begin) - 1 for begin in self._begins[number : number + 1])
+            last = min([end_row, *nexts])
+            parts.append(_floors(self.segments[number - 1], row, last - row))
             row = last + 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.concatenate(parts)
 
-    def row_of(self, mode: int, mode_row: int, total_rows: int) -> int:
+    def row_of(self, mode: int, mode_row: int) -> int:
         """Return the index of row number `mode_row` (from 0) of a mode, by bisection.
 
-        Raises ValueError where the first `total_rows` rows hold fewer rows of the mode.
+        Raises ValueError where the run holds fewer rows of the mode.
         """
-        low, high = 0, total_rows
-        while low < high:
-            middle = (low + high) // 2
-            taken = self.mode2_rows(middle + 1)
-            if mode == 1:
-                taken = middle + 1 - taken
-            low, high = (low, middle) if taken > mode_row else (middle + 1, high)
-        if low == total_rows:
-            raise ValueError(f"mode {mode} has no row {mode_row} in {total_rows} rows")
-        return low
+        rows = range(self.total_rows)
+        row = bisect_right(rows, mode_row, key=lambda row: self.mode_rows(mode, row + 1))
+        if row == self.total_rows:
+            raise ValueError(f"mode {mode} has no row {mode_row} in {row} rows")
+        return row
 
-    def _segment_of(self, row: int) -> int:
-        return bisect_right(self._begins, row) - 1
+    def _segment_of(self, row: int) -> Segment:
+        return self.segments[bisect_right(self._begins, row) - 1]
 
 
 def _floors(piece: Segment, row: int, count: int) -> IntArray:
     """Return floor(F) at `row` .. `row + count`, all of them in one segment."""
     if piece.cosine:
         return _cosine_floors(piece, row, count)
-    slope, curve = piece.start, Fraction(0)
-    if piece.end is not None and piece.start != piece.stop:
-        curve = (piece.stop - piece.start) / (2 * (piece.end - piece.begin))
-        slope += 2 * curve * (row - piece.begin)
-    return floor_quadratic(_value(piece, row)[0], slope, curve, count)
+    slope = piece.start + 2 * piece.curve * (row - piece.begin)
+    return floor_quadratic(_value(piece, row)[0], slope, piece.curve, count)
 
 
 def _cosine_floors(piece: Segment, row: int, count: int) -> IntArray:
@@ -170,15 +159,14 @@ def _cosine_floors(piece: Segment, row: int, count: int) -> IntArray:
     Both terms are at most k, and sin and cos err by a few units in the last place, so float64 is
     within (k + 1) * 2**-48 of the truth: 1.2e-10 rows at the end of a window of 32,768.
     """
-    assert piece.end is not None
-    length = float(piece.end - piece.begin)
+    length = float(piece.length)
     anchor = _exact_floor(piece, row)
     rational, wave = _value(piece, row)
     with localcontext(Context(prec=DIGITS)):
         rest = float(_decimal(rational - anchor) - (wave or 0))
     k = np.arange(count + 1, dtype=np.float64)
     half_angle = k * (math.pi / (2 * length))
-    phase = math.pi * float((row - piece.begin) / (piece.end - piece.begin))
+    phase = math.pi * float((row - piece.begin) / piece.length)
     swing = float(piece.stop - piece.start) * length / math.pi
     approximation = rest + k * float((piece.start + piece.stop) / 2)
     approximation -= swing * np.cos(half_angle + phase) * np.sin(half_angle)
@@ -189,18 +177,15 @@ def _cosine_floors(piece: Segment, row: int, count: int) -> IntArray:
 def _value(piece: Segment, row: int) -> tuple[Fraction, Decimal | None]:
     """Return F(row) as a rational and, inside a cosine, the wave to subtract from it."""
     d = row - piece.begin
-    if piece.end is None or piece.start == piece.stop:
-        return piece.area + piece.start * d, None
-    length, rise = piece.end - piece.begin, piece.stop - piece.start
     if not piece.cosine:
-        return piece.area + piece.start * d + rise * d * d / (2 * length), None
+        return piece.area + (piece.start + piece.curve * d) * d, None
     rational = piece.area + (piece.start + piece.stop) / 2 * d
     if d == 0:
         return rational, None
     with localcontext(Context(prec=DIGITS)):
         # sin(pi - x) = sin(x) keeps the series short and the argument's error small.
-        wave = _sin(PI * _decimal(min(d, length - d) / length))
-        return rational, wave * _decimal(rise * length / 2) / PI
+        wave = _sin(PI * _decimal(min(d, piece.length - d) / piece.length))
+        return rational, wave * _decimal((piece.stop - piece.start) * piece.length / 2) / PI
 
 
 def _exact_floor(piece: Segment, row: int) -> int:
@@ -211,8 +196,7 @@ def _exact_floor(piece: Segment, row: int) -> int:
     with localcontext(Context(prec=DIGITS)):
         value = _decimal(rational) - wave
         floor = value.to_integral_value(ROUND_FLOOR)
-        rest = value - floor
-        assert UNDECIDED < rest < 1 - UNDECIDED, "60 digits do not decide this row"
+        assert UNDECIDED < value - floor < 1 - UNDECIDED, "60 digits do not decide this row"
     return int(floor)
 
 
@@ -224,8 +208,7 @@ def _decimal(value: Fraction) -> Decimal:
 def _sin(angle: Decimal) -> Decimal:
     """Sum the sine's Taylor series in the current decimal context; 0 <= angle <= pi/2."""
     term = total = angle
-    square = angle * angle
-    order = 1
+    square, order = angle * angle, 1
     while abs(term) > abs(total).scaleb(-DIGITS - 2):
         order += 2
         term = -term * square / (order * (order - 1))

@@ -60,7 +60,7 @@ def share_lines(order: Order, rows: Sequence[int]) -> list[Line]:
     for row in rows:
         # The share of the rows just ahead; the run's end looks back.
         begin = min(row, order.total_rows - 1)
-        fraction = order.planned_mode2(begin + 1) - order.planned_mode2(begin)
+        fraction = order.integral.planned(begin + 1) - order.integral.planned(begin)
         mode2.append((row * order.seq_len, fraction))
         for source, share in enumerate(order.planned_shares(begin)):
             of_mode = fraction if order.mode_of(source) == 2 else 1 - fraction

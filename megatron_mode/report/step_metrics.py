@@ -76,12 +76,12 @@ def _shares(order: Order, batch: StepBatch, end_row: int) -> dict[str, float]:
     rows = len(batch.rows)
     begin_row = end_row - rows
     taken = int((batch.rows.mode == 2).sum())
-    planned = order.planned_mode2(end_row) - order.planned_mode2(begin_row)
+    planned = order.integral.planned(end_row) - order.integral.planned(begin_row)
     return {
         "mode2_fraction_planned": planned / rows,
         "mode2_fraction_realised": taken / rows,
-        "mode2_rows_planned_minus_realised": order.planned_mode2(end_row)
-        - (order.realised_mode2(begin_row) + taken),
+        "mode2_rows_planned_minus_realised": order.integral.planned(end_row)
+        - (order.integral.mode_rows(2, begin_row) + taken),
         "mode2_flops_share": taken / rows,
     }
 

@@ -59,7 +59,7 @@ def ours(root: Path, names: list[str], seq_len: int) -> Any:
     from megatron_mode.config.mix import MixConfig
     from megatron_mode.mix.loader import Loader
     from megatron_mode.mix.order import Order
-    from megatron_mode.mix.packing import rows_in_stream
+    from megatron_mode.mix.packing import PackedSource, rows_in_stream
     from megatron_mode.mix.rows import RowReader
     from megatron_mode.tokens.source.shards import Source
 
@@ -70,7 +70,7 @@ def ours(root: Path, names: list[str], seq_len: int) -> Any:
     rows = {s.name: rows_in_stream(s.tokens, seq_len) for s in sources}
     total = sum(rows.values()) // BATCH_ROWS * BATCH_ROWS
     order = Order(mix, seq_len, total, 1, rows)
-    reader = RowReader(sources, seq_len, mix)
+    reader = RowReader([PackedSource(s, seq_len) for s in sources], seq_len, mix)
     return Loader(
         order,
         reader,

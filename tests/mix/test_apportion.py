@@ -57,7 +57,7 @@ def test_dealing_equals_a_walk_over_rows(supplies: list[Supply]) -> None:
 )
 @settings(max_examples=50, deadline=None)
 def test_shares_hold_far_out_with_long_weights(weights: list[int], first: int) -> None:
-    part = Apportionment([Supply.constant(Fraction(w), None) for w in weights])
+    part = Apportionment([Supply(((0, Fraction(w)),), None) for w in weights])
     left = first
     for number, count in enumerate(part.counts(first)):
         plan = Fraction(weights[number], sum(weights[number:])) * left
@@ -71,7 +71,7 @@ def test_shares_hold_far_out_with_long_weights(weights: list[int], first: int) -
 def test_a_dry_source_hands_its_share_on_from_the_row_it_cannot_fill() -> None:
     """Shares 1/2, 1/4, 1/4; the first gives three rows, then the others alternate."""
     part = Apportionment(
-        [Supply.constant(Fraction(w), m) for w, m in ((2, 3), (1, None), (1, None))]
+        [Supply(((0, Fraction(w)),), m) for w, m in ((2, 3), (1, None), (1, None))]
     )
     source, _ = part.take(0, 13)
     assert source.tolist() == [2, 0, 1, 0, 2, 0, 1, 2, 1, 2, 1, 2, 1]

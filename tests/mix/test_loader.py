@@ -16,7 +16,7 @@ from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.mix.loader import Loader, MicroBatch, StepBatch, micro_batch
 from megatron_mode.mix.order import Order
-from megatron_mode.mix.packing import rows_in_stream
+from megatron_mode.mix.packing import PackedSource, rows_in_stream
 from megatron_mode.mix.rows import RowReader
 
 SEQ_LEN, GLOBAL_ROWS, STEPS = 32, 12, 9
@@ -38,7 +38,7 @@ def plan(memory_source: Callable[..., Any]) -> tuple[Order, RowReader]:
     ]
     rows = {source.name: rows_in_stream(source.tokens, SEQ_LEN) for source in sources}
     order = Order(MIX, SEQ_LEN, GLOBAL_ROWS * STEPS, 7, rows)
-    return order, RowReader(sources, SEQ_LEN, MIX)
+    return order, RowReader([PackedSource(s, SEQ_LEN) for s in sources], SEQ_LEN, MIX)
 
 
 def steps_of(plan: tuple[Order, RowReader], **keys: int) -> list[StepBatch]:
@@ -90,7 +90,7 @@ def test_rows_lie_in_the_dealt_slots(plan: tuple[Order, RowReader]) -> None:
     """Slots run micro-batch by micro-batch, in each reader by reader."""
     order, reader = plan
     loaded = steps_of(plan, readers=2, reader_index=1, micro_rows=3)[4]
-    deal = order.deal(4, GLOBAL_ROWS)
+    deal = order.deals(4, 5, GLOBAL_ROWS)[0]
     rows = order.rows(4 * GLOBAL_ROWS, 5 * GLOBAL_ROWS)
     for number, slots in enumerate(([3, 4, 5], [9, 10, 11])):
         mine = rows[deal[slots]]

@@ -51,13 +51,13 @@ def test_levels_equal_taking_from_a_list(
     position = {cohort.stream: index for index, cohort in enumerate(placements.cohorts)}
     for row, (stream, sequence, _) in truth.items():
         if sequence >= 0:
-            assert placements.rows_of_exposure(position[stream], sequence) == row
+            assert placements.row_of_exposure(position[stream], sequence) == row
 
 
 def test_far_out_a_cohort_is_exact() -> None:
-    placements = add_cohort(Placements.none(), (10**12, 3 * 10**12), 10**9 + 7, 4, "facts")
+    placements = add_cohort(Placements(), (10**12, 3 * 10**12), 10**9 + 7, 4, "facts")
     for sequence in (0, 1, 10**9 + 6):
-        row = placements.rows_of_exposure(0, sequence)
+        row = placements.row_of_exposure(0, sequence)
         placed = placements.take(row - 2, 5)
         assert placed.offset.tolist() == [2]
         assert placed.sequence.tolist() == [sequence]
@@ -66,8 +66,8 @@ def test_far_out_a_cohort_is_exact() -> None:
 
 def test_a_window_that_is_too_small_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"shows facts 11 times.*10 rows.*widen"):
-        add_cohort(Placements.none(), (5, 15), 11, 0, "facts")
-    full = add_cohort(Placements.none(), (5, 15), 10, 0, "facts")
+        add_cohort(Placements(), (5, 15), 11, 0, "facts")
+    full = add_cohort(Placements(), (5, 15), 10, 0, "facts")
     assert full.take(0, 20).offset.tolist() == list(range(5, 15))
     assert full.offered(20) == 10
-    assert not Placements.none()
+    assert not Placements()

@@ -15,8 +15,7 @@ from slow_run import GLOBAL_ROWS, MODES, STEPS, TOTAL, VOCABULARY, WEIGHTS, Trut
 
 from megatron_mode.config import Config, build_config
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.mix.audit.exposures import exposures
-from megatron_mode.mix.audit.row_documents import describe_rows
+from megatron_mode.mix.audit.documents import describe_rows, exposures
 from megatron_mode.mix.corpus import build_order, build_train_reader, open_corpus
 from megatron_mode.mix.order import Order
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import ConfigError, DataError
-from megatron_mode.mix.packing import rows_in_stream
+from megatron_mode.mix.packing import PackedSource, rows_in_stream
 from megatron_mode.mix.rows import Batch, RowReader
 
 ASSISTANT = 3
@@ -49,7 +49,7 @@ def test_rows_equal_a_reading_token_by_token(
 ) -> None:
     mix = MixConfig.model_validate({"reset_at_documents": reset, "mode2_lm_loss": lm_loss})
     sources = [memory_source("web", 1, 900, 1, longest), memory_source("chat", 2, 901, 2, longest)]
-    reader = RowReader(sources, 25, mix)
+    reader = RowReader([PackedSource(s, 25) for s in sources], 25, mix)
     picks = [(s, r) for s in (0, 1) for r in range(rows_in_stream(sources[s].tokens, 25))]
     assert len(picks) == 35 + 36
     batch = reader.read_batch([s for s, _ in picks], [r for _, r in picks])
@@ -77,7 +77,9 @@ def test_last_token_learns_to_stop_after_the_assistant_only(
         [doc, user, user, assistant, doc, assistant, user, user, 64, text, doc, user, assistant],
         np.uint8,
     )
-    reader = RowReader([source], 12, MixConfig.model_validate({"mode2_lm_loss": "assistant"}))
+    reader = RowReader(
+        [PackedSource(source, 12)], 12, MixConfig.model_validate({"mode2_lm_loss": "assistant"})
+    )
     row = reader.read_batch([0], [0])
     assert row.lm_weight_BT[0].tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 1]
     assert row.position_BT[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1]
@@ -96,7 +98,7 @@ def test_no_stop_is_learnt_after_a_turn_that_is_not_trained(
          of_its_own, doc],
         np.uint8,
     )  # fmt: skip
-    reader = RowReader([source], 3, MixConfig())
+    reader = RowReader([PackedSource(source, 3)], 3, MixConfig())
     found = [reader.read_batch([0], [row]).lm_weight_BT[0].tolist() for row in range(4)]
     assert found == [[1, 0, 0], [0, 0, 1], [0, 0, 0], [1, 0, 1]]
 
@@ -106,7 +108,7 @@ def test_a_row_needs_one_token_more() -> None:
 
 
 def test_a_row_past_the_end_is_refused(memory_source: Callable[..., Any]) -> None:
-    reader = RowReader([memory_source("web", 1, 100, 1)], 25, MixConfig())
+    reader = RowReader([PackedSource(memory_source("web", 1, 100, 1), 25)], 25, MixConfig())
     reader.read_batch([0], [2])
     for row in (3, -1):
         with pytest.raises(DataError, match=f"row {row} of source 'web'.*100 tokens, 3 rows of 25"):
@@ -116,13 +118,15 @@ def test_a_row_past_the_end_is_refused(memory_source: Callable[..., Any]) -> Non
 def test_a_source_of_the_other_mode_is_refused(memory_source: Callable[..., Any]) -> None:
     mix = MixConfig.model_validate({"mode1": {"sources": [{"name": "chat"}]}})
     with pytest.raises(ConfigError, match=r"mix\.mode1\.sources names 'chat'.*mode 2; move it"):
-        RowReader([memory_source("chat", 2, 100, 1)], 25, mix)
-    RowReader([memory_source("held-out", 2, 100, 1)], 25, mix)
+        RowReader([PackedSource(memory_source("chat", 2, 100, 1), 25)], 25, mix)
+    RowReader([PackedSource(memory_source("held-out", 2, 100, 1), 25)], 25, mix)
 
 
 def test_reading_costs_little(memory_source: Callable[..., Any]) -> None:
     """Read 64 rows of 1,024 tokens: at 200 us a row, 5 million tokens/s of one core."""
-    reader = RowReader([memory_source("web", 1, 200_000, 1, 300)], 1024, MixConfig())
+    reader = RowReader(
+        [PackedSource(memory_source("web", 1, 200_000, 1, 300), 1024)], 1024, MixConfig()
+    )
     picks = list(range(64))
     reader.read_batch([0] * 64, picks)
     begin = time.thread_time()

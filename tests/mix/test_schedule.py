@@ -108,7 +108,7 @@ def check(config: Mode2FractionConfig, begin: int, count: int, seq_len: int) -> 
         for row in range(begin, begin + count + 1)
     ]
     assert window.tolist() == truth
-    assert [integral.mode2_rows(begin + k) for k in range(count + 1)] == truth
+    assert [integral.mode_rows(2, begin + k) for k in range(count + 1)] == truth
 
 
 @given(
@@ -143,7 +143,7 @@ def test_long_windows_near_hits_equal_single_rows(shape: str, begin: int) -> Non
     config = Mode2FractionConfig(shape=shape, start=Decimal("0.5"), end=Decimal(0))
     integral = Integral(config, 4096, TRILLION)
     window = integral.mode2_rows_window(begin, begin + 3000)
-    assert window.tolist() == [integral.mode2_rows(begin + k) for k in range(3001)]
+    assert window.tolist() == [integral.mode_rows(2, begin + k) for k in range(3001)]
 
 
 def test_float_path_with_long_decimals_is_exact() -> None:
@@ -188,7 +188,7 @@ def test_row_of_inverts_the_count() -> None:
     floors = integral.mode2_rows_window(0, 700)
     mode2 = np.flatnonzero(np.diff(floors)).tolist()
     mode1 = np.flatnonzero(np.diff(floors) == 0).tolist()
-    assert [integral.row_of(2, m, 700) for m in range(len(mode2))] == mode2
-    assert [integral.row_of(1, m, 700) for m in range(len(mode1))] == mode1
+    assert [integral.row_of(2, m) for m in range(len(mode2))] == mode2
+    assert [integral.row_of(1, m) for m in range(len(mode1))] == mode1
     with pytest.raises(ValueError, match="mode 2 has no row"):
-        integral.row_of(2, len(mode2), 700)
+        integral.row_of(2, len(mode2))

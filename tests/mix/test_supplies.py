@@ -10,9 +10,9 @@ import pytest
 
 from megatron_mode.config.mix import MixConfig, SourceConfig
 from megatron_mode.errors import DataError
+from megatron_mode.mix.apportion import weight_points
 from megatron_mode.mix.audit.forecast import milestones, warnings
 from megatron_mode.mix.order import Order
-from megatron_mode.mix.supplies import weight_points
 
 T, TOTAL = 8, 6000
 SIZES = {"a": 900, "b": 900, "c": 900, "d": 900, "chat": 900}

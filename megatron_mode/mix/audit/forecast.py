@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from megatron_mode.mix.apportion import rows_max
 from megatron_mode.mix.order import Order
-from megatron_mode.mix.supplies import rows_max
 
 
 class Milestone(NamedTuple):
@@ -42,7 +42,7 @@ def forecast(order: Order, end_row: int | None = None) -> list[SourceForecast]:
 
 def planned_rows(order: Order, begin_row: int, end_row: int) -> list[float]:
     """Return the planned rows of each source of the mix in a short stretch of the run."""
-    mode2 = order.planned_mode2(end_row) - order.planned_mode2(begin_row)
+    mode2 = order.integral.planned(end_row) - order.integral.planned(begin_row)
     of_mode = {1: end_row - begin_row - mode2, 2: mode2}
     shares = order.planned_shares((begin_row + end_row) // 2)
     return [share * of_mode[order.mode_of(source)] for source, share in enumerate(shares)]

@@ -18,10 +18,9 @@ from megatron_mode.config.mix import MixConfig
 from megatron_mode.errors import DataError
 from megatron_mode.mix.corpus import Corpus, order_settings, packed_sources
 from megatron_mode.mix.digest import OrderDigest
-from megatron_mode.mix.edits.overrides import ChangedDocument, Clock, EditStream, plan_edits
+from megatron_mode.mix.edits.overrides import ChangedDocument, EditStream, plan_edits
 from megatron_mode.mix.order import Order
 from megatron_mode.mix.schedule import Integral
-from megatron_mode.mix.steps import rows_of_steps
 
 FORMAT = 1
 FORMULA = (
@@ -60,7 +59,7 @@ class OrderDocument:
 def describe(config: Config, corpus: Corpus, order: Order) -> OrderDocument:
     """Collect the document of an opened run."""
     sources: list[dict[str, Any]] = []
-    for entry, planned in zip(packed_sources(config, corpus), order.configs, strict=True):
+    for entry, planned in zip(packed_sources(config, corpus), order.configs, strict=False):
         sources.append(
             {
                 "name": planned.name,
@@ -80,7 +79,7 @@ def describe(config: Config, corpus: Corpus, order: Order) -> OrderDocument:
 def digest_of(order: Order, global_rows: int, steps: int) -> str:
     """Return the digest after `steps` steps."""
     digest = OrderDigest()
-    for rows in rows_of_steps(order, 0, steps, global_rows):
+    for rows in order.steps(0, steps, global_rows):
         digest.update(rows, order.edits)
     return digest.hex
 
@@ -135,19 +134,17 @@ def _rebuild(fields: Mapping[str, Any]) -> OrderDocument:
     global_rows, steps = int(fields["global_rows"]), int(fields["steps"])
     if min(seq_len, global_rows, steps) < 1 or seed < 0:
         raise ValueError("seed, seq_len, global_rows and steps are not integers, the last above 0")
-    clock = Clock(
-        Integral(mix.mode2_fraction, seq_len, steps * global_rows), global_rows, steps, seed
-    )
-    streams = [EditStream(**stream) for stream in fields["edit_streams"]]
     changed = [
         ChangedDocument(**{**change, "rows": tuple(change["rows"])}) for change in fields["changed"]
     ]
     edits = plan_edits(
         mix,
-        clock,
-        {(s.name, s.packing): s for s in streams},
-        fields["injected"].__getitem__,
+        Integral(mix.mode2_fraction, seq_len, steps * global_rows),
+        [EditStream(**stream) for stream in fields["edit_streams"]],
+        fields["injected"],
         changed,
+        global_rows=global_rows,
+        seed=seed,
     )
     rows = {source["name"]: int(source["rows"]) for source in fields["sources"]}
     for source in fields["sources"]:

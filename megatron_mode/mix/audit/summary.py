@@ -26,7 +26,7 @@ def plan(document: OrderDocument) -> dict[str, Any]:
         "steps": document.steps,
         "seq_len": order.seq_len,
         "tokens": order.total_rows * order.seq_len,
-        "mode2_rows": order.realised_mode2(order.total_rows),
+        "mode2_rows": order.integral.mode_rows(2, order.total_rows),
         "sources": sources,
         "events": [
             {"source": order.source_names[m.source], "row": m.row, "what": m.what}

@@ -8,7 +8,8 @@ they are remembered by document and leave every row where it was.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -18,11 +19,10 @@ from megatron_mode.config.mix import CohortConfig, InjectConfig, MixConfig
 from megatron_mode.errors import ConfigError
 from megatron_mode.mix.edits.placement import Explicit, Placements, add_cohort
 from megatron_mode.mix.floors import IntArray
+from megatron_mode.mix.packing import PackingName
 from megatron_mode.mix.permutation import epoch_key, permute, stream_key
 from megatron_mode.mix.schedule import Integral
 
-PackingName = Literal["stream", "whole", "document"]
-Action = Literal["drop", "replace"]
 ACTIONS = ("drop", "replace")
 
 
@@ -48,7 +48,7 @@ class ChangedDocument(NamedTuple):
     begin_token: int
     end_token: int
     rows: tuple[int, ...]
-    action: Action
+    action: Literal["drop", "replace"]
     by: str | None = None
     by_rows: tuple[int, ...] = ()
     """Those of `rows` that read any of the document put in its place."""
@@ -58,12 +58,12 @@ class ChangedDocument(NamedTuple):
 class PlannedEdits:
     """Hold what edits do to an order."""
 
-    streams: tuple[EditStream, ...] = ()
+    streams: Sequence[EditStream] = ()
     placements: Mapping[int, Placements] = field(
-        default_factory=lambda: {mode: Placements.none() for mode in (1, 2)}
+        default_factory=lambda: {1: Placements(), 2: Placements()}
     )
-    changed: tuple[ChangedDocument, ...] = ()
-    notes: tuple[str, ...] = ()
+    changed: Sequence[ChangedDocument] = ()
+    notes: Sequence[str] = ()
     documents: Mapping[str, int] = field(default_factory=dict)
     """Number of each injected document, by SOURCE/ID."""
     record: Mapping[str, object] = field(default_factory=dict)
@@ -94,77 +94,88 @@ class PlannedEdits:
 NO_EDITS = PlannedEdits()
 
 
-class Clock(NamedTuple):
-    """Turn steps into rows of a mode."""
-
-    integral: Integral
-    global_rows: int
-    steps: int
-    seed: int
-
-    def mode_rows(self, mode: int, step: int) -> int:
-        """Return the number of rows of a mode before a step."""
-        row = step * self.global_rows
-        mode2_rows = self.integral.mode2_rows(row)
-        return mode2_rows if mode == 2 else row - mode2_rows
-
-
 def plan_edits(
     mix: MixConfig,
-    clock: Clock,
-    streams: Mapping[tuple[str, PackingName], EditStream],
-    document_number: Callable[[str], int],
+    integral: Integral,
+    streams: Sequence[EditStream],
+    documents: Mapping[str, int],
     changed: Sequence[ChangedDocument] = (),
+    *,
+    global_rows: int,
+    seed: int,
 ) -> PlannedEdits:
     """Place the injections, then the cohorts in config order.
 
-    `streams` holds an entry for each (source, packing) that they name, `document_number` gives the
-    number of SOURCE/ID. Raises ConfigError where there is no room.
+    `streams` are those that they name, in this order; `documents` gives the number of each injected
+    SOURCE/ID. Raises ConfigError where there is no room.
     """
-    edits = mix.edits
-    used: list[EditStream] = []
+    steps = integral.total_rows // global_rows
 
-    def index_of(name: str, packing: PackingName) -> int:
-        stream = streams[name, packing]
-        if stream not in used:
-            used.append(stream)
-        return used.index(stream)
+    def before(mode: int, step: int) -> int:
+        return integral.mode_rows(mode, step * global_rows)
 
+    number = {(stream.name, stream.packing): n for n, stream in enumerate(streams)}
     explicit: dict[int, dict[int, tuple[int, int]]] = {1: {}, 2: {}}
     notes: list[str] = []
-    documents: dict[str, int] = {}
-    for injection in edits.inject:
-        name = injection.document.partition("/")[0]
-        stream = index_of(name, "document")
-        number = documents[injection.document] = document_number(injection.document)
-        mode = used[stream].mode
+    for injection in mix.edits.inject:
+        document = injection.document
+        stream = number[document.partition("/")[0], "document"]
+        mode, key = streams[stream].mode, stream_key(seed, "inject", document)
+        ahead = functools.partial(before, mode)
         for step in injection_steps(injection):
-            place, shown = _free_place(clock, mode, step, injection.document, explicit[mode])
-            explicit[mode][place] = (stream, number)
-            if shown != step:
-                notes.append(
-                    f"{injection.document} is shown at step {shown}, not {step}: the first free "
-                    f"row of mode {mode} is there"
-                )
+            row, shown = _free_place(ahead, (step, steps), key, explicit[mode])
+            explicit[mode][row] = (stream, documents[document])
+            notes += _injection_notes(document, mode, step, shown, steps)
     placements = {mode: Placements(_explicit(explicit[mode])) for mode in (1, 2)}
     windows = []
-    for cohort in edits.cohorts:
-        stream = index_of(cohort.source, cohort.packing)
-        mode, rows = used[stream].mode, used[stream].rows
-        begin, end = cohort_steps(cohort, clock.steps)
-        exposures = rows * cohort.exposures if end > begin else 0
-        window = (clock.mode_rows(mode, begin), clock.mode_rows(mode, end))
+    for cohort in mix.edits.cohorts:
+        stream = number[cohort.source, cohort.packing]
+        mode = streams[stream].mode
+        begin, end = cohort_steps(cohort, steps)
+        exposures = streams[stream].rows * cohort.exposures if end > begin else 0
+        window = (before(mode, begin), before(mode, end))
         placements[mode] = add_cohort(placements[mode], window, exposures, stream, cohort.source)
         windows.append([cohort.source, cohort.packing, begin, end, exposures])
-    record = _record(mix, explicit, windows, used, changed)
-    return PlannedEdits(tuple(used), placements, tuple(changed), tuple(notes), documents, record)
+    record = _record(streams, placements, windows, changed)
+    return PlannedEdits(streams, placements, changed, notes, documents, record)
 
 
-def injection_steps(injection: InjectConfig) -> list[int]:
+def _injection_notes(document: str, mode: int, asked: int, shown: int, steps: int) -> list[str]:
+    """Say where an injection is not shown when asked; raise ConfigError where it never is."""
+    if shown == steps:
+        raise ConfigError(
+            f"mix.edits.inject shows {document} at step {asked}, but the run has no free row of "
+            f"mode {mode} from there on; choose an earlier step or lengthen the run"
+        )
+    if shown == asked:
+        return []
+    reason = f"the first free row of mode {mode} is there"
+    return [f"{document} is shown at step {shown}, not {asked}: {reason}"]
+
+
+def _record(
+    streams: Sequence[EditStream],
+    placements: Mapping[int, Placements],
+    windows: Sequence[object],
+    changed: Sequence[ChangedDocument],
+) -> dict[str, object]:
+    record = {
+        "mix.edits.inject": [
+            [mode, row, streams[stream].name, document]
+            for mode, placed in placements.items()
+            for row, stream, document in np.stack(placed.explicit, axis=1).tolist()
+        ],
+        "mix.edits.cohorts": windows,
+        "mix.edits.streams": [list(stream) for stream in streams],
+        "mix.edits.changed": [[c.name, c.document, c.action, c.by] for c in changed],
+    }
+    return {key: value for key, value in record.items() if value}
+
+
+def injection_steps(injection: InjectConfig) -> Sequence[int]:
     """Return the steps at which an injection asks to be shown."""
-    if injection.steps:
-        return list(injection.steps)
-    return [injection.first_step + n * injection.every_steps for n in range(injection.count)]
+    first, every = injection.first_step, injection.every_steps
+    return injection.steps or range(first, first + injection.count * every, every)
 
 
 def cohort_steps(cohort: CohortConfig, steps: int) -> tuple[int, int]:
@@ -182,60 +193,26 @@ def cohort_steps(cohort: CohortConfig, steps: int) -> tuple[int, int]:
 
 
 def _free_place(
-    clock: Clock, mode: int, step: int, document: str, taken: Mapping[int, object]
+    before: Callable[[int], int], window: tuple[int, int], key: int, taken: Container[int]
 ) -> tuple[int, int]:
-    """Return (row of the mode, step): a drawn row of the step, or the next that is free."""
-    end = clock.mode_rows(mode, clock.steps)
-    shown = step
-    while True:
-        begin = clock.mode_rows(mode, shown)
-        if begin >= end:
-            raise ConfigError(
-                f"mix.edits.inject shows {document} at step {step}, but the run has no free row of "
-                f"mode {mode} from there on; choose an earlier step or lengthen the run"
-            )
-        size = clock.mode_rows(mode, shown + 1) - begin
-        key = epoch_key(stream_key(clock.seed, "inject", document), shown)
-        for place in (begin + permute(np.arange(size), max(size, 1), key)).tolist():
+    """Return (row of the mode, step): a drawn row of the first step, or the next that is free.
+
+    `before(step)` counts the mode's rows before a step. The step is the window's end where no row
+    is free.
+    """
+    step, steps = window
+    while (begin := before(step)) < before(steps):
+        size = before(step + 1) - begin
+        for place in (
+            begin + permute(np.arange(size), max(size, 1), epoch_key(key, step))
+        ).tolist():
             if place not in taken:
-                return place, shown
+                return place, step
         # Steps without a row of the mode are passed over at once.
-        shown = shown + 1 if size else _step_of(clock, mode, begin)
-
-
-def _step_of(clock: Clock, mode: int, mode_row: int) -> int:
-    row = clock.integral.row_of(mode, mode_row, clock.steps * clock.global_rows)
-    return row // clock.global_rows
+        step = step + 1 if size else bisect_right(range(steps), begin, key=before) - 1
+    return 0, steps
 
 
 def _explicit(places: Mapping[int, tuple[int, int]]) -> Explicit:
-    rows = sorted(places)
-    return Explicit(
-        np.array(rows, np.int64),
-        np.array([places[row][0] for row in rows], np.int64),
-        np.array([places[row][1] for row in rows], np.int64),
-    )
-
-
-def _record(
-    mix: MixConfig,
-    explicit: Mapping[int, Mapping[int, tuple[int, int]]],
-    windows: Sequence[object],
-    used: Sequence[EditStream],
-    changed: Sequence[ChangedDocument],
-) -> dict[str, object]:
-    """Return what a resumed run must find again; nothing where there are no edits."""
-    record: dict[str, object] = {}
-    if mix.edits.inject:
-        record["mix.edits.inject"] = [
-            [mode, row, used[stream].name, number]
-            for mode, places in explicit.items()
-            for row, (stream, number) in sorted(places.items())
-        ]
-    if mix.edits.cohorts:
-        record["mix.edits.cohorts"] = list(windows)
-    if used:
-        record["mix.edits.streams"] = [list(stream) for stream in used]
-    if changed:
-        record["mix.edits.changed"] = [[c.name, c.document, c.action, c.by] for c in changed]
-    return record
+    columns = np.array([(row, *places[row]) for row in sorted(places)], np.int64)
+    return Explicit(*columns.reshape(-1, 3).T)

@@ -8,14 +8,16 @@ E exposures in M rows, so exactly E at its end. What no level takes stays as it 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_mode.errors import ConfigError
+from megatron_mode.mix.apportion import HORIZON_ROWS
 from megatron_mode.mix.floors import IntArray, floor_quadratic
 
 NOT_A_SEQUENCE = -1
@@ -34,19 +36,7 @@ class Placed(NamedTuple):
     stream_row: IntArray
 
 
-class _Level(Protocol):
-    def taken_before(self, row: int) -> int:
-        """Count the rows taken among the first `row` rows offered."""
-
-    def taken(self, first: int, count: int) -> IntArray:
-        """Return the offsets of the rows taken among first .. first + count - 1, ascending."""
-
-    def row_left(self, left: int) -> int:
-        """Return the row offered that is left over as row number `left`."""
-
-
-@dataclass(frozen=True)
-class Explicit:
+class Explicit(NamedTuple):
     """Hold places row by row; `row` ascends without repeats."""
 
     row: IntArray
@@ -57,19 +47,18 @@ class Explicit:
         """Count the rows taken among the first `row` rows offered."""
         return int(np.searchsorted(self.row, row))
 
-    def taken(self, first: int, count: int) -> IntArray:
-        """Return the offsets of the rows taken among first .. first + count - 1, ascending."""
-        begin, end = self.taken_before(first), self.taken_before(first + count)
-        return self.row[begin:end] - first
-
-    def row_left(self, left: int) -> int:
-        """Return the row offered that is left over as row number `left`."""
-        before = self.row - np.arange(len(self.row))
-        return left + int(np.searchsorted(before, left, side="right"))
+    def take(self, first: int, count: int) -> Placed:
+        """Return what is taken of the offered rows first .. first + count - 1."""
+        mine = slice(self.taken_before(first), self.taken_before(first + count))
+        row = self.row[mine]
+        none = np.full_like(row, NOT_A_SEQUENCE)
+        return Placed(row - first, self.stream[mine], none, self.stream_row[mine])
 
 
-@dataclass(frozen=True)
-class Cohort:
+NOWHERE = Explicit(*(np.empty(0, np.int64) for _ in Explicit._fields))
+
+
+class Cohort(NamedTuple):
     """Spread `exposures` rows of a stream over the offered rows [begin, end)."""
 
     begin: int
@@ -80,86 +69,66 @@ class Cohort:
     def taken_before(self, row: int) -> int:
         """Count the rows taken among the first `row` rows offered."""
         inside = min(max(row - self.begin, 0), self.end - self.begin)
-        return inside * self.exposures // (self.end - self.begin) if inside else 0
+        return inside * self.exposures // (self.end - self.begin)
 
-    def taken(self, first: int, count: int) -> IntArray:
-        """Return the offsets of the rows taken among first .. first + count - 1, ascending."""
-        low, high = max(first, self.begin), min(first + count, self.end)
-        if low >= high:
-            return np.empty(0, np.int64)
+    def take(self, first: int, count: int) -> Placed:
+        """Return what is taken of the offered rows first .. first + count - 1."""
+        low = min(max(first, self.begin), self.end)
+        high = max(low, min(first + count, self.end))
         share = Fraction(self.exposures, self.end - self.begin)
         floors = floor_quadratic(share * (low - self.begin), share, Fraction(0), high - low)
-        taken: IntArray = np.flatnonzero(floors[1:] > floors[:-1]) + (low - first)
-        return taken
-
-    def row_left(self, left: int) -> int:
-        """Return the row offered that is left over as row number `left`."""
-        if left < self.begin:
-            return left
-        length = self.end - self.begin
-        kept = length - self.exposures
-        if left - self.begin >= kept:
-            return left + self.exposures
-        return self.begin + (left - self.begin) * length // kept
-
-    def row_of(self, sequence: int) -> int:
-        """Return the row offered that exposure number `sequence` takes."""
-        return self.begin + -((-(sequence + 1) * (self.end - self.begin)) // self.exposures) - 1
+        offset = np.flatnonzero(floors[1:] > floors[:-1])
+        none = np.full_like(offset, NOT_A_SEQUENCE)
+        stream = np.full_like(offset, self.stream)
+        return Placed(offset + (low - first), stream, floors[offset], none)
 
 
+@dataclass(frozen=True)
 class Placements:
-    """Hold the levels of one mode."""
+    """Hold the levels of one mode; false where nothing is placed at all."""
 
-    def __init__(self, explicit: Explicit, cohorts: Sequence[Cohort] = ()) -> None:
-        self.explicit, self.cohorts = explicit, tuple(cohorts)
-        self._levels: tuple[_Level, ...] = (explicit, *cohorts)
+    explicit: Explicit = NOWHERE
+    cohorts: Sequence[Cohort] = ()
 
-    @classmethod
-    def none(cls) -> Placements:
-        """Return placements that take nothing."""
-        nothing = np.empty(0, np.int64)
-        return cls(Explicit(nothing, nothing, nothing))
+    @property
+    def levels(self) -> tuple[Explicit | Cohort, ...]:
+        """Return the explicit places, then the cohorts."""
+        return (self.explicit, *self.cohorts)
 
     def __bool__(self) -> bool:
-        """Tell whether anything is placed at all."""
-        return len(self.explicit.row) > 0 or any(cohort.exposures for cohort in self.cohorts)
+        """Say whether anything is placed at all."""
+        return len(self.explicit.row) > 0 or len(self.cohorts) > 0
+
+    def counts(self, mode_row: int) -> list[int]:
+        """Count the rows that each level takes of the first `mode_row` rows of the mode."""
+        found: list[int] = []
+        for level in self.levels:
+            found.append(level.taken_before(mode_row - sum(found)))
+        return found
 
     def offered(self, mode_row: int) -> int:
         """Count the rows that are left of the first `mode_row` rows of the mode."""
-        for level in self._levels:
-            mode_row -= level.taken_before(mode_row)
-        return mode_row
+        return mode_row - sum(self.counts(mode_row))
 
     def take(self, first: int, count: int) -> Placed:
         """Return what is placed among the mode's rows first .. first + count - 1."""
         left = np.arange(count)
         found = []
-        for level in self._levels:
-            offsets = level.taken(first, len(left))
-            before = level.taken_before(first)
-            numbers = before + np.arange(len(offsets))
-            none = np.full(len(offsets), NOT_A_SEQUENCE, np.int64)
-            if isinstance(level, Cohort):
-                stream = np.full(len(offsets), level.stream, np.int64)
-                found.append(Placed(left[offsets], stream, numbers, none))
-            else:
-                explicit = self.explicit
-                stream, row = explicit.stream[numbers], explicit.stream_row[numbers]
-                found.append(Placed(left[offsets], stream, none, row))
-            left = np.delete(left, offsets)
-            first -= before
+        for level in self.levels:
+            placed = level.take(first, len(left))
+            found.append(placed._replace(offset=left[placed.offset]))
+            left = np.delete(left, placed.offset)
+            first -= level.taken_before(first)
         return Placed(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
     def takes(self, mode_row: int) -> bool:
-        """Tell whether a row of the mode is taken."""
+        """Say whether a row of the mode is taken."""
         return self.offered(mode_row + 1) == self.offered(mode_row)
 
-    def rows_of_exposure(self, cohort: int, sequence: int) -> int:
+    def row_of_exposure(self, cohort: int, sequence: int) -> int:
         """Return the row of the mode at which a cohort, by position, shows its exposure."""
-        row = self.cohorts[cohort].row_of(sequence)
-        for level in reversed(self._levels[: cohort + 1]):
-            row = level.row_left(row)
-        return row
+        rows = range(HORIZON_ROWS)
+        return bisect_right(rows, sequence, key=lambda row: self.counts(row + 1)[1 + cohort])
 
 
 def add_cohort(
