@@ -234,7 +234,7 @@ def finish(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason, st
 
     def asked_to_stop() -> Reason:
         watchdog.beat("the final report", is_long=True)
-        return stopping.in_the_end()
+        return stopping.agree()
 
     summary, stop = finish_run(run.engine, run.folder, run.corpus, asked_to_stop)
     if stop or not run.reports:

@@ -17,7 +17,6 @@ import torch
 from megatron_mode.checkpoint.collective import from_rank_0
 from megatron_mode.checkpoint.manifest import Manifest
 from megatron_mode.checkpoint.source_files import check_file, sealed_files
-from megatron_mode.engine.forward import forward_rows
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import DamagedError
 from megatron_mode.mix.loader import MicroBatch, micro_batch
@@ -48,7 +47,7 @@ class Probe:
         `conditions` name what the last bits of both depend on beside the weights.
         """
         with engine.other_row_length():
-            outputs = forward_rows(engine, range(len(self._rows)), 1, self._read)
+            outputs = engine.forward_rows(range(len(self._rows)), 1, self._read)
         sums = torch.zeros(4, dtype=torch.float64)
         for output in outputs:
             for offset, loss_BT, weight_BT in (

@@ -23,9 +23,9 @@ from megatron_mode.process.failures import (
     peers_status,
     wait_to_speak,
 )
-from megatron_mode.process.job_end import job_end_seconds
-from megatron_mode.process.launch import identify, prepare_environment, quiet_libraries
+from megatron_mode.process.launch import identify, job_end_seconds, prepare_environment
 from megatron_mode.process.stopping import Reason, StopRequest
+from megatron_mode.quiet import quiet_libraries
 from megatron_mode.streams import outlast_readers
 
 
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> NoReturn:
-    """Train and leave the process with one of the statuses in docs/recovery.md's table."""
-    leave(supervise(lambda request: pretrain(options, request)))
+    """Train and leave the process."""
+    supervise(lambda request: pretrain(options, request))
 
 
 def pretrain(options: argparse.Namespace, request: StopRequest) -> int:
@@ -60,23 +60,26 @@ def pretrain(options: argparse.Namespace, request: StopRequest) -> int:
     if process.rank == 0:
         request.job_end_seconds = job_end_seconds(os.environ)
     prepare_environment(process)
-    quiet_libraries()
-    silence_tensorboard()
     # Third-party imports warn about optional packages; our table says what was found.
     warnings.simplefilter("ignore")
+    quiet_libraries()
+    silence_tensorboard()
     from megatron_mode.train import train
 
     try:
         stop = train(config, process, request)
     except OSError as error:
-        # A write to a full disk names no file; whatever a run writes lies in its folder.
+        # A write to a full disk names no file; whatever a run writes is in its folder.
         error.filename = error.filename or config.run.dir
         raise
     return ExitStatus.STOPPED if stop else ExitStatus.DONE
 
 
-def supervise(program: Callable[[StopRequest], int]) -> int:
-    """Run one rank's program; return one of the statuses in docs/recovery.md's table."""
+def supervise(program: Callable[[StopRequest], int]) -> NoReturn:
+    """Run one rank's program and leave with a status of docs/recovery.md's table.
+
+    The process ends at once: threads of gloo and of the loader may outlive the work.
+    """
     request = StopRequest().listen()
     try:
         status = exit_status(
@@ -84,8 +87,7 @@ def supervise(program: Callable[[StopRequest], int]) -> int:
             lambda said: wait_to_speak(os.environ, said, lambda: request.reason >= Reason.SIGHUP),
         )
     except RuntimeError:
-        found = peers_status(os.environ)
-        if found is None:
+        if (found := peers_status(os.environ)) is None:
             raise
         status = found
     except Exception:
@@ -93,11 +95,6 @@ def supervise(program: Callable[[StopRequest], int]) -> int:
         raise
     if status not in (ExitStatus.DONE, ExitStatus.STOPPED):
         outlast_peers(os.environ)
-    return status
-
-
-def leave(status: int) -> NoReturn:
-    """End the process at once: threads of gloo and of the loader may outlive the work."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -111,7 +108,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         add_arguments(parser)
         return pretrain(parser.parse(sys.argv[1:] if arguments is None else arguments), request)
 
-    leave(supervise(program))
+    supervise(program)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def _is_shared(model: ModelConfig, link: str, stage: tuple[str, ...]) -> bool:
 
 
 def _tied_ranks(config: Config, layout: Layout, rank: int) -> tuple[int, ...]:
-    ranks = layout.pipeline_ranks(rank)
+    ranks = layout.ranks_along("pipeline", rank)
     ends = (ranks[0], ranks[-1])
     # DualPipeV holds both ends of the chain on one rank, which adds up by itself.
     apart = layout.pipeline > 1 and config.parallel.schedule == "1f1b"

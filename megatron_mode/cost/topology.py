@@ -6,9 +6,11 @@ from the same formula; `build` asserts that they do.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_mode.config import Config
+
+Axis = Literal["tensor", "pipeline", "data"]
 
 
 class Coordinates(NamedTuple):
@@ -41,20 +43,14 @@ class Layout(NamedTuple):
         """Return the rank that stands at the coordinates."""
         return (at.pipeline * self.data + at.data) * self.tensor + at.tensor
 
-    def tensor_ranks(self, rank: int) -> list[int]:
-        """Return the ranks that hold the other parts of this rank's matrices, itself included."""
-        at = self.coordinates(rank)
-        return [self.rank(at._replace(tensor=part)) for part in range(self.tensor)]
+    def ranks_along(self, axis: Axis, rank: int) -> list[int]:
+        """Return the ranks that differ from `rank` on one axis only, itself included.
 
-    def data_ranks(self, rank: int) -> list[int]:
-        """Return the ranks that hold the same weights, itself included."""
+        They hold the parts of its matrices (tensor), the same weights (data), or the stages that
+        its micro-batches pass through (pipeline).
+        """
         at = self.coordinates(rank)
-        return [self.rank(at._replace(data=replica)) for replica in range(self.data)]
-
-    def pipeline_ranks(self, rank: int) -> list[int]:
-        """Return the ranks that a micro-batch of this rank passes through, itself included."""
-        at = self.coordinates(rank)
-        return [self.rank(at._replace(pipeline=stage)) for stage in range(self.pipeline)]
+        return [self.rank(at._replace(**{axis: i})) for i in range(getattr(self, axis))]
 
     def __str__(self) -> str:
         return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"

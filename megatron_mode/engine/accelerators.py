@@ -15,7 +15,7 @@ FLASH_HEAD_MULTIPLE, LARGEST_FLASH_HEAD = 8, 256
 
 
 class Accelerator(NamedTuple):
-    """Describe an optional package and the config key and value that take it."""
+    """Describe an optional package, and the config key and value that take it."""
 
     name: str
     module: str
@@ -42,14 +42,13 @@ ACCELERATORS = (
 PARTS = {"adamw": "AdamW", "norm": "RMSNorm", "attention": "attention", "loss": "loss"}
 
 
-def probe(accelerator: Accelerator) -> str:
-    """Return "found", or why it is not usable with the true import error."""
+def probe(module: str) -> str:
+    """Return "found", or why a package is not usable with the true import error."""
     try:
-        importlib.import_module(accelerator.module)
+        importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name == accelerator.module.partition(".")[0]:
-            return "not installed"
-        return f"broken ({error})"
+        missing = error.name == module.partition(".")[0]
+        return "not installed" if missing else f"broken ({error})"
     except Exception as error:
         return f"broken ({type(error).__name__}: {error})"
     return FOUND
@@ -62,6 +61,14 @@ def choose_implementations(config: Config, device_type: str, *, bf16: bool) -> I
     true import error where a package is missing or broken.
     """
     asked, model = config.accelerators, config.model
+    for package in ACCELERATORS:
+        if getattr(asked, package.key, None) == package.value:
+            state = probe(package.module)
+            if state != FOUND:
+                _refuse(package.key, package.value, f"needs {package.name}, here {state}")
+            if device_type != "cuda":
+                reason = f"runs on a GPU, and this run is on {device_type}"
+                _refuse(package.key, package.value, reason)
     head_size = model.hidden_size // model.attention_heads
     flex_runs = device_type == "cuda" and head_size >= SMALLEST_FLEX_HEAD
     attention: CoreName
@@ -77,30 +84,13 @@ def choose_implementations(config: Config, device_type: str, *, bf16: bool) -> I
                 _refuse("attention", "flex", reason)
         case "flash":
             attention = "flash"
-            _require("attention", "flash", device_type)
             divisible = head_size % FLASH_HEAD_MULTIPLE == 0 and head_size <= LARGEST_FLASH_HEAD
             if not (bf16 and divisible):
                 _refuse("attention", "flash", "runs in bf16 with heads of 8, 16, 24 ... 256")
         case _:
             assert_never(asked.attention)
-    if asked.norm == "transformer_engine":
-        _require("norm", "transformer_engine", device_type)
-    if asked.adamw == "apex":
-        _require("adamw", "apex", device_type)
-    return Implementations(
-        attention,
-        norm="torch" if asked.norm == "auto" else asked.norm,
-        adamw="torch" if asked.adamw == "auto" else asked.adamw,
-    )
-
-
-def _require(key: str, value: str, device_type: str) -> None:
-    (package,) = (a for a in ACCELERATORS if (a.key, a.value) == (key, value))
-    state = probe(package)
-    if state != FOUND:
-        _refuse(key, value, f"needs {package.name}, here {state}")
-    if device_type != "cuda":
-        _refuse(key, value, f"runs on a GPU, and this run is on {device_type}")
+    norm, adamw = ("torch" if who == "auto" else who for who in (asked.norm, asked.adamw))
+    return Implementations(attention, norm, adamw)
 
 
 def _refuse(key: str, value: str, reason: str) -> None:
@@ -111,11 +101,10 @@ def _refuse(key: str, value: str, reason: str) -> None:
 
 def accelerator_table(chosen: Implementations) -> str:
     """Return the start-up table: each package, its state, and who computes its part."""
-    rows = [("accelerator", "state", "used")]
-    for accelerator in ACCELERATORS:
-        taken = getattr(chosen, accelerator.key)
-        state = probe(accelerator)
-        if state == FOUND and taken != accelerator.value:
+    lines = [f"{'accelerator':<19} {'state':<16} used"]
+    for name, module, key, value in ACCELERATORS:
+        taken, state = getattr(chosen, key), probe(module)
+        if state == FOUND and taken != value:
             state = "found, not used"
-        rows.append((accelerator.name, state, f"{taken} {PARTS[accelerator.key]}"))
-    return "\n".join(f"{name:<19} {state:<16} {used}" for name, state, used in rows)
+        lines.append(f"{name:<19} {state:<16} {taken} {PARTS[key]}")
+    return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Put a rank together, in order: process group, mesh, stage, weights, optimizer, DeepSpeed."""
+"""Put a rank together, in order: process group, mesh, stage, weights, optimizer, DeepSpeed.
+
+Or rehearse it: `rehearse` builds any rank of any layout in one process, without its peers.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import importlib
 import io
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +21,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_mode.config import Config, check_world_size
 from megatron_mode.config.fields import HealthConfig
-from megatron_mode.cost.topology import Layout
+from megatron_mode.cost.topology import Axis, Layout
 from megatron_mode.engine.accelerators import Implementations, choose_implementations
 from megatron_mode.engine.deepspeed_config import deepspeed_config
 from megatron_mode.engine.optimizer import adamw
@@ -28,6 +32,7 @@ from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.model.init import initialise
 from megatron_mode.model.layers import transformer_config
 from megatron_mode.model.sharding import mark_parameters
+from megatron_mode.model.size import vocab_size
 from megatron_mode.process.launch import Process, cpu_threads
 
 GROUP_TIMEOUT = timedelta(minutes=10)
@@ -37,7 +42,7 @@ LONGEST_PATIENCE = timedelta(days=20)  # torch counts milliseconds in 32 bits
 def choose_dtype(config: Config) -> torch.dtype:
     """Return the dtype of weights and activations; auto is bf16 on a GPU, fp32 on a CPU.
 
-    Raises ConfigError for what `rules` cannot tell without the device: auto without ZeRO on a GPU.
+    Raises ConfigError for auto without ZeRO on a GPU, which `rules` cannot know.
     """
     precision = config.run.precision
     if precision == "auto":
@@ -74,8 +79,8 @@ def join_group(process: Process, threads: int, health: HealthConfig | None = Non
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes it for the number of the GPU
         backend = "nccl"
-    # DeepSpeed's shared-memory collective leaves 64 MB a rank in /dev/shm after every run, and only
-    # inference calls it: 300 leftovers filled a machine's memory.
+    # DeepSpeed's shared-memory collective, which only inference calls, leaves 64 MB a rank in
+    # /dev/shm after every run.
     torch_backend = importlib.import_module("deepspeed.comm.torch")
     vars(torch_backend)["build_shm_op"] = lambda: None
     try:
@@ -91,16 +96,13 @@ def join_group(process: Process, threads: int, health: HealthConfig | None = Non
 
 
 def choose_device(process: Process, devices: int) -> int:
-    """Return the number of this process's GPU among those that it sees.
-
-    Slurm may show each process its own one only. Raises ConfigError where there are too few.
-    """
-    if devices == 1 and process.launcher == "srun":
+    """Return the number of this process's GPU; raises ConfigError where there are too few."""
+    if devices == 1 and process.launcher == "srun":  # Slurm may show each process its own only
         return 0
     if process.local_rank >= devices:
         raise ConfigError(
             f"this machine runs {process.local_world_size} processes but shows them {devices} "
-            "GPUs: accepted is one process a GPU; start fewer, or ask for more GPUs"
+            "GPUs: use one process a GPU; start fewer, or ask for more GPUs"
         )
     return process.local_rank
 
@@ -122,15 +124,14 @@ def meeting_failure(process: Process, error: RuntimeError) -> MegatronModeError:
     where = f"{process.master_addr}:{process.master_port}"
     if "EADDRINUSE" in str(error):
         return ConfigError(
-            f"MASTER_PORT is {process.master_port}: another program on this machine uses it, "
-            "accepted is a free port; start with another (deepspeed --master_port, torchrun "
-            "--master-port, MASTER_PORT under srun)"
+            f"MASTER_PORT is {process.master_port}: another program on this machine uses it; use "
+            "a free port (deepspeed --master_port, torchrun --master-port, MASTER_PORT under srun)"
         )
     first_line = str(error).partition("\n")[0].rstrip(".")
     return StallError(
         f"rank {process.rank} of {process.world_size} processes did not meet all others at {where} "
-        f"({first_line}): look for one that ended before, or a MASTER_ADDR that cannot be reached "
-        "from here, and start the run again"
+        f"({first_line}): look for one that ended before, or a MASTER_ADDR that this machine "
+        "cannot reach, and start the run again"
     )
 
 
@@ -148,16 +149,11 @@ def build_mesh(config: Config, world_size: int) -> Layout:
 
 
 def build_stage(
-    config: Config,
-    layout: Layout,
-    vocab_tokens: int,
-    dtype: torch.dtype,
-    *,
-    shapes_only: bool = False,
+    config: Config, layout: Layout, vocab_tokens: int, *, shapes_only: bool = False
 ) -> ModePipeline:
     """Build this rank's stage with marked parameters; `initialise` fills their values.
 
-    With `shapes_only` they lie on the meta device and take no memory.
+    With `shapes_only` they are on the meta device and take no memory.
     """
     mode_loss = ModeLoss(
         config.loss,
@@ -170,7 +166,7 @@ def build_stage(
     core = transformer_config(
         config.model,
         layout.tensor,
-        dtype,
+        choose_dtype(config),
         sequence_parallel=config.parallel.sequence_parallel,
         attention_core=chosen.attention,
         norm=chosen.norm,
@@ -178,8 +174,8 @@ def build_stage(
     )
     core.use_cpu_initialization |= shapes_only  # else megatron-core names the GPU itself
     place = torch.device("meta") if shapes_only else contextlib.nullcontext()
+    pipeline = PIPELINES[config.parallel.schedule]
     with place, contextlib.redirect_stdout(io.StringIO()):
-        pipeline = PIPELINES[config.parallel.schedule]
         stage = pipeline(config.model, core, layout, StepLoss(mode_loss))
     for _, module in stage.named_links():
         mark_parameters(module)
@@ -193,19 +189,12 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
     Order matters: weights are drawn before DeepSpeed copies them into its flat fp32 groups, and
     megatron-core's marks are set before DeepSpeed computes gradient norms with them.
     """
-    dtype = choose_dtype(config)
-    stage = build_stage(config, layout, vocab_tokens, dtype)
+    stage = build_stage(config, layout, vocab_tokens)
     limit_groups(config.health)
-    coordinates = layout.coordinates(dist.get_rank())
-    initialise(
-        stage.named_links(),
-        config.model,
-        config.run.seed,
-        part=coordinates.tensor,
-        parts=layout.tensor,
-    )
-    named = [(f"{link}.{n}", p) for link, m in stage.named_links() for n, p in m.named_parameters()]
-    bf16 = dtype == torch.bfloat16
+    links, part = stage.named_links(), layout.coordinates(dist.get_rank()).tensor
+    initialise(links, config.model, config.run.seed, part=part, parts=layout.tensor)
+    named = [(f"{link}.{n}", p) for link, m in links for n, p in m.named_parameters()]
+    bf16 = choose_dtype(config) == torch.bfloat16
     with contextlib.redirect_stdout(io.StringIO()):
         pipeline_engine, *_ = deepspeed.initialize(
             model=stage,
@@ -222,24 +211,17 @@ def check_groups(layout: Layout, grid: Any) -> None:
     Raises ConfigError when a rank stands elsewhere for one of them, or in other company.
     """
     rank = dist.get_rank()
-    found = {
+    pairs: dict[Axis, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {
         "tensor": (
-            layout.tensor_ranks(rank),
-            grid.get_slice_parallel_group(),
-            parallel_state.get_tensor_model_parallel_group(),
+            grid.get_slice_parallel_group(), parallel_state.get_tensor_model_parallel_group(),
         ),
         "pipeline": (
-            layout.pipeline_ranks(rank),
-            grid.get_pipe_parallel_group(),
-            parallel_state.get_pipeline_model_parallel_group(),
+            grid.get_pipe_parallel_group(), parallel_state.get_pipeline_model_parallel_group(),
         ),
-        "data": (
-            layout.data_ranks(rank),
-            grid.get_data_parallel_group(),
-            parallel_state.get_data_parallel_group(),
-        ),
-    }
-    for axis, (expected, *groups) in found.items():
+        "data": (grid.get_data_parallel_group(), parallel_state.get_data_parallel_group()),
+    }  # fmt: skip
+    for axis, groups in pairs.items():
+        expected = layout.ranks_along(axis, rank)
         deepspeeds, megatrons = (dist.get_process_group_ranks(group) for group in groups)
         if not expected == deepspeeds == megatrons:
             raise ConfigError(
@@ -247,3 +229,26 @@ def check_groups(layout: Layout, grid: Any) -> None:
                 f"{deepspeeds} for DeepSpeed and with {megatrons} for megatron-core: install "
                 "versions of deepspeed and megatron-core that pyproject names"
             )
+
+
+@contextlib.contextmanager
+def rehearse(config: Config, rank: int, world_size: int) -> Iterator[tuple[Layout, ModePipeline]]:
+    """Build one rank of a world, and leave that world afterwards.
+
+    Groups are on torch's fake backend, which talks to nobody, and weights on the meta device.
+    Raises ConfigError as a real run does, and RuntimeError in a process that is in a group already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("this process is a member of a group; rehearse in one of its own")
+    os.environ.setdefault("LOCAL_RANK", "0")  # read by DeepSpeed's PipelineModule
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
+    try:
+        join_group(Process(rank, world_size, 0, 1, "localhost", 0, "rehearsal"), threads=1)
+        layout = build_mesh(config, world_size)
+        yield layout, build_stage(config, layout, vocab_size(config.model), shapes_only=True)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

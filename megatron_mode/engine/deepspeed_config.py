@@ -14,25 +14,24 @@ def deepspeed_config(config: Config, data: int, *, bf16: bool) -> dict[str, Any]
     bf16 needs `grad_accum_dtype: fp32`: it selects BF16_Optimizer, which keeps fp32 master weights
     and gradients; without it DeepSpeed accumulates gradients in bf16. `immediate_grad_update` adds
     each gradient up as it arrives. Without it DeepSpeed clears bf16 gradients when that of the last
-    stage's hidden states arrives, those of both heads with them, which the loss has just made.
+    stage's hidden states arrives, and with them those of both heads, which the loss has just made.
     `communication_data_type` keeps it from rounding the sums to bf16 before data ranks add them up.
     `use_reentrant: False` lets the first stage recompute from integer inputs. DeepSpeed cuts what
     stages exchange into a part for each tensor rank, as if all had the same; under sequence
-    parallelism each has its own, and DualPipeV sends whole tensors.
+    parallelism each has its own, and DualPipeV sends complete tensors.
     """
     parallel = config.parallel
     cut = parallel.schedule == "1f1b" and not parallel.sequence_parallel
-    recompute = config.parallel.activation_checkpointing == "full"
     derived: dict[str, Any] = {
         "train_batch_size": config.batch.global_rows,
         "train_micro_batch_size_per_gpu": config.batch.micro_rows,
         "gradient_accumulation_steps": accumulation_steps(config, data),
         "steps_per_print": 1_000_000_000,
         "gradient_clipping": config.optimizer.clip_grad_norm,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": {"stage": parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
         "pipeline": {
-            "activation_checkpoint_interval": int(recompute),
+            "activation_checkpoint_interval": int(parallel.activation_checkpointing == "full"),
             "use_reentrant": False,
             "pipe_partitioned": cut,
             "grad_partitioned": cut,

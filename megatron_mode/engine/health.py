@@ -1,8 +1,8 @@
 """Judge each step before its update: what is not finite is found, and spikes of the loss.
 
 Nothing here talks to other ranks: all of them get the same numbers and come to the same verdict. A
-step that is left out keeps its number, rows and learning rate; weights, moments and what the judge
-remembers are as if it had not been there.
+step that is left out keeps its number, rows and learning rate, and changes no weight, no moment and
+nothing that the judge remembers.
 """
 
 from __future__ import annotations
@@ -69,13 +69,9 @@ class HealthJudge:
         if self.is_left_out(step):
             return Verdict("skip")
         config = self._config
-        found = self._find(loss, gradient_square)
-        if found is None:
-            self.losses.append(loss)
-            return APPLY
-        kind, reason = found
+        kind, reason = self._find(loss, gradient_square)
         policy = config.spike if kind == "loss_spike" else config.non_finite
-        if policy == "report":
+        if kind is None or policy == "report":
             self.losses.append(loss)
             return Verdict("apply", kind, reason)
         if policy == "stop":
@@ -94,7 +90,7 @@ class HealthJudge:
         self.losses.extend(losses)
         self.chosen.update(set(left_out) - set(self._config.leave_out_steps))
 
-    def _find(self, loss: float, gradient_square: float) -> tuple[Kind, str] | None:
+    def _find(self, loss: float, gradient_square: float) -> tuple[Kind | None, str]:
         if not math.isfinite(loss):
             return "non_finite_loss", f"the loss is {loss}"
         # Above fp32 a gradient cannot be clipped: its norm is infinite.
@@ -105,4 +101,4 @@ class HealthJudge:
             if loss > limit:
                 reason = f"the loss is {loss:.4g}, above the limit {limit:.4g} of the last "
                 return "loss_spike", f"{reason}{len(self.losses)} steps"
-        return None
+        return None, ""

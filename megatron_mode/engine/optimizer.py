@@ -54,15 +54,14 @@ def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
 ) -> list[dict[str, Any]]:
     """Split parameters into those with and those without weight decay; no group is empty."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in named:
-        (decayed if decays(name, parameter) else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        split[decays(name, parameter)].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decayed else 0.0}
+        for decayed, parameters in split.items()
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
 
 
 def adamw(
@@ -70,10 +69,7 @@ def adamw(
     named: Iterable[tuple[str, nn.Parameter]],
     implementation: str = "torch",
 ) -> torch.optim.Optimizer:
-    """Return torch's or apex's fused AdamW over both groups.
-
-    The learning rate is set before each step.
-    """
+    """Return torch's or apex's fused AdamW; the learning rate is set before each step."""
     groups = parameter_groups(named, config.weight_decay)
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
     if implementation == "apex":

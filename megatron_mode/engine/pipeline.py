@@ -1,9 +1,21 @@
 """Turn the decoder's chain into a DeepSpeed PipelineModule, the only one, for either schedule.
 
-One tensor travels between stages: hidden states with the positions written behind them as base-256
-digits, which are exact in bf16. Rotary tables and attention masks follow from positions alone, so
-every stage builds its own. Under sequence parallelism a rank's T/p hidden states carry the
-positions of all T tokens, p of them each.
+    1F1B, three stages:
+
+      (input_BT, position_BT)                                                  loss
+                | in                                                            ^
+         +------v-------+   packed   +--------------+   packed   +--------------+------+
+         | embedding    | ---------> | layers       | ---------> | layers, mode head,  |
+         | layers       | <--------- |              | <--------- | LM head; StepLoss   |
+         +--------------+  gradient  +--------------+  gradient  +---------------------+
+         first: reads rows                                       last: reads labels, keeps outputs
+
+    DualPipeV: rank r holds stages r and 2p - 1 - r, so rank 0 is the first and the last.
+
+One packed tensor travels between stages: hidden states with the positions written behind them as
+base-256 digits, which are exact in bf16. Rotary tables and attention masks follow from positions
+alone, so every stage builds its own. Under sequence parallelism a rank's T/p hidden states carry
+the positions of all T tokens, p of them each.
 
 T row length, B rows, D hidden size, p tensor ranks, or 1 without sequence parallelism.
 """
@@ -23,8 +35,9 @@ from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.cost.topology import Layout
-from megatron_mode.model.decoder import Context, Link, decoder_links
-from megatron_mode.model.sequence_parallel import partial_gradients
+from megatron_mode.model.decoder import Link, context_builder, decoder_links
+from megatron_mode.model.layers import transformer_config
+from megatron_mode.model.sharding import Whole, whole_parameters
 
 POSITION_DIGITS = 3
 DIGIT_BASE = 256
@@ -62,7 +75,7 @@ class ModePipeline(PipelineModule):
         loss_fn: Callable[..., Tensor],
     ) -> None:
         self.links = decoder_links(model, config)
-        self.context = Context(model, config)
+        self.context = context_builder(model, config)
         self.sequence_parts = layout.tensor if config.sequence_parallel else 1
         super().__init__(
             layers=[layer_spec(link, model.tied_embeddings) for link in self.links],
@@ -114,8 +127,8 @@ class ModePipeline(PipelineModule):
         this rank's tokens, which DeepSpeed would leave as they are.
         """
         group = parallel_state.get_tensor_model_parallel_group()
-        partial = [(weight, group) for weight in partial_gradients(self)]
-        return [*super().get_tied_weights_and_groups(), *partial]
+        partial = [w for w in self.parameters() if getattr(w, "sequence_parallel", False)]
+        return [*super().get_tied_weights_and_groups(), *((weight, group) for weight in partial)]
 
 
 class DualPipeVPipeline(ModePipeline, DualPipeVModule):
@@ -144,3 +157,26 @@ def layer_spec(link: Link, tied: bool) -> LayerSpec:
         forward_fn=link.shared_forward,
         tied_weight_attr=["word.weight"],
     )
+
+
+def checkpoint_parameters(model: ModelConfig, tensor: int) -> dict[str, Whole]:
+    """Return every parameter by its name in DeepSpeed's checkpoints, in the chain's order.
+
+    `tensor` is the size of the tensor-parallel group that this process is in. The names carry the
+    link's place in the chain and a tied link's key, so they are the same for every layout and
+    schedule. Asked of the modules themselves, built without memory on the meta device: a parameter
+    that is added, moved or cut otherwise is known here at once.
+    """
+    core = transformer_config(model, tensor, torch.float32)
+    core.use_cpu_initialization = True  # megatron-core names no device then: meta is taken
+    found: dict[str, Whole] = {}
+    with torch.device("meta"):
+        for index, link in enumerate(decoder_links(model, core)):
+            if link.shares is not None:
+                continue
+            spec = layer_spec(link, model.tied_embeddings)
+            tied = isinstance(spec, TiedLayerSpec)
+            prefix = f"tied_modules.{spec.key}" if tied else str(index)
+            parameters = whole_parameters(link.build(*link.args), tensor)
+            found |= {f"{prefix}.{name}": whole for name, whole in parameters.items()}
+    return found

@@ -1,8 +1,8 @@
 """Run a pipeline schedule's own instructions against a clock: its bubble and its live activations.
 
-DeepSpeed's schedules are generators of instructions, one stream a rank. Here a rank computes for as
-long as it is told and exchanges messages at no cost; an exchange ends when both sides have come to
-it, as a send of NCCL does. What is left is the time that ranks wait for each other.
+DeepSpeed's schedules are generators of instructions, one stream a rank. Here a rank computes for
+the given time and exchanges messages at no cost; an exchange ends when both sides have come to it,
+as a send of NCCL does. What is left is the time that ranks wait for each other.
 
 Imports no torch; `instructions` imports DeepSpeed.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from megatron_mode.config import Config
@@ -38,7 +39,9 @@ class Message(NamedTuple):
 
 
 Exchange = tuple[Message, ...]
-"""Messages launched together; the rank goes on when all of them have arrived."""
+"""Messages launched together; the rank continues when all of them have arrived."""
+Posts = defaultdict[tuple[int, int, bool], list[tuple[str, float]]]
+"""(sender, receiver, is the sender's side) to the (kind, time) of its messages, in order."""
 
 
 class ScheduleCost(NamedTuple):
@@ -50,18 +53,14 @@ class ScheduleCost(NamedTuple):
     """Most micro-batches whose activations a rank keeps, for each rank, in those of all its
     layers: a stage that is half of them counts half."""
 
-    def __str__(self) -> str:
-        most = max(self.live_micro_batches)
-        return f"bubble {100 * self.bubble_share:.1f} %, at most {most:g} micro-batches in flight"
-
 
 def pipeline_line(config: Config, layout: Layout) -> str:
     """Say what a run's pipeline costs, for its start-up."""
     schedule = config.parallel.schedule
     micro_batches = accumulation_steps(config, layout.data)
-    recompute = config.parallel.activation_checkpointing == "full"
-    backward = BACKWARD_COST + recompute
-    return f"{schedule}, {schedule_cost(schedule, layout.pipeline, micro_batches, 1.0, backward)}"
+    backward = BACKWARD_COST + (config.parallel.activation_checkpointing == "full")
+    share, live = schedule_cost(schedule, layout.pipeline, micro_batches, 1.0, backward)
+    return f"{schedule}, bubble {100 * share:.1f} %, at most {max(live):g} micro-batches in flight"
 
 
 def schedule_cost(
@@ -72,10 +71,11 @@ def schedule_cost(
     durations = {"ForwardPass": forward / stages, "BackwardPass": backward / stages}
     streams = [instructions(schedule, ranks, micro_batches, rank) for rank in range(ranks)]
     programs = [list(program(stream, rank, durations)) for rank, stream in enumerate(streams)]
-    makespan = max(finish_times(programs))
-    busy = ranks * micro_batches * (forward + backward)
-    live = tuple(_most_alive(steps) / stages for steps in programs)
-    return ScheduleCost(1 - busy / (ranks * makespan), live)
+    live = [accumulate(step.live for step in p if isinstance(step, Pass)) for p in programs]
+    busy = micro_batches * (forward + backward)
+    return ScheduleCost(
+        1 - busy / max(finish_times(programs)), tuple(max(alive) / stages for alive in live)
+    )
 
 
 def instructions(schedule: str, ranks: int, micro_batches: int, rank: int) -> Iterator[Any]:
@@ -109,13 +109,15 @@ def program(
 
 def finish_times(programs: Sequence[Sequence[Pass | Exchange]]) -> list[float]:
     """Return when each rank is done; RuntimeError when ranks wait for each other for ever."""
-    clocks = [_Clock(rank, steps) for rank, steps in enumerate(programs)]
+    times = [0.0] * len(programs)
     posted: Posts = defaultdict(list)
-    while any(clock.steps for clock in clocks):
-        if not sum(clock.advance(posted) for clock in clocks):
-            stuck = [clock.rank for clock in clocks if clock.steps]
-            raise RuntimeError(f"the schedule stops: ranks {stuck} wait for each other")
-    return [clock.time for clock in clocks]
+    walks = {rank: _walk(rank, steps, times, posted) for rank, steps in enumerate(programs)}
+    while walks:
+        before = len(walks), sum(map(len, posted.values()))
+        walks = {rank: walk for rank, walk in walks.items() if next(walk, False)}
+        if (len(walks), sum(map(len, posted.values()))) == before:
+            raise RuntimeError(f"the schedule stops: ranks {list(walks)} wait for each other")
+    return times
 
 
 def _message(step: Any, rank: int) -> Message:
@@ -127,59 +129,33 @@ def _message(step: Any, rank: int) -> Message:
     return Message(kind, rank, peer) if sends else Message(kind, peer, rank)
 
 
-def _most_alive(steps: Iterable[Pass | Exchange]) -> int:
-    alive = most = 0
+def _walk(
+    rank: int, steps: Sequence[Pass | Exchange], times: list[float], posted: Posts
+) -> Iterator[bool]:
+    """Move a rank's clock through its program; yield True while it waits for a peer."""
     for step in steps:
         if isinstance(step, Pass):
-            alive += step.live
-            most = max(most, alive)
-    return most
+            times[rank] += step.duration
+            continue
+        awaited = []
+        for kind, sender, receiver in step:
+            mine = posted[sender, receiver, sender == rank]
+            awaited.append((sender, receiver, len(mine)))
+            mine.append((kind, times[rank]))
+        while (end := _arrival(awaited, posted)) is None:
+            yield True
+        times[rank] = end
 
 
-Posts = defaultdict[tuple[int, int, bool], list[tuple[str, float]]]
-"""(sender, receiver, is the sender's side) to the (kind, time) of its messages, in order."""
-
-
-class _Clock:
-    """Walk through one rank's program."""
-
-    def __init__(self, rank: int, steps: Sequence[Pass | Exchange]) -> None:
-        self.rank, self.time = rank, 0.0
-        self.steps = list(reversed(steps))
-        self.awaited: list[tuple[int, int, int]] = []
-
-    def advance(self, posted: Posts) -> bool:
-        """Go as far as possible; tell whether anything was done."""
-        moved = False
-        while self.steps:
-            step = self.steps[-1]
-            if isinstance(step, Pass):
-                self.time += step.duration
-            else:
-                if not self.awaited:
-                    self._post(step, posted)
-                    moved = True
-                if not self._arrived(posted):
-                    return moved
-            self.steps.pop()
-            moved = True
-        return moved
-
-    def _post(self, exchange: Exchange, posted: Posts) -> None:
-        for message in exchange:
-            mine = posted[message.sender, message.receiver, message.sender == self.rank]
-            self.awaited.append((message.sender, message.receiver, len(mine)))
-            mine.append((message.kind, self.time))
-
-    def _arrived(self, posted: Posts) -> bool:
-        ends = []
-        for sender, receiver, index in self.awaited:
-            sides = [posted[sender, receiver, side] for side in (True, False)]
-            if any(len(side) <= index for side in sides):
-                return False
-            (sent, begin), (received, end) = (side[index] for side in sides)
-            if sent != received:
-                raise RuntimeError(f"rank {receiver} awaits {received}, {sender} sends {sent}")
-            ends.append(max(begin, end))
-        self.time, self.awaited = max(ends), []
-        return True
+def _arrival(awaited: Iterable[tuple[int, int, int]], posted: Posts) -> float | None:
+    """Return when the (sender, receiver, number) messages have arrived; None before it is known."""
+    ends = []
+    for sender, receiver, index in awaited:
+        sides = [posted[sender, receiver, side] for side in (True, False)]
+        if any(len(side) <= index for side in sides):
+            return None
+        (sent, begin), (received, end) = (side[index] for side in sides)
+        if sent != received:
+            raise RuntimeError(f"rank {receiver} awaits {received}, {sender} sends {sent}")
+        ends.append(max(begin, end))
+    return max(ends)

@@ -1,8 +1,7 @@
 """Run one training step or one evaluation through DeepSpeed's pipeline.
 
-Only the last stage computes the loss, which stands on the last rank of a 1F1B pipeline and on the
-first of a DualPipeV one; it keeps the detached per-token outputs of every micro-batch for metrics.
-`Engine.sum_over_ranks` adds what the ranks hold with a single all-reduce.
+Only the last stage computes the loss: it is on the last rank of a 1F1B pipeline and on the first
+of a DualPipeV one. It keeps the detached per-token outputs of every micro-batch for metrics.
 
 T row length, B rows.
 """
@@ -10,7 +9,7 @@ T row length, B rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -40,15 +39,14 @@ class TokenOutputs(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Report a training step; `outputs` is empty on all but the last stage.
-
-    A step whose update was left out has no gradient norm (NaN).
-    """
+    """Report a training step."""
 
     loss: float
     grad_norm: float
+    """NaN where the update was left out."""
     learning_rate: float
     outputs: list[TokenOutputs]
+    """Empty on all but the last stage."""
     verdict: Verdict = APPLY
 
 
@@ -109,6 +107,10 @@ class Engine:
         self.step_loss: StepLoss = pipeline_engine.module.loss_fn
         self.rank: int = dist.get_rank()
         self.at: Coordinates = layout.coordinates(self.rank)
+        self.turns = config.parallel.schedule == "dualpipev"
+        """Micro-batches come back from the last rank to the first."""
+        self.computes_loss = self.at.pipeline == (0 if self.turns else layout.pipeline - 1)
+        self.reads_data = self.at.pipeline == 0 or self.computes_loss
         self.device: torch.device = torch.device(pipeline_engine.device)
         self.accumulation_steps = accumulation_steps(config, layout.data)
         self.blocked_shares = BlockedShares()
@@ -118,21 +120,6 @@ class Engine:
         """Sum of squares of this rank's part of the newest gradient, fp64 with one element."""
         self._step, self._verdict = 0, APPLY
         install_gate(pipeline_engine, self._lets_through)
-
-    @property
-    def turns(self) -> bool:
-        """Tell whether micro-batches come back from the last rank to the first (DualPipeV)."""
-        return self.config.parallel.schedule == "dualpipev"
-
-    @property
-    def computes_loss(self) -> bool:
-        """Tell whether this rank holds the last stage."""
-        return self.at.pipeline == (0 if self.turns else self.layout.pipeline - 1)
-
-    @property
-    def reads_data(self) -> bool:
-        """Tell whether this rank needs batches: those with the first or the last stage do."""
-        return self.at.pipeline == 0 or self.computes_loss
 
     def train_step(self, step: int, micro_batches: list[MicroBatch]) -> StepResult:
         """Run step `step` (0-based) on this rank's micro-batches and update the weights.
@@ -161,7 +148,7 @@ class Engine:
         """Run `count` micro-batches forward only; per-token outputs on the last stage, else [].
 
         DualPipeV takes at least twice as many as there are pipeline ranks: the last one is repeated
-        and what it gives left out.
+        and its outputs are left out.
         """
         self.step_loss.start(LossScales(0.0, 0.0), blocking_active=False)
         runs = max(count, 2 * self.layout.pipeline) if self.turns and count else count
@@ -177,6 +164,26 @@ class Engine:
         finally:
             self.deepspeed.micro_batches = training
         return self.step_loss.outputs[:count]
+
+    def forward_rows(
+        self, rows: Sequence[int], micro_rows: int, read: Callable[[Sequence[int]], MicroBatch]
+    ) -> list[TokenOutputs]:
+        """Evaluate chosen rows in micro-batches dealt over the data ranks; every rank calls it.
+
+        `read` gives the micro-batch of some rows. The last micro-batches are filled up with rows
+        that weigh nothing.
+        """
+        stride = micro_rows * self.layout.data
+        count = -(-len(rows) // stride)
+        mine = []
+        for batch in range(count if self.reads_data else 0):
+            begin = batch * stride + self.at.data * micro_rows
+            chosen = rows[begin : begin + micro_rows]
+            micro_batch = read([*chosen, *[rows[0]] * (micro_rows - len(chosen))])
+            micro_batch.lm_weight_BT[len(chosen) :] = 0
+            micro_batch.mode_weight_BT[len(chosen) :] = 0
+            mine.append(micro_batch)
+        return self.evaluate(mine, count)
 
     @contextmanager
     def other_row_length(self) -> Iterator[None]:
@@ -253,7 +260,7 @@ def _pairs(micro_batches: list[MicroBatch]) -> Iterator[tuple[Any, Any]] | None:
     """Give DeepSpeed (inputs for the first stage, labels for the last) of each micro-batch.
 
     Labels are the batch and the indices b * T + t of the tokens with an LM weight: the host knows
-    the masks, so a GPU is spared the other tokens, and the wait that finding them would cost.
+    the masks, so a GPU computes no other token and does not wait to find them.
     """
     if not micro_batches:
         return None

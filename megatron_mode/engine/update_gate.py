@@ -8,7 +8,7 @@ broken copy on another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,10 +27,8 @@ def install_gate(deepspeed: Any, lets_through: Callable[[Tensor], bool]) -> None
     take_model_step = deepspeed._take_model_step
 
     def gated(lr_kwargs: Any) -> None:
-        if lets_through(gradient_square(deepspeed)):
-            take_model_step(lr_kwargs)
-            return
-        with updates_left_out(deepspeed.optimizer):
+        is_applied = lets_through(gradient_square(deepspeed))
+        with nullcontext() if is_applied else updates_left_out(deepspeed.optimizer):
             take_model_step(lr_kwargs)
 
     deepspeed._take_model_step = gated
@@ -60,8 +58,8 @@ def local_gradients(deepspeed: Any) -> list[Tensor]:
     """Return the gradients that the coming update reads on this rank."""
     optimizer = deepspeed.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        parts = [part for part in optimizer.averaged_gradients.values() if part is not None]
-        return [gradient for part in parts for gradient in part if gradient is not None]
+        parts = optimizer.averaged_gradients.values()
+        return [gradient for part in parts for gradient in part or () if gradient is not None]
     flat = getattr(optimizer, "fp32_groups_gradients_flat", None)  # BF16_Optimizer
     if flat is not None:
         return list(flat)

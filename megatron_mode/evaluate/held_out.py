@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mode.engine.forward import forward_rows
 from megatron_mode.engine.step import Engine, TokenOutputs
 from megatron_mode.mix.loader import MicroBatch, as_tensors, micro_batch
 from megatron_mode.mix.packing import rows_in_stream
@@ -131,7 +130,7 @@ def _forward(engine: Engine, reader: RowReader, index: int, rows: int) -> list[T
     def read(some: Sequence[int]) -> MicroBatch:
         return micro_batch(reader, [index] * len(some), some)
 
-    return forward_rows(engine, chosen, engine.config.batch.micro_rows, read)
+    return engine.forward_rows(chosen, engine.config.batch.micro_rows, read)
 
 
 def _middle_windows(batch: MicroBatch) -> Tensor:

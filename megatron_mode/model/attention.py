@@ -63,6 +63,9 @@ class Rotate(torch.autograd.Function):
         return rotate(grads[0], cos_TB1K, -sin_TB1K), None, None
 
 
+turn = cast(Callable[..., Tensor], Rotate.apply)
+
+
 def rotate(features_TBHK: Tensor, cos_TB1K: Tensor, sin_TB1K: Tensor) -> Tensor:
     """Return features * cos + swap_halves(features) * signed sin."""
     half = features_TBHK.shape[-1] // 2
@@ -91,15 +94,10 @@ class DocumentAttention(nn.Module):
         """Return attended values [T, B, H*K]."""
         if not self.recomputes:
             return self.attend(query_TBHK, key_TBGK, value_TBGK, context)
+        inputs = (query_TBHK, key_TBGK, value_TBGK, context)
         # Nothing is drawn inside, so there is no random state to keep.
         attended: Tensor = checkpoint(
-            self.attend,
-            query_TBHK,
-            key_TBGK,
-            value_TBGK,
-            context,
-            use_reentrant=False,
-            preserve_rng_state=False,
+            self.attend, *inputs, use_reentrant=False, preserve_rng_state=False
         )
         return attended
 
@@ -107,7 +105,6 @@ class DocumentAttention(nn.Module):
         self, query_TBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, context: AttentionContext
     ) -> Tensor:
         """Turn queries and keys by their positions, then attend inside documents."""
-        turn = cast(Callable[..., Tensor], Rotate.apply)
-        query_TBHK = turn(query_TBHK, context.cos_TB1K, context.sin_TB1K)
-        key_TBGK = turn(key_TBGK, context.cos_TB1K, context.sin_TB1K)
-        return context.core.attend(query_TBHK, key_TBGK, value_TBGK, self.scale)
+        tables = (context.cos_TB1K, context.sin_TB1K)
+        query_TBHK, key_TBGK = turn(query_TBHK, *tables), turn(key_TBGK, *tables)
+        return context.core(query_TBHK, key_TBGK, value_TBGK, self.scale)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from megatron_mode.config.fields import ModelConfig
 from megatron_mode.model.attention import AttentionContext, attention_context
-from megatron_mode.model.attention_cores import CoreName
 from megatron_mode.model.heads import HeadInputs, LMHead, ModeHead, tied_lm_head
 from megatron_mode.model.layers import DecoderConfig, DecoderLayer, Embedding
 
@@ -36,27 +36,22 @@ def decoder_links(model: ModelConfig, config: DecoderConfig) -> list[Link]:
     ]
     links.append(Link("mode_head", ModeHead, (model, config)))
     if model.tied_embeddings:
-        args = (model, config)
-        links.append(Link("lm_head", Embedding, args, "embedding", tied_lm_head))
-    else:
-        links.append(Link("lm_head", LMHead, (model, config)))
-    return links
+        tied = Link("lm_head", Embedding, (model, config), "embedding", tied_lm_head)
+        return [*links, tied]
+    return [*links, Link("lm_head", LMHead, (model, config))]
 
 
-class Context:
-    """Build the attention context from positions, for every row of a micro-batch."""
-
-    def __init__(self, model: ModelConfig, config: DecoderConfig) -> None:
-        self.head_size = model.hidden_size // model.attention_heads
-        self.rope_base = model.rope_base
-        self.dtype = config.params_dtype
-        self.core: CoreName = config.attention_core
-
-    def __call__(self, position_BT: Tensor) -> AttentionContext:
-        """Return rotary tables and core for positions that restart at 0 at each document."""
-        return attention_context(
-            position_BT, self.head_size, self.rope_base, self.dtype, core=self.core
-        )
+def context_builder(
+    model: ModelConfig, config: DecoderConfig
+) -> Callable[[Tensor], AttentionContext]:
+    """Return what builds the attention context of a micro-batch from its positions [B, T]."""
+    return partial(
+        attention_context,
+        head_size=model.hidden_size // model.attention_heads,
+        rope_base=model.rope_base,
+        dtype=config.params_dtype,
+        core=config.attention_core,
+    )
 
 
 class Decoder(nn.Module):
@@ -64,7 +59,7 @@ class Decoder(nn.Module):
 
     def __init__(self, model: ModelConfig, config: DecoderConfig) -> None:
         super().__init__()
-        self.context = Context(model, config)
+        self.context = context_builder(model, config)
         self.links = decoder_links(model, config)
         self.owned = nn.ModuleDict(
             {link.name.replace(".", "/"): link.build(*link.args)

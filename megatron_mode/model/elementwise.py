@@ -72,11 +72,6 @@ class NormRows(torch.autograd.Function):
         return product_D.to(hidden_D.dtype), grad_weight_D.to(weight_D.dtype), None
 
 
-def swiglu(gate_up_F: Tensor) -> Tensor:
-    """Return silu(gate) * up [..., F] of gate and up, one behind the other in [..., 2F]."""
-    return cast(Callable[..., Tensor], SwiGLU.apply)(gate_up_F)
-
-
 class SwiGLU(torch.autograd.Function):
     """Compute silu(gate) * up for [..., 2F] that holds gate then up (Shazeer, 2020, eq. 6).
 
@@ -101,3 +96,6 @@ class SwiGLU(torch.autograd.Function):
         torch.mul(grads[0], functional.silu(gate_F), out=grad_up_F)
         grad_gate_F.copy_(torch.ops.aten.silu_backward(grads[0] * up_F, gate_F))
         return out_F
+
+
+swiglu = cast(Callable[[Tensor], Tensor], SwiGLU.apply)

@@ -25,6 +25,7 @@ from megatron_mode.model.sequence_parallel import (
     ScatteringEmbedding,
     ScatteringLinear,
 )
+from megatron_mode.model.size import vocab_size
 
 
 @dataclass
@@ -111,12 +112,10 @@ class Embedding(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
         super().__init__()
-        if model.vocab_size is None:
-            raise ValueError("model.vocab_size is unset; resolve it from the data first")
         self.scatters = config.sequence_parallel
         build = ScatteringEmbedding if self.scatters else VocabParallelEmbedding
         self.word = build(
-            model.vocab_size, model.hidden_size, init_method=nn.init.zeros_, config=config
+            vocab_size(model), model.hidden_size, init_method=nn.init.zeros_, config=config
         )
 
     @property
@@ -128,9 +127,8 @@ class Embedding(nn.Module):
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Turn (input_BT, *context) into (hidden_TBD, *context)."""
         input_BT, *context = inputs
-        if self.scatters:
-            return (self.word(input_BT), *context)
-        return (self.word(input_BT).transpose(0, 1).contiguous(), *context)
+        hidden = self.word(input_BT)
+        return (hidden if self.scatters else hidden.transpose(0, 1).contiguous(), *context)
 
 
 class DecoderLayer(nn.Module):

@@ -15,7 +15,7 @@ T row length, B rows, D hidden size, F output features of this rank, p tensor ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 
@@ -34,8 +34,7 @@ class GatheringLinear(ColumnParallelLinear):
 
     def forward(self, input_TBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """Turn [T/p, B, D] into ([T, B, F], no bias)."""
-        apply = cast(Callable[..., Tensor], GatherLinear.apply)
-        return apply(input_TBD, self.weight, self.tp_group), None
+        return gather_linear(input_TBD, self.weight, self.tp_group), None
 
 
 class ScatteringLinear(RowParallelLinear):
@@ -58,18 +57,6 @@ class ScatteringEmbedding(VocabParallelEmbedding):
         return reduce_scatter(found_TBD.masked_fill(foreign_TB.unsqueeze(-1), 0), self.tp_group)
 
 
-def partial_gradients(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Give the parameters whose gradient is to be summed over the tensor ranks."""
-    for parameter in module.parameters():
-        if getattr(parameter, "sequence_parallel", False):
-            yield parameter
-
-
-def reduce_scatter(partial_TBD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Add [T, B, D] over the ranks and return own tokens [T/p, B, D]; the gradient is gathered."""
-    return cast(Callable[..., Tensor], ReduceScatter.apply)(partial_TBD, group)
-
-
 class ReduceScatter(torch.autograd.Function):
     """Add over the ranks and keep own tokens; backward, gather."""
 
@@ -89,6 +76,9 @@ class ReduceScatter(torch.autograd.Function):
         return grad_TBD, None
 
 
+reduce_scatter = cast(Callable[..., Tensor], ReduceScatter.apply)
+
+
 class GatherLinear(torch.autograd.Function):
     """Gather tokens and multiply; communication overlaps with the products of the backward pass."""
 
@@ -97,27 +87,30 @@ class GatherLinear(torch.autograd.Function):
         """Turn [T/p, B, D] and [F, D] into [T, B, F]."""
         ctx.save_for_backward(own_TBD, weight_FD)
         ctx.group = group
-        whole_TBD, gathered = _start_gather(own_TBD, group)
+        all_TBD, gathered = _start_gather(own_TBD, group)
         gathered.wait()
-        return functional.linear(whole_TBD, weight_FD)
+        return functional.linear(all_TBD, weight_FD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return the gradients of own tokens and of the weight."""
         own_TBD, weight_FD = ctx.saved_tensors
-        whole_TBD, gathered = _start_gather(own_TBD, ctx.group)
+        all_TBD, gathered = _start_gather(own_TBD, ctx.group)
         partial_TBD = grads[0] @ weight_FD
         gathered.wait()
         grad_own_TBD, scattered = _start_reduce_scatter(partial_TBD, ctx.group)
-        grad_weight_FD = grads[0].flatten(0, 1).t() @ whole_TBD.flatten(0, 1)
+        grad_weight_FD = grads[0].flatten(0, 1).t() @ all_TBD.flatten(0, 1)
         scattered.wait()
         return grad_own_TBD, grad_weight_FD, None
 
 
+gather_linear = cast(Callable[..., Tensor], GatherLinear.apply)
+
+
 def _start_gather(own_TBD: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    whole_TBD = own_TBD.new_empty(own_TBD.shape[0] * dist.get_world_size(group), *own_TBD.shape[1:])
-    work = dist.all_gather_single(whole_TBD, own_TBD.contiguous(), group=group, async_op=True)
-    return whole_TBD, work
+    all_TBD = own_TBD.new_empty(own_TBD.shape[0] * dist.get_world_size(group), *own_TBD.shape[1:])
+    work = dist.all_gather_single(all_TBD, own_TBD.contiguous(), group=group, async_op=True)
+    return all_TBD, work
 
 
 def _start_reduce_scatter(

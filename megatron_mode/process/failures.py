@@ -2,7 +2,7 @@
 
 The first process that fails speaks and leaves its exit status in the store that the group met at.
 It tears the others out of their collectives, with errors of their own that say nothing: they keep
-quiet and leave with the same status. The store goes with rank 0: where that has failed alone, the
+quiet and leave with the same status. The store ends with rank 0: where only rank 0 failed, the
 others leave with 1.
 """
 
@@ -57,13 +57,17 @@ def note_failure(status: int) -> int | None:
 def peers_status(environment: Mapping[str, str]) -> int | None:
     """Return the status of the process that failed before this one; None where it is the first.
 
-    This process is counted as failed with a fault, which is also said where rank 0 is gone and
+    This process counts as failed with a fault, which is also the answer where rank 0 is gone and
     nobody knows: launchers report the largest status, or that of the first to leave.
     """
     order = note_failure(ExitStatus.FAULT)
-    if order is None:
-        return None if _is_rank_0(environment) else ExitStatus.FAULT
-    return None if order == 1 else _told_status()
+    if order == 1 or (order is None and _is_rank_0(environment)):
+        return None
+    try:
+        _store().wait([STATUS_KEY], timedelta(seconds=OUTLAST_SECONDS))
+        return int(_store().get(STATUS_KEY))
+    except RuntimeError:
+        return ExitStatus.FAULT
 
 
 def is_torn(error: BaseException) -> bool:
@@ -106,14 +110,6 @@ def _add(key: str, count: int) -> int | None:
         return int(_store().add(key, count))
     except RuntimeError:
         return None
-
-
-def _told_status() -> int:
-    try:
-        _store().wait([STATUS_KEY], timedelta(seconds=OUTLAST_SECONDS))
-        return int(_store().get(STATUS_KEY))
-    except RuntimeError:
-        return ExitStatus.FAULT
 
 
 def _store() -> Any:

@@ -1,37 +1,23 @@
-"""Start a process of a run: read who we are from the launcher, and tell the libraries.
+"""Start a process of a run: read from the launcher who we are and when our job ends.
 
-Only this file and `job_end` read launcher variables. `deepspeed` and `torchrun` set RANK,
-WORLD_SIZE and LOCAL_RANK; `srun` sets SLURM_* instead; plain `python` sets nothing and is alone.
+Only this file reads launcher variables. `deepspeed` and `torchrun` set RANK, WORLD_SIZE and
+LOCAL_RANK; `srun` sets SLURM_* instead; plain `python` sets nothing and is alone.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+import subprocess
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from megatron_mode.errors import ConfigError
 
-
-def _is_in_shell(environment: Mapping[str, str]) -> bool:
-    """Tell whether a user typed the command in a shell of `srun --pty`: it is alone there.
-
-    The shell is a task and hands its variables down. The tasks of a further srun inherit
-    SLURM_PTY_PORT, but they have no terminal.
-    """
-    is_task_itself = environment.get("SLURM_TASK_PID") == str(os.getpid())
-    return "SLURM_PTY_PORT" in environment and not is_task_itself and _has_terminal()
-
-
-def _has_terminal() -> bool:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
+ASK_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +57,24 @@ def identify(environment: Mapping[str, str]) -> Process:
     )
 
 
+def _is_in_shell(environment: Mapping[str, str]) -> bool:
+    """Tell whether a user typed the command in a shell of `srun --pty`: it is alone there.
+
+    The shell is a task and hands its variables down. The tasks of a further srun inherit
+    SLURM_PTY_PORT, but they have no terminal.
+    """
+    is_task_itself = environment.get("SLURM_TASK_PID") == str(os.getpid())
+    return "SLURM_PTY_PORT" in environment and not is_task_itself and _has_terminal()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 def _from_torch_variables(environment: Mapping[str, str]) -> Process:
     missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
     if missing:
@@ -81,8 +85,8 @@ def _from_torch_variables(environment: Mapping[str, str]) -> Process:
     world_size = _integer(environment, "WORLD_SIZE", least=1)
     if world_size > 1 and "LOCAL_RANK" not in environment:
         raise ConfigError(
-            f"WORLD_SIZE is {world_size} but LOCAL_RANK is unset: accepted is the process's number "
-            "on its machine; start with deepspeed, torchrun or srun, which set it"
+            f"WORLD_SIZE is {world_size} but LOCAL_RANK, the process's number on its machine, is "
+            "unset: start with deepspeed, torchrun or srun, which set it"
         )
     # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE; without either there is one machine.
     size_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
@@ -127,8 +131,8 @@ def _slurm_tasks_here(environment: Mapping[str, str], world_size: int) -> int:
     node = _integer(environment, "SLURM_NODEID", default=0)
     if not all(entries) or sum(counts) != world_size or node >= len(counts):
         raise ConfigError(
-            f"{name} is {text!r} at SLURM_NODEID {node}: accepted are tasks for each node that sum "
-            f"to SLURM_NTASKS = {world_size}, such as '4(x2),3'; start with srun, which sets them"
+            f"{name} is {text!r} at SLURM_NODEID {node}: use tasks for each node that sum to "
+            f"SLURM_NTASKS = {world_size}, such as '4(x2),3'; start with srun, which sets them"
         )
     return counts[node]
 
@@ -139,8 +143,8 @@ def _integer(
     value = environment.get(name, "" if default is None else str(default))
     if not value.isdecimal() or int(value) < least:
         raise ConfigError(
-            f"{name} is {value!r}: accepted is a whole number from {least} up; start with "
-            "deepspeed, torchrun or srun, which set it"
+            f"{name} is {value!r}: use an integer of {least} or more; start with deepspeed, "
+            "torchrun or srun, which set it"
         )
     return int(value)
 
@@ -156,8 +160,8 @@ def _check_agreement(process: Process, environment: Mapping[str, str]) -> None:
     for name, (number, limit) in most.items():
         if number > limit:
             raise ConfigError(
-                f"the {name} is {number} by the variables of {process.launcher}: accepted is at "
-                f"most {limit}; unset variables that are left over from another run"
+                f"the {name} is {number} by the variables of {process.launcher}: use at most "
+                f"{limit}; unset variables that are left over from another run"
             )
     # Started without srun or a hostfile, a run would take one process or machine and succeed.
     tasks = _integer(environment, "SLURM_NTASKS", default=1)
@@ -170,9 +174,8 @@ def _check_agreement(process: Process, environment: Mapping[str, str]) -> None:
         srun = "srun --overlap" if "SLURM_PTY_PORT" in environment else "srun"
         raise ConfigError(
             f"the allocation has SLURM_NTASKS = {tasks} on SLURM_NNODES = {nodes} but "
-            f"{process.launcher} started {process.world_size}, {process.local_world_size} "
-            f"of them here: accepted is a run that fills it; start with {srun}, give deepspeed a "
-            "hostfile, or unset both"
+            f"{process.launcher} started {process.world_size}, {process.local_world_size} of them "
+            f"here: fill it; start with {srun}, give deepspeed a hostfile, or unset both"
         )
 
 
@@ -184,8 +187,8 @@ def _free_port() -> int:
 
 def prepare_environment(process: Process) -> None:
     """Export what torch and DeepSpeed read, before either is imported."""
-    # Slurm signals every process of a task: torch's compile helper would die of what only asks the
-    # run to stop, and the next compilation wait for it for ever. One thread needs no helper.
+    # Slurm signals every process of a task: a signal that only asks the run to stop would kill
+    # torch's compile helper, and the next compilation wait for ever. One thread needs no helper.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.update(
         RANK=str(process.rank),
@@ -197,14 +200,44 @@ def prepare_environment(process: Process) -> None:
     )
 
 
-def quiet_libraries() -> None:
-    """Leave warnings and errors of DeepSpeed and torch, drop their progress chatter."""
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    for name in ("DeepSpeed", "deepspeed", "torch.distributed", "megatron", "numexpr"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
 def cpu_threads(requested: int, local_world_size: int) -> int:
     """Return CPU threads for one process: as asked, else an equal share of this machine's cores."""
     return requested or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def ask_squeue(job_id: str) -> str:
+    """Return what squeue says of the end of a job; nothing where it cannot be asked."""
+    command = ["squeue", "--noheader", "--jobs", job_id, "--format", "%e"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def job_end_seconds(
+    environment: Mapping[str, str], ask: Callable[[str], str] = ask_squeue
+) -> float | None:
+    """Return the end of the Slurm job in Unix time; None outside Slurm and without a limit.
+
+    An end that has passed is another job's: a shell that outlived its job keeps the variables.
+    SLURM_JOB_END_TIME came after Slurm 22.05; where it is missing, rank 0 alone asks the controller
+    once: a thousand ranks that ask at the same time would stall it.
+    """
+    job_id = environment.get("SLURM_JOB_ID")
+    if job_id is None:
+        return None
+    stated = environment.get("SLURM_JOB_END_TIME", "")
+    try:
+        is_stated = stated.isdecimal()
+        end = (
+            float(stated) if is_stated else datetime.fromisoformat(ask(job_id).strip()).timestamp()
+        )
+    except ValueError:  # N/A, NONE or Unknown: there is no limit
+        return None
+    if end <= time.time():
+        print(
+            f"note: job {job_id} of SLURM_JOB_ID ended at {datetime.fromtimestamp(end)}, before "
+            "this start: its time limit is ignored"
+        )
+        return None
+    return end

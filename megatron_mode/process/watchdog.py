@@ -2,8 +2,8 @@
 
 A rank that hangs, or is stopped, leaves its peers in a collective for ever. Each rank therefore has
 a thread that counts the seconds without a beat of its training loop. The first whose patience ends
-calls the others by a file; all that run write their stacks, and who has written none, or is behind,
-has not arrived. Files, because a store of the process group lives in a rank that may be the one.
+calls the others by a file; all that run write their stacks, and a rank that has written none, or is
+behind, has not arrived. Uses files: the rank that hosts the group's store may be the one that hung.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -41,8 +40,8 @@ class Watchdog:
     """Watch over this rank of a run; use it as a context on all ranks at once.
 
     `health.stall_seconds` 0 watches nothing. Where the run stalls, one rank calls `report` with a
-    sentence, or each where the disk does not let them meet, and the process ends with the status of
-    StallError.
+    sentence (each does where the disk does not let them meet), and the processes end with the
+    status of StallError.
     """
 
     def __init__(
@@ -51,24 +50,20 @@ class Watchdog:
         """Write below `folder`/stacks; the start is watched with `health.start_stall_seconds`."""
         self.report = report
         self._stacks, self._health = folder / STACKS_NAME, health
-        stall_seconds = self._health.stall_seconds
-        self._interval_seconds = min(max(stall_seconds / 10, 0.05), 10.0)
+        self._interval_seconds = min(max(health.stall_seconds / 10, 0.05), 10.0)
         # A called rank looks for the file once an interval; network file systems show it late.
-        self._grace_seconds = min(max(stall_seconds / 10, 2.0), 60.0)
+        self._grace_seconds = min(max(health.stall_seconds / 10, 2.0), 60.0)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._at = Arrival(0, "the start", is_long=True)
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str, *, is_long: bool = False) -> None:
-        """Note progress: this rank now begins `doing`, as its peers do.
-
-        `is_long` tells that it may take `health.start_stall_seconds`.
-        """
+        """Note that this rank begins `doing`; a long one may take `health.start_stall_seconds`."""
         self._at = Arrival(self._at.beats + 1, doing, is_long)
 
     def __enter__(self) -> Watchdog:
-        # Files of a stall before this start stay, and are told apart by the run's own number.
+        # Files of a stall before this start stay: this start's have its number.
         number = [f"{time.time_ns()}"]
         dist.broadcast_object_list(number, src=0)
         self._number = number[0]
@@ -77,14 +72,9 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._ended.set()
-        # The first to end tears the others out of their collectives; theirs is no error of its own.
+        # The first to end tears the others out of their collectives: their errors say nothing.
         if kind is not None and self._is_called():
             self._end_run()
 
@@ -118,7 +108,7 @@ class Watchdog:
         with self._ending:
             arrived = {self._rank: self._at}
             try:
-                # A disk may be the reason of the stall: what it does not take is said all the same.
+                # A disk may be the reason of the stall: the sentence comes all the same.
                 with contextlib.suppress(OSError):
                     self._write_stacks()
                 with contextlib.suppress(OSError):
@@ -136,46 +126,37 @@ class Watchdog:
         unfinished = path.with_suffix(".tmp")
         with unfinished.open("w", encoding="utf-8") as file:
             beats, doing, _ = self._at
-            print(f"run {self._number} rank {self._rank} beats {beats} in {doing}", file=file)
-            file.flush()
+            head = f"run {self._number} rank {self._rank} beats {beats} in {doing}"
+            print(head, file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)
         unfinished.replace(path)
 
     def _wait_for_others(self) -> dict[int, Arrival]:
         """Return which ranks have written their stacks after the time of grace."""
         deadline = time.monotonic() + self._grace_seconds
-        found = self._arrivals()
-        while len(found) < self._ranks and time.monotonic() < deadline:
-            time.sleep(0.05)
-            found = self._arrivals()
-        return found
-
-    def _arrivals(self) -> dict[int, Arrival]:
         head = re.compile(rf"run {self._number} rank (\d+) beats (\d+) in (.*)\n")
-        found = {}
-        for path in self._stacks.glob("rank-*.txt"):
-            with path.open(encoding="utf-8") as file:
-                if match := head.match(file.readline()):
-                    found[int(match[1])] = Arrival(int(match[2]), match[3])
+        found: dict[int, Arrival] = {}
+        while len(found) < self._ranks and time.monotonic() < deadline:
+            for path in self._stacks.glob("rank-*.txt"):
+                with path.open(encoding="utf-8") as file:
+                    if match := head.match(file.readline()):
+                        found[int(match[1])] = Arrival(int(match[2]), match[3])
+            time.sleep(0.05)
         return found
 
     def _sentence(self, arrived: dict[int, Arrival]) -> str:
         furthest = max(arrived.values(), default=self._at)
-        late = [
-            rank
-            for rank in range(self._ranks)
-            if rank not in arrived or arrived[rank].beats < furthest.beats
-        ]
-        named = ", ".join(map(str, late[:MOST_NAMED]))
+        here = {rank for rank, at in arrived.items() if at.beats == furthest.beats}
+        late = [str(rank) for rank in range(self._ranks) if rank not in here]
+        named = ", ".join(late[:MOST_NAMED])
         if len(late) > MOST_NAMED:
             named += f" and {len(late) - MOST_NAMED} more"
         who = "all ranks are inside it"
         if late:
-            who = f"ranks {named} have" if len(late) > 1 else f"rank {named} has"
-            who += " not arrived"
+            who = f"{f'ranks {named} have' if len(late) > 1 else f'rank {named} has'} not arrived"
         seconds, key = self._patience()
         return (
-            f"no progress for {seconds:g} s (health.{key}) in "
-            f"{furthest.doing}: {who}; {self._stacks} holds the stacks of those that run. Mend the "
-            "cause and start the run again, it goes on from its newest checkpoint"
+            f"no progress for {seconds:g} s (health.{key}) in {furthest.doing}: {who}; "
+            f"{self._stacks} holds the stacks of those that run. Mend the cause and start the run "
+            "again: it resumes from its newest checkpoint"
         )

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def build(model: str, data: Path, run_dir: Path) -> Run:
     from megatron_mode.config import load_config
-    from megatron_mode.process.launch import identify, prepare_environment, quiet_libraries
+    from megatron_mode.process.launch import identify, prepare_environment
+    from megatron_mode.quiet import quiet_libraries
 
     overrides = [f"model={model}", f"data.root={data}", f"run.dir={run_dir}", "run.steps=1000"]
     overrides += ["model.seq_len=256", "batch.global_rows=1", "batch.micro_rows=1"]

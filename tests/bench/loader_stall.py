@@ -25,7 +25,8 @@ UNTIMED_STEPS = 2
 
 def measure(config_path: Path, overrides: list[str], steps: int) -> dict[str, object]:
     from megatron_mode.config import load_config
-    from megatron_mode.process.launch import identify, prepare_environment, quiet_libraries
+    from megatron_mode.process.launch import identify, prepare_environment
+    from megatron_mode.quiet import quiet_libraries
 
     config = load_config(config_path, overrides)
     process = identify({})

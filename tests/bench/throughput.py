@@ -52,7 +52,8 @@ def main() -> None:
 def compare(config_path: Path, overrides: list[str], steps: int, threads: int) -> dict[str, Any]:
     """Time `steps` alternating pairs after three untimed ones."""
     from megatron_mode.config import load_config
-    from megatron_mode.process.launch import Process, identify, prepare_environment, quiet_libraries
+    from megatron_mode.process.launch import Process, identify, prepare_environment
+    from megatron_mode.quiet import quiet_libraries
 
     config = load_config(config_path, overrides)
     process: Process = identify({})

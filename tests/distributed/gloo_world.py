@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _worker(rank, world_size, port, function, args, folder):
-    from megatron_mode.process.launch import Process, prepare_environment, quiet_libraries
+    from megatron_mode.process.launch import Process, prepare_environment
+    from megatron_mode.quiet import quiet_libraries
 
     process = Process(rank, world_size, rank, world_size, "127.0.0.1", port, "test")
     prepare_environment(process)

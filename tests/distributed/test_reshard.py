@@ -38,7 +38,7 @@ def native_checkpoint(folder, sizes, variant):
     from megatron_mode.checkpoint.load import join_alone
     from megatron_mode.checkpoint.reshard.native import NativeCheckpoint
     from megatron_mode.cost.topology import Layout
-    from megatron_mode.engine.parameter_names import checkpoint_parameters
+    from megatron_mode.engine.pipeline import checkpoint_parameters
 
     join_alone()
     wholes = checkpoint_parameters(reshard_rank.make_config(sizes, variant).model, 1)

@@ -19,8 +19,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from megatron.core import parallel_state
 
 from megatron_mode.config import load_config
+from megatron_mode.engine.build import rehearse
 from megatron_mode.engine.deepspeed_config import deepspeed_config
-from megatron_mode.engine.rehearsal import rehearse
 
 
 class Recorder:
@@ -59,7 +59,7 @@ def files_of(config, stage, layout, bf16):
 
 def facts_of(config, rank, world_size):
     started = time.perf_counter()
-    with rehearse(config, rank, world_size) as (_, layout, stage):
+    with rehearse(config, rank, world_size) as (layout, stage):
         grid = stage.mpu()
         groups = {
             "tensor": [grid.get_slice_parallel_group(),

@@ -6,6 +6,7 @@ T row length, B rows, H query heads, G key/value groups, K head size.
 from __future__ import annotations
 
 import cmath
+import functools
 from types import SimpleNamespace
 from unittest import mock
 
@@ -129,7 +130,7 @@ def test_a_decoder_sees_its_own_document_up_to_itself(length, model_config, buil
 def test_a_document_does_not_notice_what_stands_around_it(model_config, build_decoder):
     """Its hidden states are those that it has in a row of its own."""
     decoder = build_decoder(model_config(init_std=0.3)).double()
-    decoder.context.dtype = torch.float64
+    decoder.context = functools.partial(decoder.context, dtype=torch.float64)
     input_BT = torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(0))
     position_BT = positions_of([{9, 22}], 32)
     packed_TD = decoder(input_BT, position_BT).hidden_TBD[:, 0]

@@ -9,6 +9,7 @@ T row length, B rows, H query heads, G key/value groups, K head size, N tokens.
 
 from __future__ import annotations
 
+import functools
 import sys
 from unittest import mock
 
@@ -31,10 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_mode.model.attention import attention_context
 from megatron_mode.model.attention_cores import (
     FLEX_BLOCK_TOKENS,
-    FlexCore,
+    attend_blocks,
     attention_core,
     block_mask,
-    varlen_core,
+    packed_documents,
 )
 
 KERNEL = "megatron_mode.model.attention_cores.flex_kernel"
@@ -122,11 +123,11 @@ def test_packed_documents_begin_where_positions_do(data):
             if t == 0 or position == 0:
                 lengths.append(0)
             lengths[-1] += 1
-    found = varlen_core(position_BT)
-    assert found.begin_n.dtype == torch.int32
-    assert found.begin_n[0] == 0
-    assert found.begin_n.diff().tolist() == lengths
-    assert found.longest_tokens == max(lengths)
+    begin_n, longest_tokens = packed_documents(position_BT)
+    assert begin_n.dtype == torch.int32
+    assert begin_n[0] == 0
+    assert begin_n.diff().tolist() == lengths
+    assert longest_tokens == max(lengths)
 
 
 @pytest.mark.slow
@@ -141,13 +142,13 @@ def test_the_compiled_kernel_skips_blocks_and_finds_the_same(length):
     )
     compiled = torch.compile(flex.flex_attention)
     with mock.patch(KERNEL, return_value=compiled):
-        found = blocks.attend(query, key, value, None)
-    expected = dense.attend(query, key, value, None)
+        found = blocks(query, key, value, None)
+    expected = dense(query, key, value, None)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     # The blocks are what it walks: without the last, the last queries find nothing.
-    cut = FlexCore(without_last_block(blocks.block_mask))
+    cut = functools.partial(attend_blocks, without_last_block(*blocks.args))
     with mock.patch(KERNEL, return_value=compiled):
-        assert not torch.allclose(cut.attend(query, key, value, None), expected, atol=1e-3)
+        assert not torch.allclose(cut(query, key, value, None), expected, atol=1e-3)
 
 
 def without_last_block(mask):

@@ -16,6 +16,7 @@ from megatron_mode.process.launch import (
     identify,
     prepare_environment,
 )
+from megatron_mode.quiet import quiet_libraries
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
 DEEPSPEED = MEETING | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
@@ -234,3 +235,13 @@ def test_what_the_libraries_read_is_exported(monkeypatch):
     again = identify(os.environ)
     assert (again.rank, again.world_size, again.local_rank, again.local_world_size) == (9, 11, 1, 3)
     assert (again.master_addr, again.master_port) == ("node1", 29501)
+
+
+def test_deepspeed_does_not_look_for_a_gpu_where_torch_sees_none(monkeypatch):
+    """It would print a warning that it found none, as the first line of every run on a CPU."""
+    torch = pytest.importorskip("torch")
+    for sees_gpu, expected in ((False, "cpu"), (True, None)):
+        monkeypatch.setattr(os, "environ", {})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda sees_gpu=sees_gpu: sees_gpu)
+        quiet_libraries()
+        assert os.environ.get("DS_ACCELERATOR") == expected

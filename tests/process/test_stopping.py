@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 
 from megatron_mode.config.fields import RunConfig
 from megatron_mode.process import stopping
-from megatron_mode.process.job_end import job_end_seconds
+from megatron_mode.process.launch import job_end_seconds
 from megatron_mode.process.stopping import (
     REMEMBERED,
     SAVE_FACTOR,
-    Durations,
     Reason,
     Stopping,
     StopRequest,
-    TimeLimit,
+    end_seconds,
 )
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -117,7 +116,6 @@ def test_a_signal_during_a_save_stops_at_that_save():
 def test_the_end_of_the_job_and_the_own_limit_the_earlier_counts(monkeypatch):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(stopping.time, "time", lambda: 5_000_000.0)
-    run = RunConfig(time_limit_seconds=300, time_margin_seconds=10)
     ends = {
         (None, None): float("inf"),
         (None, 120): 1150 + 120,
@@ -129,19 +127,21 @@ def test_the_end_of_the_job_and_the_own_limit_the_earlier_counts(monkeypatch):
         clock.now_seconds = 1000.0
         asked = StopRequest(None if job is None else 5_000_000.0 + job)
         clock.work(150)
-        limit = TimeLimit.of(run.model_copy(update={"time_limit_seconds": own}), asked)
-        assert limit == TimeLimit(expected, 10)
+        assert end_seconds(RunConfig(time_limit_seconds=own), asked) == expected
 
 
-def test_the_newest_few_durations_of_a_kind_count():
-    durations = Durations()
-    assert durations.longest("step") == 0
-    durations.note("step", 90)  # the first step compiles
-    durations.note("step with evaluation", 30)
-    for _ in range(REMEMBERED):
-        durations.note("step", 2)
-    assert durations.longest("step") == 2
-    assert durations.longest("step", "step with evaluation") == 30
+def test_the_newest_few_durations_of_a_kind_count(monkeypatch):
+    """90 s for a step that compiles, 30 s for one with an evaluation, 2 s for others."""
+    clock = Clock(monkeypatch)
+    run = RunConfig(steps=100, eval_every_steps=REMEMBERED + 2, time_margin_seconds=0)
+    early, late = (Stopping(StopRequest(), run, alone, finish_factor=4) for _ in range(2))
+    for done in range(1, 2 * REMEMBERED + 4):
+        clock.work({1: 90, REMEMBERED + 2: 30}.get(done, 2))
+        ahead = 90 if done <= REMEMBERED else 30 if done == 2 * REMEMBERED + 3 else 2
+        early._end_seconds = clock.now_seconds + ahead - 1
+        late._end_seconds = clock.now_seconds + ahead + 1
+        assert early.after_step(done, 0.0) is Reason.TIME_LIMIT
+        assert late.after_step(done, 0.0) is Reason.NONE
 
 
 @given(
@@ -213,9 +213,9 @@ def test_a_run_without_evaluations_expects_the_last_one_to_take_its_steps(monkey
 def test_a_signal_in_the_end_is_seen(monkeypatch):
     asked = StopRequest()
     decided = Stopping(asked, RunConfig(), alone, finish_factor=4)
-    assert decided.in_the_end() is Reason.NONE
+    assert decided.agree() is Reason.NONE
     asked.reason = Reason.SIGUSR1
-    assert decided.in_the_end() is Reason.SIGUSR1
+    assert decided.agree() is Reason.SIGUSR1
 
 
 def test_the_end_of_a_job_before_this_start_is_ignored_with_a_note(monkeypatch, capsys):

@@ -46,7 +46,7 @@ from megatron_mode.checkpoint.reshard.universal import (
     write_parameters,
 )
 from megatron_mode.cost.topology import Layout
-from megatron_mode.engine.parameter_names import checkpoint_parameters
+from megatron_mode.engine.pipeline import checkpoint_parameters
 from megatron_mode.engine.step import Engine
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.sharding import Whole
