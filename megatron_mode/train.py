@@ -185,9 +185,7 @@ def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
         print(f"note: {warning}")
     for source in run.corpus.valid:
         if rows_in_stream(source.tokens, config.model.seq_len) == 0:
-            print(
-                f"note: held-out source '{source.name}' is shorter than one row and gives nothing"
-            )
+            print(f"note: held-out source '{source.name}' is shorter than one row: nothing is read")
 
 
 def steps(run: Run, first_step: int) -> Generator[StepBatch, None, None]:
@@ -218,18 +216,17 @@ def steps(run: Run, first_step: int) -> Generator[StepBatch, None, None]:
 
 def evaluate(run: Run) -> dict[str, object]:
     """Evaluate on every held-out source, on `run.eval_rows` rows each."""
-    reader = build_reader(run.config, run.corpus, run.corpus.valid)
-    results = [
-        evaluate_source(run.engine, reader, index, run.config.run.eval_rows, pieces=False)
-        for index in range(len(run.corpus.valid))
-    ]
-    return valid_metrics(results)
+    reader, rows = build_reader(run.config, run.corpus, run.corpus.valid), run.config.run.eval_rows
+    sources = range(len(run.corpus.valid))
+    return valid_metrics(
+        [evaluate_source(run.engine, reader, index, rows, pieces=False) for index in sources]
+    )
 
 
 def finish(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason, str]:
     """Evaluate, write summary and report; return the figures that one asks for first.
 
-    A run that is asked to stop meanwhile leaves the report to its next start, and says why.
+    A run that is asked to stop meanwhile leaves the report to its next start, and returns why.
     """
 
     def asked_to_stop() -> Reason:

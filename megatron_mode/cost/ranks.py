@@ -36,8 +36,10 @@ def plan_rank(config: Config, layout: Layout, rank: int, *, bf16: bool) -> RankP
     """Work out what a rank holds."""
     at = layout.coordinates(rank)
     links = held_links(config, layout.pipeline)[at.pipeline]
-    sizes = link_parameters(config.model, layout.tensor)
-    owned = [sizes[link] for link in links if not _is_shared(config.model, link, links)]
+    sizes, is_tied = link_parameters(config.model, layout.tensor), config.model.tied_embeddings
+    # A tied LM head uses the embedding of its own stage.
+    shared = {"lm_head"} if is_tied and "embedding" in links else set()
+    owned = [sizes[link] for link in links if link not in shared]
     groups = [sum(size) for size in zip(*owned, strict=True)]
     parameters = padded = sum(groups)
     optimizer_bytes = MOMENTS * FP32_BYTES * parameters
@@ -49,27 +51,12 @@ def plan_rank(config: Config, layout: Layout, rank: int, *, bf16: bool) -> RankP
     in_bf16 = (BF16_BYTES * padded, FP32_BYTES * padded)
     in_fp32 = (FP32_BYTES * padded, FP32_BYTES * parameters)
     weights_bytes, gradients_bytes = in_bf16 if bf16 else in_fp32
-    return RankPlan(
-        links,
-        parameters,
-        weights_bytes,
-        gradients_bytes,
-        optimizer_bytes,
-        _tied_ranks(config, layout, rank),
-    )
-
-
-def _is_shared(model: ModelConfig, link: str, stage: tuple[str, ...]) -> bool:
-    """Tell whether a link uses the embedding that stands in its own stage."""
-    return model.tied_embeddings and link == "lm_head" and "embedding" in stage
-
-
-def _tied_ranks(config: Config, layout: Layout, rank: int) -> tuple[int, ...]:
-    ranks = layout.ranks_along("pipeline", rank)
-    ends = (ranks[0], ranks[-1])
+    along = layout.ranks_along("pipeline", rank)
+    ends = (along[0], along[-1])
     # DualPipeV holds both ends of the chain on one rank, which adds up by itself.
-    apart = layout.pipeline > 1 and config.parallel.schedule == "1f1b"
-    return ends if config.model.tied_embeddings and apart and rank in ends else ()
+    is_apart = len(along) > 1 and config.parallel.schedule == "1f1b"
+    tied_ranks = ends if is_tied and is_apart and rank in ends else ()
+    return RankPlan(links, parameters, weights_bytes, gradients_bytes, optimizer_bytes, tied_ranks)
 
 
 def held_links(config: Config, pipeline: int) -> list[tuple[str, ...]]:

@@ -103,14 +103,14 @@ def flex_kernel(device_type: str) -> Callable[..., Tensor]:
     Each shape gets a kernel of its own: with symbolic sizes the kernel of a resumed run, which
     meets the probe's short rows first, would be another one than that of the run before.
     """
+    kernel: Callable[..., Tensor] = flex_attention
     if device_type == "cuda":
         from torch._dynamo import config as dynamo  # a second that CPUs need not spend
 
         # Beyond this many kernels torch falls back to the plain form without a word.
         dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_FLEX_KERNELS)
-        return torch.compile(flex_attention, dynamic=False)
-    plain: Callable[..., Tensor] = flex_attention
-    return plain
+        kernel = torch.compile(flex_attention, dynamic=False)
+    return kernel
 
 
 def block_mask(document_BT: Tensor) -> BlockMask:

@@ -25,7 +25,7 @@ class Link(NamedTuple):
     build: Callable[..., nn.Module]
     args: tuple[Any, ...]
     shares: str | None = None
-    shared_forward: Callable[[Any, tuple[Tensor, ...]], Any] | None = None
+    shared_forward: Callable[[Any, Any], Any] | None = None
 
 
 def decoder_links(model: ModelConfig, config: DecoderConfig) -> list[Link]:

@@ -53,13 +53,11 @@ class LMHead(nn.Module):
             bias=False,
         )
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> HeadInputs:
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> HeadInputs:
         """Add the local weight shard to the mode head's outputs."""
-        hidden_TBD, mode_weight_D, mode_bias = inputs
-        return HeadInputs(hidden_TBD, mode_weight_D, mode_bias, self.linear.weight)
+        return HeadInputs(*inputs, self.linear.weight)
 
 
-def tied_lm_head(embedding: Embedding, inputs: tuple[Tensor, ...]) -> HeadInputs:
+def tied_lm_head(embedding: Embedding, inputs: tuple[Tensor, Tensor, Tensor]) -> HeadInputs:
     """Do what LMHead does with the embedding's weight."""
-    hidden_TBD, mode_weight_D, mode_bias = inputs
-    return HeadInputs(hidden_TBD, mode_weight_D, mode_bias, embedding.weight)
+    return HeadInputs(*inputs, embedding.word.weight)

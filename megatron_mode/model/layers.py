@@ -43,10 +43,9 @@ class DecoderConfig(TransformerConfig):
 def transformer_config(
     model: ModelConfig, tensor: int, dtype: torch.dtype, **ours: Any
 ) -> DecoderConfig:
-    """Translate our model config into megatron-core's; DeepSpeed owns the pipeline, so it is 1.
+    """Translate our model config into megatron-core's, with `ours`, fields of DecoderConfig.
 
-    `ours` are fields of DecoderConfig. Weights are left unset here
-    (`perform_initialization=False`): `init.initialise` fills them.
+    DeepSpeed owns the pipeline, so it is 1. `init.initialise` fills the weights.
     """
     return DecoderConfig(
         **ours,
@@ -117,12 +116,6 @@ class Embedding(nn.Module):
         self.word = build(
             vocab_size(model), model.hidden_size, init_method=nn.init.zeros_, config=config
         )
-
-    @property
-    def weight(self) -> Tensor:
-        """Give the local shard [V, D], which a tied LM head reads."""
-        weight: Tensor = self.word.weight
-        return weight
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Turn (input_BT, *context) into (hidden_TBD, *context)."""

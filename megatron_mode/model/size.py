@@ -32,7 +32,7 @@ class Parameters(NamedTuple):
 
 
 class LinkParameters(NamedTuple):
-    """Count the parameters that one part of a link holds, by what weight decay does to them."""
+    """Count the parameters of one part of a link, with and without weight decay."""
 
     decayed: int
     plain: int
@@ -76,8 +76,8 @@ def parameters(model: ModelConfig) -> Parameters:
 def link_parameters(model: ModelConfig, tensor: int) -> dict[str, LinkParameters]:
     """Count what one of `tensor` equal parts of each link of the chain holds, in the chain's order.
 
-    Matrices are cut, norms and the mode head are whole in every part. A tied LM head counts like
-    an embedding: on a stage of its own it is a copy.
+    Matrices are cut; every part holds all norms and the mode head. A tied LM head counts like an
+    embedding: on a stage of its own it is a copy.
     """
     D, F = model.hidden_size, model.ffn_hidden_size
     matrices = (_attention_matrices(model) + 3 * D * F) // tensor

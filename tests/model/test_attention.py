@@ -120,7 +120,7 @@ def test_a_decoder_sees_its_own_document_up_to_itself(length, model_config, buil
     (embedding,) = [m for name, m in decoder.named_links() if name == "embedding"]
     for t in (0, 10, 11, 16, 17, 30, length - 1):
         (grad_VD,) = torch.autograd.grad(
-            hidden_TD[t] @ direction_D, embedding.weight, retain_graph=True
+            hidden_TD[t] @ direction_D, embedding.word.weight, retain_graph=True
         )
         start = t - int(position_BT[0, t])
         seen = set(grad_VD.any(dim=1).nonzero()[:, 0].tolist())
