@@ -72,7 +72,6 @@ class StepLoss:
 
     def __call__(self, outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
         """Return the micro-batch's scalar loss, scaled so that the engine's average is global."""
-        heads = HeadInputs(*outputs)
         *fields, lm_rows_n = labels
         batch = MicroBatch(*fields)
         targets = Targets(
@@ -82,14 +81,8 @@ class StepLoss:
             batch.mode_weight_BT,
             lm_rows_n,
         )
-        result = self.mode_loss(
-            heads.hidden_TBD,
-            heads.local_lm_weight_VD,
-            heads.mode_weight_D,
-            heads.mode_bias,
-            targets,
-            blocking_active=self.blocking_active,
-        )
+        heads = HeadInputs(*outputs)
+        result = self.mode_loss(*heads, targets, blocking_active=self.blocking_active)
         detached = replace(result, lm_sum=result.lm_sum.detach(), mode_sum=result.mode_sum.detach())
         self.outputs.append(TokenOutputs(batch, detached))
         loss = scaled_loss(result.lm_sum, result.mode_sum, self.scales)

@@ -17,12 +17,12 @@ from megatron_mode.model.layers import DecoderConfig, Embedding
 
 
 class HeadInputs(NamedTuple):
-    """Hand the loss what it fuses: hidden states and the parameters of both heads."""
+    """Hand the loss what it fuses: hidden states and the parameters of both heads, in its order."""
 
     hidden_TBD: Tensor
+    local_lm_weight_VD: Tensor
     mode_weight_D: Tensor
     mode_bias: Tensor
-    local_lm_weight_VD: Tensor
 
 
 class ModeHead(nn.Module):
@@ -53,11 +53,11 @@ class LMHead(nn.Module):
             bias=False,
         )
 
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> HeadInputs:
+    def forward(self, inputs: tuple[Tensor, ...]) -> HeadInputs:
         """Add the local weight shard to the mode head's outputs."""
-        return HeadInputs(*inputs, self.linear.weight)
+        return HeadInputs(inputs[0], self.linear.weight, *inputs[1:])
 
 
-def tied_lm_head(embedding: Embedding, inputs: tuple[Tensor, Tensor, Tensor]) -> HeadInputs:
+def tied_lm_head(embedding: Embedding, inputs: tuple[Tensor, ...]) -> HeadInputs:
     """Do what LMHead does with the embedding's weight."""
-    return HeadInputs(*inputs, embedding.word.weight)
+    return HeadInputs(inputs[0], embedding.word.weight, *inputs[1:])

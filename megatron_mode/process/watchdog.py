@@ -92,10 +92,9 @@ class Watchdog:
 
     def _is_called(self) -> bool:
         """Tell whether a rank has called the others; a file system that fails has not."""
-        try:
+        with contextlib.suppress(OSError):
             return self._call.exists()
-        except OSError:
-            return False
+        return False
 
     def _patience(self) -> tuple[float, str]:
         """Return how long the work in hand may take, and the key that says so."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megatron_mode.config import Config
     from megatron_mode.engine.step import Engine
     from megatron_mode.mix.loader import Loader
+    from megatron_mode.mix.order import Order
 
 ROOT = Path(__file__).resolve().parents[2]
 UNTIMED_PAIRS = 3
@@ -51,6 +52,27 @@ def main() -> None:
 
 def compare(config_path: Path, overrides: list[str], steps: int, threads: int) -> dict[str, Any]:
     """Time `steps` alternating pairs after three untimed ones."""
+    engine, _, loader = build_ours(config_path, overrides, steps + UNTIMED_PAIRS, threads)
+    config = engine.config
+    peer, optimizer = build_peer(config)
+    ours_seconds, peer_seconds = time_pairs(engine, peer, optimizer, loader)
+    ratios = [theirs / ours for ours, theirs in zip(ours_seconds, peer_seconds, strict=True)]
+    tokens = config.batch.global_rows * config.model.seq_len
+    return {
+        "model": config.model.name,
+        "threads": threads,
+        "pairs": steps,
+        "ours_tokens_per_second": tokens / statistics.median(ours_seconds),
+        "peer_tokens_per_second": tokens / statistics.median(peer_seconds),
+        "ratio": statistics.median(peer_seconds) / statistics.median(ours_seconds),
+        "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
+    }
+
+
+def build_ours(
+    config_path: Path, overrides: list[str], steps: int, threads: int
+) -> tuple[Engine, Order, Loader]:
+    """Return the trainer's engine in this process, the order of rows and batches of `steps`."""
     from megatron_mode.config import load_config
     from megatron_mode.process.launch import Process, identify, prepare_environment
     from megatron_mode.quiet import quiet_libraries
@@ -72,27 +94,15 @@ def compare(config_path: Path, overrides: list[str], steps: int, threads: int) -
     config = resolve_vocabulary(config, corpus)
     join_group(process, threads)
     engine = build_engine(config, build_mesh(config, 1), corpus.vocabulary.vocab_size)
-    peer, optimizer = build_peer(config)
     order = build_order(config, corpus)
     loader = Loader(
         order,
         build_train_reader(config, corpus, order),
         global_rows=config.batch.global_rows,
         micro_rows=config.batch.micro_rows,
-        end_step=steps + UNTIMED_PAIRS,
+        end_step=steps,
     )
-    ours_seconds, peer_seconds = time_pairs(engine, peer, optimizer, loader)
-    ratios = [theirs / ours for ours, theirs in zip(ours_seconds, peer_seconds, strict=True)]
-    tokens = config.batch.global_rows * config.model.seq_len
-    return {
-        "model": config.model.name,
-        "threads": threads,
-        "pairs": steps,
-        "ours_tokens_per_second": tokens / statistics.median(ours_seconds),
-        "peer_tokens_per_second": tokens / statistics.median(peer_seconds),
-        "ratio": statistics.median(peer_seconds) / statistics.median(ours_seconds),
-        "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
-    }
+    return engine, order, loader
 
 
 def time_pairs(

@@ -46,13 +46,7 @@ def plain_gradients(accumulation, tied, data, sum_dtype):
         ids, target, lm_weight, label, mode_weight, position = columns
         heads = decoder(ids, position)
         targets = Targets(target, lm_weight.float(), label.float(), mode_weight.float())
-        sums_of = mode_loss(
-            heads.hidden_TBD,
-            heads.local_lm_weight_VD,
-            heads.mode_weight_D,
-            heads.mode_bias,
-            targets,
-        )
+        sums_of = mode_loss(*heads, targets)
         scale = config.loss.mode_weight / total_c
         loss = sums_of.lm_sum / total_a + scale * sums_of.mode_sum
         for name, gradient in zip(

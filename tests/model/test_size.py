@@ -82,13 +82,7 @@ class Training(nn.Module):
         heads = self.decoder(input_BT, position_BT)
         ones_BT = torch.ones(input_BT.shape)
         targets = Targets(input_BT, ones_BT, ones_BT, ones_BT)
-        return self.loss(
-            heads.hidden_TBD,
-            heads.local_lm_weight_VD,
-            heads.mode_weight_D,
-            heads.mode_bias,
-            targets,
-        )
+        return self.loss(*heads, targets)
 
 
 def matrix_vector_flops(matrix, vector, *_, **__):
