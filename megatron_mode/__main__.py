@@ -9,38 +9,28 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from megatron_mode import __version__
 from megatron_mode.command_line import CommandParser, Formatter, run_program, suggest
 from megatron_mode.errors import ConfigError, ExitStatus
 
-
-class Verb(NamedTuple):
-    """Say where a verb lives and what it does."""
-
-    module: str
-    summary: str
-
-
+# Each is a module of `commands`.
 VERBS = {
-    "train": Verb("megatron_mode.commands.train", "train, or resume, a run"),
-    "prepare": Verb("megatron_mode.commands.prepare", "tokenizer and sources from JSON lines"),
-    "convert": Verb("megatron_mode.commands.convert", "dialogues of other formats to JSON lines"),
-    "pack": Verb("megatron_mode.commands.pack", "row tables of whole documents"),
-    "order": Verb("megatron_mode.commands.order", "which rows a run takes, and when: plan, query"),
-    "merge": Verb("megatron_mode.commands.merge", "join the shards of a preparation"),
-    "reshard": Verb("megatron_mode.commands.reshard", "rewrite a checkpoint for another layout"),
-    "report": Verb("megatron_mode.commands.report", "one HTML file with the pictures of runs"),
-    "score": Verb("megatron_mode.commands.score", "loss and mode probability of each document"),
-    "generate": Verb(
-        "megatron_mode.commands.generate", "continue a prompt, each token's mode in colour"
-    ),
+    "train": "train, or resume, a run",
+    "prepare": "tokenizer and sources from JSON lines",
+    "convert": "dialogues of other formats to JSON lines",
+    "pack": "row tables of complete documents",
+    "order": "which rows a run takes, and when: plan, query",
+    "merge": "join the shards of a preparation",
+    "reshard": "rewrite a checkpoint for another layout",
+    "report": "one HTML file with the pictures of runs",
+    "score": "loss and mode probability of each document",
+    "generate": "continue a prompt, each token's mode in colour",
 }
 
 
 def _help_text() -> str:
-    lines = [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<10} {summary}" for name, summary in VERBS.items()]
     return "\n".join(
         [
             "usage: megatron-mode VERB [--help] ...",
@@ -69,8 +59,8 @@ def run_verb(arguments: Sequence[str]) -> int:
         return 0
     if name not in VERBS:
         near = suggest(name, list(VERBS)) or "; `megatron-mode --help` explains them"
-        raise ConfigError(f"verb is {name!r}: accepted is one of {', '.join(VERBS)}{near}")
-    module = importlib.import_module(VERBS[name].module)
+        raise ConfigError(f"verb is {name!r}: use one of {', '.join(VERBS)}{near}")
+    module = importlib.import_module(f"megatron_mode.commands.{name}")
     parser = CommandParser(
         prog=f"megatron-mode {name}",
         description=module.__doc__,

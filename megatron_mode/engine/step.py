@@ -28,7 +28,7 @@ from megatron_mode.loss.blocking import blocked_losses
 from megatron_mode.loss.mode_loss import ModeLoss
 from megatron_mode.loss.normalise import BlockedShares, LossScales, loss_scales, scaled_loss
 from megatron_mode.mix.loader import MicroBatch
-from megatron_mode.model.heads import HeadInputs
+from megatron_mode.model.decoder import HeadInputs
 
 
 class TokenOutputs(NamedTuple):

@@ -198,7 +198,7 @@ def test_the_folder_is_the_one_that_deepspeed_makes(sources, variant, tmp_path):
 def test_a_parameter_that_the_checkpoint_lacks_is_refused(sources, sizes, monkeypatch):
     """The rules come from the model: one that gains a parameter needs no list to be changed."""
     from megatron_mode.errors import CheckpointError
-    from megatron_mode.model.heads import ModeHead
+    from megatron_mode.model.decoder import ModeHead
 
     assert sources[sizes]
     folder, build = sources.universal[sizes, VARIANTS[0]].parent, ModeHead.__init__

@@ -63,7 +63,7 @@ def test_every_option_says_what_it_does(verb, capsys):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["scoer"], "verb is 'scoer': accepted is one of train, prepare, "),
+        (["scoer"], "verb is 'scoer': use one of train, prepare, "),
         (["scoer"], "; did you mean score?"),
         (["prepare", "--vocab-sise", "3"], "did you mean --vocab-size?"),
         (["prepare", "--vocab-size", "many"], "the value is 'many', accepted is a whole"),

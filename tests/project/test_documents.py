@@ -94,7 +94,7 @@ def test_commands_of_verbs_parse(page):
             continue
         assert words[1] in VERBS, line
         parser = CommandParser(prog=f"megatron-mode {words[1]}", allow_abbrev=False)
-        import_module(VERBS[words[1]].module).add_arguments(parser)
+        import_module(f"megatron_mode.commands.{words[1]}").add_arguments(parser)
         assert isinstance(parser.parse(words[2:]), argparse.Namespace), line
 
 
