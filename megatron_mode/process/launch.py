@@ -6,6 +6,7 @@ LOCAL_RANK; `srun` sets SLURM_* instead; plain `python` sets nothing and is alon
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -68,11 +69,10 @@ def _is_in_shell(environment: Mapping[str, str]) -> bool:
 
 
 def _has_terminal() -> bool:
-    try:
+    with contextlib.suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _from_torch_variables(environment: Mapping[str, str]) -> Process:
@@ -83,17 +83,12 @@ def _from_torch_variables(environment: Mapping[str, str]) -> Process:
             "or unset RANK to run one process"
         )
     world_size = _integer(environment, "WORLD_SIZE", least=1)
-    if world_size > 1 and "LOCAL_RANK" not in environment:
-        raise ConfigError(
-            f"WORLD_SIZE is {world_size} but LOCAL_RANK, the process's number on its machine, is "
-            "unset: start with deepspeed, torchrun or srun, which set it"
-        )
     # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE; without either there is one machine.
     size_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
     return Process(
         rank=_integer(environment, "RANK"),
         world_size=world_size,
-        local_rank=_integer(environment, "LOCAL_RANK", default=0),
+        local_rank=_integer(environment, "LOCAL_RANK", default=None if world_size > 1 else 0),
         local_world_size=_integer(environment, size_name, least=1, default=world_size),
         master_addr=environment["MASTER_ADDR"],
         master_port=_integer(environment, "MASTER_PORT", least=1),
