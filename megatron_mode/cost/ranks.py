@@ -70,7 +70,7 @@ def held_links(config: Config, pipeline: int) -> list[tuple[str, ...]]:
 def stage_links(model: ModelConfig, pipeline: int) -> list[tuple[str, ...]]:
     """Return the links of every stage: layers evenly, one more on the first stages for the rest.
 
-    The embedding stands before the layers of the first stage, both heads behind those of the last.
+    The embedding comes before the layers of the first stage, both heads after those of the last.
     """
     least, rest = divmod(model.layers, pipeline)
     stages, begin = [], 0

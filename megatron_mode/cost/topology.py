@@ -34,13 +34,13 @@ class Layout(NamedTuple):
         return self.tensor * self.pipeline * self.data
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Return where `rank` stands."""
+        """Return the place of `rank`."""
         rest, tensor = divmod(rank, self.tensor)
         pipeline, data = divmod(rest, self.data)
         return Coordinates(pipeline, data, tensor)
 
     def rank(self, at: Coordinates) -> int:
-        """Return the rank that stands at the coordinates."""
+        """Return the rank at the coordinates."""
         return (at.pipeline * self.data + at.data) * self.tensor + at.tensor
 
     def ranks_along(self, axis: Axis, rank: int) -> list[int]:

@@ -32,7 +32,7 @@ class Implementations(NamedTuple):
     loss: str = "chunked"
 
 
-# NVIDIA apex is told from the unrelated PyPI package of that name by its extension `amp_C`.
+# The extension `amp_C` distinguishes NVIDIA apex from the unrelated PyPI package of that name.
 ACCELERATORS = (
     Accelerator("apex", "amp_C", "adamw", "apex"),
     Accelerator("TransformerEngine", "transformer_engine.pytorch", "norm", "transformer_engine"),

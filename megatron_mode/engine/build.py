@@ -208,7 +208,7 @@ def build_engine(config: Config, layout: Layout, vocab_tokens: int) -> Engine:
 def check_groups(layout: Layout, grid: Any) -> None:
     """Compare the groups of DeepSpeed's grid and of megatron-core with the layout's formula.
 
-    Raises ConfigError when a rank stands elsewhere for one of them, or in other company.
+    Raises ConfigError where one of them puts this rank beside other ranks.
     """
     rank = dist.get_rank()
     pairs: dict[Axis, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {

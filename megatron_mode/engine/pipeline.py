@@ -108,7 +108,7 @@ class ModePipeline(PipelineModule):
         return list(found.items())
 
     def local_links(self) -> Iterator[tuple[int, Any]]:
-        """Give (index in the chain, module or function) of what stands on this rank."""
+        """Give (index in the chain, module or function) of what this rank holds."""
         return enumerate(self.forward_funcs, start=self._local_start)
 
     def forward(self, forward_input: Any) -> Any:

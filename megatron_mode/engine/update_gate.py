@@ -1,8 +1,8 @@
 """Let a step's update through DeepSpeed or keep it out, on all ranks alike.
 
-The gate stands between the reduced gradients and the optimizer, and costs one pass over them.
-DeepSpeed's own norm counts replicated parameters on one rank only, so that it would not see a
-broken copy on another.
+The gate is between the reduced gradients and the optimizer, and costs one pass over them.
+DeepSpeed's own norm counts replicated parameters on one rank only: it would miss a broken copy on
+another.
 """
 
 from __future__ import annotations

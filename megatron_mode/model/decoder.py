@@ -107,7 +107,7 @@ def context_builder(
 
 
 class Decoder(nn.Module):
-    """Run the whole chain in one process: for scoring, generation and as a test's subject."""
+    """Run the chain in one process: for scoring, generation and as a test's subject."""
 
     def __init__(self, model: ModelConfig, config: DecoderConfig) -> None:
         super().__init__()

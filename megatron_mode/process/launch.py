@@ -117,7 +117,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Process:
 
 def _slurm_tasks_here(environment: Mapping[str, str], world_size: int) -> int:
     # Of "4(x2),3" takes node SLURM_NODEID's entry, repeats expanded. The step's variable comes
-    # first: under `srun --preserve-env` the other one describes the whole job.
+    # first: under `srun --preserve-env` the other one describes the entire job.
     names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
     name = next((n for n in names if n in environment), names[0])
     text = environment.get(name, str(world_size))
