@@ -10,13 +10,13 @@ and our own step.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from throughput import ROOT, build_ours
-
+ROOT = Path(__file__).resolve().parents[2]
 UNTIMED_STEPS = 5
 LOADER, METRICS, HEALTH, OPTIMIZER = "loader", "metrics", "health", "optimizer and clipping"
 MODEL, STEP = "Python of the model", "DeepSpeed and other Python"
@@ -62,6 +62,9 @@ def marked(function: Any, name: str) -> Any:
 
 def profile(config: Path, overrides: list[str], steps: int, threads: int) -> None:
     """Profile `steps` steps after the untimed ones and print the table."""
+    sys.path.append(str(ROOT / "tests/bench"))
+    from throughput import build_ours
+
     engine, order, loader = build_ours(config, overrides, UNTIMED_STEPS + steps, threads)
     import torch
 
