@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.documents import read_documents
-from megatron_mode.tokens.prepare import buckets, encode, identifiers, units
+from megatron_mode.tokens.prepare import buckets, encode, units
 from megatron_mode.tokens.prepare.split import Split
 from megatron_mode.tokens.source.shards import Source
 from megatron_mode.tokens.template import content_bytes
@@ -66,7 +66,7 @@ def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make units, buckets and pieces hold next to nothing, so that borders are met."""
     for module, name, value in (
         (encode, "BATCH_LINES", 3), (units, "UNIT_BYTES", 60), (buckets, "BUCKET_BYTES", 400),
-        (buckets, "SPREAD_BYTES", 200), (identifiers, "SCANNED_ENTRIES", 2),
+        (buckets, "SCANNED_ENTRIES", 2),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
 

@@ -191,15 +191,6 @@ def test_parents_made_for_a_failure_go_again(tmp_path: Path, run_prepare: RunPre
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_killed_between_its_renames_is_mended(tmp_path: Path) -> None:
-    previous = tmp_path / ".d.preparing.previous"
-    previous.mkdir()
-    (previous / "tokenizer.json").write_text("{}")
-    with WorkFolder(tmp_path / "d"):
-        assert (tmp_path / "d" / "tokenizer.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
-
-
 def test_a_living_run_beside_is_left_alone(tmp_path: Path) -> None:
     with WorkFolder(tmp_path / "d") as first:
         first.begin({"seed": 1})
@@ -217,7 +208,7 @@ def test_another_plan_starts_anew(tmp_path: Path) -> None:
             assert work.begin({"seed": seed}) is continues
             assert (work.path / "units").exists() is continues
             (work.path / "units").mkdir(exist_ok=True)
-            work.keep()
+            work.stays = True
 
 
 PROGRAM = """
@@ -244,7 +235,7 @@ def started_run(tmp_path: Path, model_path: Path, path: Path) -> subprocess.Pope
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (out.parent / ".d.preparing/units/unit-000000.json").exists():
+    while not (out.parent / ".d.preparing/units/unit-000000.npz").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -286,7 +277,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_is_continued(
     if number is not signal.SIGKILL:
         assert said.startswith(f"stopped: what is finished stays beside {parent / 'd'}; the same")
         assert len(said.splitlines()) == 1
-    first_unit = parent / ".d.preparing/units/unit-000000.json"
+    first_unit = parent / ".d.preparing/units/unit-000000.npz"
     before = first_unit.stat().st_mtime_ns
     process = started_run(tmp_path, model_path, path)
     assert first_unit.stat().st_mtime_ns == before

@@ -24,19 +24,18 @@ MOST_BYTES = 600 << 20
 SMALL_PROGRAM = """
 import sys
 from megatron_mode.__main__ import main
-from megatron_mode.tokens.prepare import buckets, identifiers, units
+from megatron_mode.tokens.prepare import buckets, units
 from megatron_mode.tokens.source import document_table, index
 from megatron_mode.tokens import words
 if __name__ == "__main__":
     units.UNIT_BYTES = buckets.BUCKET_BYTES = 1 << 20
-    buckets.SPREAD_BYTES = 1 << 16
-    identifiers.SCANNED_ENTRIES = 1 << 11
+    buckets.SCANNED_ENTRIES = 1 << 11
     words.KEPT_WORDS = index.CHUNK_DOCUMENTS = document_table.BATCH_DOCUMENTS = 1 << 10
     sys.exit(main())
 """
 TOKENIZER_PROGRAM = """
 import sys
-import megatron_mode.tokens.prepare.gathering
+import megatron_mode.tokens.prepare.gather
 from megatron_mode.tokens.tokenizer import Tokenizer
 Tokenizer.load(sys.argv[1]).encode("sea")
 """

@@ -72,10 +72,9 @@ def test_units_and_buckets_leave_no_trace(
     undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out = tmp_path / "d"
-    for unit_bytes, bucket_bytes, spread_bytes in ((1, 400, 1 << 20), (8_000, 1_000, 1)):
+    for unit_bytes, bucket_bytes in ((1, 8_000), (8_000, 1_000)):
         monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
         monkeypatch.setattr(buckets, "BUCKET_BYTES", bucket_bytes)
-        monkeypatch.setattr(buckets, "SPREAD_BYTES", spread_bytes)
         run_prepare("--out", out, "--input", *mixed_inputs, *OPTIONS, "--workers", 1)
         assert folder_bytes(out) == undisturbed
 
@@ -129,7 +128,7 @@ def test_what_is_missing_or_foreign_is_named(
     run_prepare(*shard, "--seed", "5", "--shard", "3/4")
     with pytest.raises(DataError, match="shard 3 of 4 differ from the rest in seed"):
         run_merge("--out", out)
-    (tmp_path / ".d.preparing-3-of-4" / "tokenised.json").unlink()
+    (tmp_path / ".d.preparing-3-of-4/units/unit-000000.npz").unlink()
     with pytest.raises(DataError, match="lacks the finished shard 3 of 4"):
         run_merge("--out", out)
     run_prepare(*shard, "--shard", "0/2")
@@ -137,7 +136,7 @@ def test_what_is_missing_or_foreign_is_named(
         run_merge("--out", out)
     assert not out.exists()
     # Nothing that was finished is lost by a merge that was refused.
-    assert len(list(tmp_path.glob(".d.preparing-*/tokenised.json"))) == 4
+    assert len(list(tmp_path.glob(".d.preparing-*/units/*.npz"))) == 4
 
 
 def test_bad_lines_of_all_shards_count(
@@ -166,7 +165,7 @@ def test_a_finished_shard_is_not_made_again(
 ) -> None:
     arguments = ("--out", tmp_path / "d", "--input", *corpus, "--shard", "0/1")
     run_prepare(*arguments)
-    unit = tmp_path / ".d.preparing-0-of-1/units/unit-000000.payload"
+    unit = tmp_path / ".d.preparing-0-of-1/units/unit-000000.npz"
     before = unit.stat().st_mtime_ns
     run_prepare(*arguments)
     assert unit.stat().st_mtime_ns == before
@@ -194,7 +193,7 @@ def test_a_shard_with_a_unit_missing_is_not_merged(
     words = ("--out", tmp_path / "out", "--input", *corpus)
     for shard in ("0/2", "1/2"):
         run_prepare(*words, "--shard", shard)
-    (unit, *_) = (tmp_path / ".out.preparing-0-of-2" / "units").glob("unit-000000.json")
+    (unit, *_) = (tmp_path / ".out.preparing-0-of-2" / "units").glob("unit-000000.npz")
     unit.unlink()
     with pytest.raises(DataError, match="lacks the finished shard 0 of 2"):
         run_verb(["merge", "--out", str(tmp_path / "out")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -16,8 +17,7 @@ from megatron_mode.commands.prepare import SAMPLE_FOLDER
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.tokens.documents import read_documents
 from megatron_mode.tokens.flags import CONTROL, MODE2
-from megatron_mode.tokens.prepare.encode import encoded_batches, line_batches
-from megatron_mode.tokens.prepare.records import Block
+from megatron_mode.tokens.prepare.encode import encode_in_worker, line_batches
 from megatron_mode.tokens.prepare.split import Split
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.source.shards import Source
@@ -123,13 +123,6 @@ def test_workers_do_not_change_a_byte(
     assert results[0] == results[1]
 
 
-def ids_in(block: Block) -> list[bytes]:
-    """Return the ids of a block, each the end of its document's payload."""
-    ends = [*block.records["begin"][1:].tolist(), len(block.payload)]
-    sizes = block.records["id_bytes"].tolist()
-    return [bytes(block.payload[end - n : end]) for end, n in zip(ends, sizes, strict=True)]
-
-
 def test_many_batches_come_back_in_order(
     tmp_path: Path, write_lines: WriteLines, model_path: Path
 ) -> None:
@@ -140,12 +133,12 @@ def test_many_batches_come_back_in_order(
     for workers in (1, 2):
         batches = line_batches([(0, path)], lambda read_bytes: None)
         with Workers(workers) as pool:
-            encoded = list(encoded_batches(batches, model_path, split, pool))
+            encode = functools.partial(encode_in_worker, model_path, split)
+            encoded = list(pool.map(encode, batches))
         blocks = [block for batch in encoded for block in batch.blocks.values()]
-        results.append([b"".join(ids_in(block)) for block in blocks])
-    assert len(results[0]) > 6
-    assert results[0] == results[1]
-    assert b"".join(results[0]) == b"".join(f"a:{i + 1}".encode() for i in range(9000))
+        results.append([id for block in blocks for _, _, id in block.documents("uint16")])
+        assert len(blocks) > 6
+    assert results[0] == results[1] == [f"a:{i + 1}" for i in range(9000)]
 
 
 def test_the_seed_decides_order_and_shares(

@@ -1,7 +1,7 @@
 """Write the prepared sources of one source: sorted, without copies, ids unique.
 
-Two passes over the buckets: the first sees the ids, the second writes. Memory holds one bucket and
-what the writers buffer.
+The documents are spread over buckets that memory holds one at a time. Two passes over the buckets
+follow: the first sees the ids, the second writes.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from numpy.typing import NDArray
 
 from megatron_mode.atomic import write_whole
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.prepare.buckets import Buckets
-from megatron_mode.tokens.prepare.identifiers import Identifiers
-from megatron_mode.tokens.prepare.records import (
+from megatron_mode.tokens.flags import CONTROL, MODE2, role_bits
+from megatron_mode.tokens.prepare import buckets
+from megatron_mode.tokens.prepare.buckets import Buckets, Identifiers
+from megatron_mode.tokens.prepare.split import HELD_OUT_CHAT, RENDERINGS, output_name
+from megatron_mode.tokens.prepare.units import (
     DIGEST_BYTES,
-    HELD_OUT_CHAT,
-    RENDERINGS,
     Block,
     Records,
+    Unit,
     codes,
     document_keys,
     is_primary,
-    output_name,
     place,
+    without_copies,
 )
 from megatron_mode.tokens.source.seal import SEALED_SUFFIXES
 from megatron_mode.tokens.source.shards import SourceWriter
@@ -42,6 +43,7 @@ SUMMARY_KEYS = (
     "plain_documents", "repeated_ids", "duplicates_dropped", "held_out_share", "licence",
     "flags", "lengths_log2",
 )  # fmt: skip
+TRAINED_ASSISTANT = tuple(bytes([MODE2 | role_bits("assistant") | b]) for b in (0, CONTROL))
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Assembly:
 
     source: str
     mode: int
-    buckets: Buckets
+    units: list[Unit]
+    """Those that hold documents of the source."""
     result: Path
     vocabulary: Vocabulary
     input_names: list[str]
@@ -62,6 +65,10 @@ class Assembly:
     def mark(self) -> Path:
         """Return the file that says that the source is done."""
         return self.result.with_name(f"{self.source}.done")
+
+    def total(self, fact: str) -> int:
+        """Add up a fact about the source over the units."""
+        return sum(unit.sources[self.source][fact] for unit in self.units)
 
 
 def finished(assembly: Assembly) -> list[dict[str, Any]] | None:
@@ -85,45 +92,56 @@ def assemble_source(assembly: Assembly) -> list[dict[str, Any]]:
         return summaries
     scratch = assembly.result.with_name(SCRATCH_FOLDER) / assembly.source
     try:
-        identifiers = Identifiers(scratch, assembly.buckets.borders)
-        facts = collect_identifiers(assembly, identifiers)
-        written = write_outputs(assembly, identifiers, facts)
+        documents = Buckets(
+            scratch / "documents", 1 + assembly.total("bytes") // buckets.BUCKET_BYTES
+        )
+        for unit in assembly.units:
+            documents.add_block(unit.block(assembly.source))
+        identifiers = Identifiers(scratch, assembly.total("documents"), documents.count)
+        facts = collect_identifiers(assembly, documents, identifiers)
+        summaries = write_outputs(assembly, documents, identifiers, facts)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    summaries = [{key: info[key] for key in SUMMARY_KEYS} for info in written]
     write_whole(assembly.mark, json.dumps(summaries))
     return summaries
 
 
-def collect_identifiers(assembly: Assembly, identifiers: Identifiers) -> dict[str, Any]:
+def collect_identifiers(
+    assembly: Assembly, documents: Buckets, identifiers: Identifiers
+) -> dict[str, Any]:
     """Make the ids of all documents unique; return what the outputs share in NAME.json."""
-    documents = held_out = 0
-    duplicates = assembly.buckets.duplicates
-    for records, dropped in assembly.buckets.records():
-        duplicates += dropped
-        primary = records[is_primary(records)]
-        documents += len(primary)
+    count = held_out = 0
+    copies = assembly.total("copies")
+    for bucket in range(documents.count):
+        records = documents.records(bucket)
+        order, dropped = without_copies(records)
+        copies += dropped
+        primary = records[order]
+        primary = primary[is_primary(primary)]
+        count += len(primary)
         held_out += int((codes(primary) >= HELD_OUT_CHAT).sum())
         identifiers.add(primary)
     if assembly.refuses_repeated_ids:
         for first, second, _ in identifiers.repeats():
-            raise repeated_id_error(assembly, first, second)
+            raise repeated_id_error(assembly, documents, first, second)
     identifiers.number()
-    share = round(held_out / max(1, documents), 6)
-    return {"duplicates_dropped": duplicates, "held_out_share": share}
+    return {"duplicates_dropped": copies, "held_out_share": round(held_out / max(1, count), 6)}
 
 
-def repeated_id_error(assembly: Assembly, *keys: bytes) -> DataError:
+def repeated_id_error(assembly: Assembly, documents: Buckets, *keys: bytes) -> DataError:
     """Name the id that two documents share, and their places."""
     found = [place(int.from_bytes(key[DIGEST_BYTES:], "big")) for key in keys]
     first, second = (f"{assembly.input_names[index]}:{line}" for index, line in found)
-    identifier = ""
-    for block in assembly.buckets.blocks():
-        for index in np.flatnonzero(document_keys(block.records) == keys[0])[:1]:
-            record = block.records[index]
-            width = np.dtype(assembly.vocabulary.token_dtype).itemsize + 1  # a flag each
-            begin = int(record["begin"]) + int(record["tokens"]) * width
-            identifier = block.payload[begin : begin + int(record["id_bytes"])].decode()
+    identifier = next(
+        found[2]
+        for block in map(documents.block, range(documents.count))
+        for key, found in zip(
+            document_keys(block.records),
+            block.documents(assembly.vocabulary.token_dtype),
+            strict=True,
+        )
+        if key.tobytes() == keys[0]
+    )
     return DataError(
         f"Source {assembly.source} has the id {identifier[:100]} at {first} and at {second} with "
         "different contents; --duplicate-ids error accepts each once, so mend one or give "
@@ -142,6 +160,8 @@ class Output:
     plain: int = 0
     renamed: int = 0
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(32, np.int64))
+    trains_assistant: bool = False
+    """Whether a token of an assistant's turn carries LM loss."""
 
     def count(self, records: Records, renamed: int) -> None:
         """Count documents, some of them with a new id."""
@@ -171,12 +191,14 @@ class Output:
 
 
 def write_outputs(
-    assembly: Assembly, identifiers: Identifiers, facts: dict[str, Any]
+    assembly: Assembly, documents: Buckets, identifiers: Identifiers, facts: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Write all documents of a source; return NAME.json of each output."""
+    """Write all documents of a source; return a summary of each output."""
     outputs: dict[str, Output] = {}
     with contextlib.ExitStack() as stack:
-        for bucket, block in enumerate(assembly.buckets.blocks()):
+        for bucket in range(documents.count):
+            block = documents.block(bucket)
+            block = block.take(without_copies(block.records)[0])
             numbers = identifiers.numbers_of(bucket, block.records)
             code_of = codes(block.records)
             targets = {}
@@ -187,10 +209,16 @@ def write_outputs(
                 targets[code] = outputs[name]
                 mine = code_of == code
                 targets[code].count(block.records[mine], int((numbers[mine] > 0).sum()))
-            write_block(assembly, block, numbers, targets)
+            write_block(assembly, block, numbers.tolist(), targets)
         for output in outputs.values():
             output.writer.info.update(output.facts(), **facts)
-    return [outputs[name].writer.info for name in sorted(outputs)]
+    return [
+        {
+            **{key: output.writer.info[key] for key in SUMMARY_KEYS},
+            "trains_assistant": output.trains_assistant,
+        }
+        for _, output in sorted(outputs.items())
+    ]
 
 
 def source_writer(assembly: Assembly, name: str) -> SourceWriter:
@@ -200,19 +228,19 @@ def source_writer(assembly: Assembly, name: str) -> SourceWriter:
 
 
 def write_block(
-    assembly: Assembly, block: Block, numbers: NDArray[np.uint64], targets: dict[int, Output]
+    assembly: Assembly, block: Block, numbers: list[int], targets: dict[int, Output]
 ) -> None:
     """Write documents to the outputs by code; a number makes a repeated id unique."""
-    dtype = np.dtype(assembly.vocabulary.token_dtype)
-    records = block.records
-    columns = (codes(records), records["begin"], records["tokens"], records["id_bytes"], numbers)
-    for code, begin, length, id_bytes, number in zip(*(c.tolist() for c in columns), strict=True):
-        flags_begin = begin + length * dtype.itemsize
-        id_begin = flags_begin + length
-        identifier = block.payload[id_begin : id_begin + id_bytes].decode()
-        targets[code].writer.add(
-            np.frombuffer(block.payload, dtype, length, begin),
-            bytes(block.payload[flags_begin:id_begin]),
+    documents = block.documents(assembly.vocabulary.token_dtype)
+    for code, number, document in zip(
+        codes(block.records).tolist(), numbers, documents, strict=True
+    ):
+        ids, flags, identifier = document
+        output = targets[code]
+        output.trains_assistant |= any(flag in flags for flag in TRAINED_ASSISTANT)
+        output.writer.add(
+            ids,
+            flags,
             id=f"{identifier}#{number}" if number else identifier,
             source=assembly.source,
             rendering=RENDERINGS[code & 1],

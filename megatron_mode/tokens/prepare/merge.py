@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.prepare.gathering import Tokenised, gather_sources
-from megatron_mode.tokens.prepare.prepare import TOKENISED_FILE, UNITS_FOLDER, input_digests
+from megatron_mode.tokens.prepare.gather import gather_sources
+from megatron_mode.tokens.prepare.prepare import UNITS_FOLDER
 from megatron_mode.tokens.prepare.staging import PLAN_FILE, WorkFolder, work_name, work_parent
-from megatron_mode.tokens.prepare.units import Unit, finished_units
+from megatron_mode.tokens.prepare.units import finished_units, input_digests
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.tokenizer import Tokenizer
 from megatron_mode.tokens.vocabulary import MODEL_FILE
@@ -31,23 +31,21 @@ def merge(out: Path, workers: int, *, show_progress: bool) -> dict[str, Any]:
     plan = common_plan(out, folders)
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(WorkFolder(out))
-        shards = [stack.enter_context(held_shard(out, folder)) for folder in folders]
+        shards = []
+        for folder in folders:
+            suffix = folder.name.removeprefix(work_name(out))
+            shards.append(stack.enter_context(WorkFolder(out, suffix)))
+            shards[-1].stays = True
         tokenizer = Tokenizer.load(folders[0] / MODEL_FILE)
         continues = work.begin({**plan, "merges": True})
         shutil.copyfile(folders[0] / MODEL_FILE, work.path / MODEL_FILE)
         pool = stack.enter_context(Workers(workers))
-        summary = gather_sources(
-            work, plan, tokenised(folders), tokenizer, pool, show_progress=show_progress
-        )
+        units = [finished_units(folder / UNITS_FOLDER) for folder in folders]
+        summary = gather_sources(work, plan, units, tokenizer, pool, show_progress=show_progress)
         work.publish()
         for shard in shards:
-            shard.release()
+            shard.stays = False
     return {"out": str(out), "shards": len(folders), "continued": continues, **summary}
-
-
-def held_shard(out: Path, folder: Path) -> WorkFolder:
-    """Return the locked folder of a shard, which stays unless it is released."""
-    return WorkFolder(out, folder.name.removeprefix(work_name(out)), lasts=True)
 
 
 def shard_folders(out: Path) -> list[Path]:
@@ -71,7 +69,8 @@ def shard_folders(out: Path) -> list[Path]:
     missing = [
         index
         for index in range(counts[0])
-        if index not in by_index or shard_digests(by_index[index]) is None
+        if index not in by_index
+        or input_digests(finished_units(by_index[index] / UNITS_FOLDER)) is None
     ]
     if missing:
         raise DataError(
@@ -80,12 +79,6 @@ def shard_folders(out: Path) -> list[Path]:
             "others to make or continue it."
         )
     return [by_index[index] for index in range(counts[0])]
-
-
-def shard_digests(folder: Path) -> dict[str, str] | None:
-    """Return the input digests of a finished shard, None for one that is not whole."""
-    units = len(finished_units(folder / UNITS_FOLDER))
-    return input_digests(folder / TOKENISED_FILE, units)
 
 
 def listed(shards: Sequence[int]) -> str:
@@ -108,13 +101,3 @@ def common_plan(out: Path, folders: Sequence[Path]) -> dict[str, Any]:
         )
     merged: dict[str, Any] = plans[0]
     return merged
-
-
-def tokenised(folders: Sequence[Path]) -> Tokenised:
-    """Return the units of all shards."""
-    units: list[Unit] = []
-    digests: dict[str, str] = {}
-    for folder in folders:
-        units += finished_units(folder / UNITS_FOLDER)
-        digests.update(shard_digests(folder) or {})
-    return Tokenised(units, digests)

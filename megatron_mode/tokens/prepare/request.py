@@ -13,7 +13,7 @@ from megatron_mode import __version__
 from megatron_mode.tokens.prepare.split import Split
 from megatron_mode.tokens.read.readers import input_files, size_bytes
 
-WORK_FORMAT = 3
+WORK_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,22 @@ def input_names(paths: Sequence[Path]) -> list[str]:
     return [Path(os.path.relpath(path, root)).as_posix() for path in real]
 
 
-def deal_files(sizes_bytes: Sequence[int], shard: Shard) -> list[int]:
-    """Return the inputs of a shard: the largest first, each to the shard with the least."""
-    loads = [0] * shard.count
+def shares_files(plan: Preparation) -> bool:
+    """Tell whether all shards read all inputs, each its share of the lines."""
+    return plan.shard is not None and len(plan.inputs) < plan.shard.count
+
+
+def dealt_inputs(plan: Preparation) -> list[int]:
+    """Return the inputs that a preparation reads: the largest first to the shard with the least."""
+    if plan.shard is None or shares_files(plan):
+        return list(range(len(plan.inputs)))
+    sizes_bytes = [size_bytes(path) for path in plan.inputs]
+    loads = [0] * plan.shard.count
     mine = []
     for index in sorted(range(len(sizes_bytes)), key=lambda i: (-sizes_bytes[i], i)):
         target = loads.index(min(loads))
         # Empty files count too, so that none of the shards gets them all.
         loads[target] += sizes_bytes[index] + 1
-        if target == shard.index:
+        if target == plan.shard.index:
             mine.append(index)
     return sorted(mine)

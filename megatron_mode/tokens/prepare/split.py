@@ -10,13 +10,14 @@ import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from megatron_mode.tokens.documents import Document
 from megatron_mode.tokens.mode_tokens import ModeTokens
 from megatron_mode.tokens.template import Rendering
 
 DRAW_RANGE = 1 << 64
+RENDERINGS: tuple[Rendering, ...] = ("chat", "plain")
+HELD_OUT_CHAT, HELD_OUT_PLAIN = 2, 3
 
 
 def draw(seed: int, purpose: str, *names: str) -> int:
@@ -30,16 +31,16 @@ def mode_token_key(seed: int, document: Document) -> int:
     return draw(seed, "mode-token", document.source, document.id)
 
 
-class Output(NamedTuple):
-    """Name a prepared source and the rendering of one document in it."""
-
-    name: str
-    rendering: Rendering
+def output_name(source: str, mode: int, code: int) -> str:
+    """Return the name of the prepared source that an output code stands for."""
+    if code < HELD_OUT_CHAT:
+        return source
+    return f"{source}-valid" if mode == 1 else f"{source}-valid-{RENDERINGS[code & 1]}"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Hold the shares (0 to 1, by document) and the sources held out whole."""
+    """Hold the shares (0 to 1, by document) and the sources that are held out completely."""
 
     seed: int
     plain_share: float
@@ -56,19 +57,15 @@ class Split:
         value = draw(self.seed, "valid", document.source, document.id)
         return value < self.valid_share * DRAW_RANGE
 
-    def outputs(self, document: Document, line_number: int) -> list[Output]:
-        """Return the prepared sources that a document goes to, with its rendering in each."""
+    def outputs(self, document: Document, line_number: int) -> list[int]:
+        """Return the output codes of a document: 2 if it is held out, and 1 if it is plain."""
         if self.is_held_out(document):
-            held_out = f"{document.source}-valid"
-            if document.mode == 1:
-                return [Output(held_out, "plain")]
-            return [Output(f"{held_out}-plain", "plain"), Output(f"{held_out}-chat", "chat")]
+            return [HELD_OUT_PLAIN] if document.mode == 1 else [HELD_OUT_PLAIN, HELD_OUT_CHAT]
         if document.mode == 1:
-            return [Output(document.source, "plain")]
+            return [1]
         # The line takes part so that a source whose lines all share one id is still mixed.
         names = (document.source, document.id, str(line_number))
-        is_plain = draw(self.seed, "plain", *names) < self.plain_share * DRAW_RANGE
-        return [Output(document.source, "plain" if is_plain else "chat")]
+        return [int(draw(self.seed, "plain", *names) < self.plain_share * DRAW_RANGE)]
 
     def order_digest(self, source: str, position: int, contents: Iterable[bytes]) -> bytes:
         """Return the 16 bytes by which the documents of a source are sorted: the shuffle.

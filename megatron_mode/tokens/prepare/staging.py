@@ -1,8 +1,8 @@
-"""Make a folder appear at once, and keep what was finished when its making is cut short.
+"""Make a prepared folder appear complete, and keep what was finished when its making is cut short.
 
-Work lies in .NAME.preparing beside the target (inside it where the target is a mount point, which
-cannot be renamed). A lock tells living runs from killed ones; plan.json tells the same plan from
-another one.
+Work is in .NAME.preparing beside the target (inside it where the target is a mount point, since a
+file cannot be renamed to another file system). A lock tells living runs from killed ones; plan.json
+tells the same plan from another one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import os
 import re
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from megatron_mode.atomic import try_lock, write_whole
+from megatron_mode.atomic import sync_folder, try_lock, write_whole
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.prepare.workers import UnfinishedError
 from megatron_mode.tokens.vocabulary import INFO_FILE, MODEL_FILE
@@ -24,9 +23,9 @@ from megatron_mode.tokens.vocabulary import INFO_FILE, MODEL_FILE
 LOCK_FILE = ".lock"
 PLAN_FILE = "plan.json"
 RESULT_FOLDER = "result"
-PREVIOUS = ".previous"
 IN_MOTION_FILE = "publishing.json"
 LEFT_BY_PACK = r"\..*\.rows\.\d+\.bin\.(first|begin|length|partial)|\..*\.json\.partial"
+NO_OBSTACLE = re.compile(r"\..*\.preparing.*|lost\+found|" + LEFT_BY_PACK)
 SOURCE_SUFFIX = re.compile(r"(\.bin|\.idx|\.flags\.bin|\.docs\.arrow|\.json|\.rows\.\d+\.bin)$")
 # After these the same command continues: Ctrl-C, SIGTERM, a worker that died.
 KEPT_AFTER = (KeyboardInterrupt, SystemExit, UnfinishedError)
@@ -45,20 +44,16 @@ def work_name(target: Path) -> str:
 class WorkFolder:
     """Hold the work folder of a target, locked.
 
-    Leaving the context removes it after `publish` and after an error; it stays when the run was
-    stopped, and after `keep`. At a mount point `publish` renames file by file, tokenizer.json
-    last, without which no source opens.
+    Leaving the context removes it, unless `stays` is set or the run was stopped.
     """
 
-    def __init__(self, target: Path, suffix: str = "", *, lasts: bool = False) -> None:
-        """Name the folder; one that lasts stays after an error too."""
+    def __init__(self, target: Path, suffix: str = "") -> None:
         self.target = Path(os.path.realpath(target))
-        self._is_mount = os.path.ismount(self.target)
         self.path = work_parent(self.target) / f"{work_name(self.target)}{suffix}"
+        self.result = self.path / RESULT_FOLDER
+        self.stays = False
         self._made_parents: list[Path] = []
         self._lock = -1
-        self._lasts, self._keeps = lasts, lasts
-        self._may_publish = not suffix
 
     def __enter__(self) -> WorkFolder:
         check_replaceable(self.target)
@@ -67,17 +62,10 @@ class WorkFolder:
                 folder.mkdir()
                 self._made_parents.append(folder)
             self._lock = locked_folder(self.path, self.target)
-            if self._may_publish:
-                restore_previous(self.target)
         except BaseException:
             self._remove_parents()
             raise
         return self
-
-    @property
-    def result(self) -> Path:
-        """Return the folder that becomes the target."""
-        return self.path / RESULT_FOLDER
 
     def begin(self, plan: dict[str, Any]) -> bool:
         """Tell whether a run of the same plan left work here; otherwise start with nothing."""
@@ -92,56 +80,30 @@ class WorkFolder:
         for other in self.path.iterdir():
             if other.is_dir():
                 shutil.rmtree(other)
-            elif other.name != LOCK_FILE:
+            elif other.name not in (LOCK_FILE, IN_MOTION_FILE):
                 other.unlink()
         self.result.mkdir()
         write_whole(path, json.dumps(plan))
         return False
 
-    def keep(self) -> None:
-        """Leave the folder where it is at the end."""
-        self._keeps = True
-
-    def release(self) -> None:
-        """Let the folder be removed at the end."""
-        self._keeps = self._lasts = False
-
     def publish(self) -> None:
-        """Put the result in the place of the target."""
-        for path in self.result.glob(".*"):
-            path.unlink()  # a killed run's temporary files
-        if self._is_mount:
-            self._publish_files()
-            return
-        self._made_parents = []
-        previous = previous_of(self.target)
-        if self.target.exists():
-            os.rename(self.target, previous)
-        try:
-            os.rename(self.result, self.target)
-        except BaseException:
-            if previous.exists():
-                os.rename(previous, self.target)
-            raise
-        shutil.rmtree(previous, ignore_errors=True)
+        """Move the result to the target, tokenizer.json last, without which no source opens.
 
-    def _publish_files(self) -> None:
+        A run killed meanwhile is continued: the names that may be there are on record before.
+        """
+        self.target.mkdir(exist_ok=True)
         former = {path.name for path in prepared_files(self.target)} | names_in_motion(self.target)
-        names = {path.name for path in self.result.iterdir()} - {INFO_FILE}
+        names = {path.name for path in self.result.iterdir() if not path.name.startswith(".")}
         write_whole(self.path / IN_MOTION_FILE, json.dumps(sorted(former | names)))
         for name in [INFO_FILE, *sorted(former)]:
             (self.target / name).unlink(missing_ok=True)
-        for name in [*sorted(names), INFO_FILE]:
+        for name in sorted(names - {INFO_FILE}):
             os.rename(self.result / name, self.target / name)
+        sync_folder(self.target)
+        os.rename(self.result / INFO_FILE, self.target / INFO_FILE)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        stays = self._keeps if error is None else self._lasts or isinstance(error, KEPT_AFTER)
-        if not stays:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self.stays and not isinstance(error, KEPT_AFTER):
             # Marks first: a run killed in here must not be taken for one that is finished.
             for mark in self.path.glob("*.json"):
                 mark.unlink(missing_ok=True)
@@ -154,23 +116,7 @@ class WorkFolder:
             try:
                 folder.rmdir()
             except OSError:
-                return  # somebody put something there meanwhile
-
-
-def previous_of(target: Path) -> Path:
-    """Return where a target is moved while its successor takes its place."""
-    return target.with_name(f"{work_name(target)}{PREVIOUS}")
-
-
-def restore_previous(target: Path) -> None:
-    """Put a former target back that a run killed between its two renames left aside."""
-    previous = previous_of(target)
-    if not previous.exists():
-        return
-    if target.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-    else:
-        os.rename(previous, target)
+                return  # it holds the target, or what somebody put there meanwhile
 
 
 def locked_folder(path: Path, target: Path) -> int:
@@ -183,22 +129,21 @@ def locked_folder(path: Path, target: Path) -> int:
         file = path / LOCK_FILE
         descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
         locked = try_lock(descriptor)
-        if locked is False:
-            os.close(descriptor)
+        if locked is None:
+            return descriptor
+        # The run before may have removed the folder between our two calls.
+        if locked and file.exists() and os.path.samestat(os.stat(file), os.fstat(descriptor)):
+            return descriptor
+        os.close(descriptor)
+        if not locked:
             raise DataError(
                 f"--out {target} is being prepared by another run, in {path}; wait for it or stop "
                 "it, or name another --out."
             )
-        if locked is None:
-            return descriptor
-        # The run before may have removed the folder between our two calls.
-        if file.exists() and os.path.samestat(os.stat(file), os.fstat(descriptor)):
-            return descriptor
-        os.close(descriptor)
 
 
 def names_in_motion(target: Path) -> set[str]:
-    """Return the files that a run killed while it filled a mount point has or had there."""
+    """Return the files that a run killed while it filled the target has or had there."""
     path = work_parent(target) / work_name(target) / IN_MOTION_FILE
     try:
         return set(json.loads(path.read_text(encoding="utf-8")))
@@ -224,12 +169,8 @@ def check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise DataError(f"--out {target} is a file; name a folder that is new, empty or prepared.")
     known = {path.name for path in prepared_files(target)} | names_in_motion(target)
-    ignored = re.compile(r"\..*\.preparing.*|lost\+found|" + LEFT_BY_PACK)
-    foreign = sorted(
-        path.name
-        for path in target.iterdir()
-        if path.name not in known and not ignored.fullmatch(path.name)
-    )
+    others = {path.name for path in target.iterdir()} - known
+    foreign = sorted(name for name in others if not NO_OBSTACLE.fullmatch(name))
     if foreign:
         raise DataError(
             f"--out {target} holds {foreign[0]}, which `megatron-mode prepare` did not write and "

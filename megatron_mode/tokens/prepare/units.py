@@ -1,166 +1,250 @@
-"""Collect encoded batches into units: sorted files that a killed preparation need not make again.
+"""Keep encoded documents in units: files that a killed preparation need not write again.
 
-    unit-NNNNNN.records   RECORD, by source and key       .payload   in the order of the records
-    unit-NNNNNN.json      what is where; its appearance says that the unit is complete
+    record    key (16 bytes order digest, 8 position in the input, 1 output code), sizes, ids
+    payload   tokens, flags and id of each record, one after the other, in the same order
 
-Units follow each other through the input; each says where it ends. How they are cut has no
-influence on the prepared sources.
+Sorting by key shuffles, because the digest is a keyed hash of the contents, and it brings copies
+together, the first in input order ahead. Integers in keys are big-endian: they sort as bytes.
+
+unit-NNNNNN.npz holds a block of each source and the facts about them. Units follow each other
+through the input; how they are cut has no influence on the prepared sources.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_mode.atomic import write_whole
-from megatron_mode.tokens.prepare.encode import EncodedBatch
-from megatron_mode.tokens.prepare.records import (
-    RECORD,
-    Block,
-    codes,
-    sizes_bytes,
-    without_copies,
+from megatron_mode.tokens.prepare.split import HELD_OUT_CHAT
+
+DIGEST_BYTES = 16
+DOCUMENT_KEY_BYTES = DIGEST_BYTES + 8
+RECORD = np.dtype(
+    [
+        ("key", f"S{DOCUMENT_KEY_BYTES + 1}"),
+        ("tokens", "<u4"),
+        ("text_bytes", "<u4"),
+        ("size", "<u4"),  # bytes of payload
+        ("name", f"S{DIGEST_BYTES}"),  # digest of the id
+        ("base", f"S{DIGEST_BYTES}"),  # of an id like "a#2": digest of "a", and number 2
+        ("number", "<u8"),
+    ]
 )
-from megatron_mode.tokens.prepare.verdicts import SHOWN_BAD_LINES
+LINE_BITS = 40
+UNIT_BYTES = 12 << 20
+"""Records and payload of a unit; writing one takes about three times as much memory."""
+SHOWN_BAD_LINES = 10
 
-UNIT_BYTES = 48 << 20
-"""Records and payload of a unit; making one takes about twice as much memory."""
-RECORDS, PAYLOAD = ".records", ".payload"
-
-
-class Place(NamedTuple):
-    """Name the last line that a unit covers."""
-
-    input_index: int
-    line: int
+Records = NDArray[np.void]
+Rows = NDArray[np.uint8]
 
 
 @dataclass
-class Span:
-    """Say which records of a unit belong to a source, and how many copies were dropped before."""
+class Block:
+    """Hold records and their payload, in the same order."""
 
-    mode: int
-    begin: int
-    end: int
-    payload_bytes: int
-    duplicates: int
-    codes: list[int]
-
-
-@dataclass
-class Unit:
-    """Describe one unit."""
-
-    base: Path
-    tokens: int = 0
-    sources: dict[str, Span] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
-    """Bytes by suffix."""
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def path(self, suffix: str) -> Path:
-        """Return one of the files."""
-        return self.base.with_name(self.base.name + suffix)
-
-    @classmethod
-    def open(cls, base: Path) -> Unit | None:
-        """Read a unit's description; None where it is missing or a file is cut off."""
-        try:
-            stored = json.loads(base.with_name(f"{base.name}.json").read_text(encoding="utf-8"))
-            sources = {name: Span(**span) for name, span in stored.pop("sources").items()}
-            unit = cls(base, sources=sources, **stored)
-            sizes = {suffix: unit.path(suffix).stat().st_size for suffix in (RECORDS, PAYLOAD)}
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-        return unit if sizes == unit.files else None
-
-
-class UnitWriter:
-    """Collect batches, and write a unit whenever there is enough."""
-
-    def __init__(self, folder: Path, token_dtype: str) -> None:
-        self._folder, self._token_bytes = folder, np.dtype(token_dtype).itemsize
-        folder.mkdir(exist_ok=True)
-        self.units = finished_units(folder)
-        self._batches: list[EncodedBatch] = []
-        self._size_bytes = 0
+    records: Records
+    payload: bytes
 
     @property
-    def end(self) -> Place:
-        """Return the last line that finished units cover."""
-        return Place(*self.units[-1].facts["end"]) if self.units else Place(0, 0)
+    def size_bytes(self) -> int:
+        """Return the bytes of both."""
+        return self.records.nbytes + len(self.payload)
 
-    def add(self, batch: EncodedBatch) -> None:
-        """Take the next batch of the input."""
-        self._batches.append(batch)
-        for block in batch.blocks.values():
-            self._size_bytes += block.records.nbytes + len(block.payload)
-        if self._size_bytes >= UNIT_BYTES:
-            self.flush()
+    def documents(self, token_dtype: str) -> Iterator[tuple[NDArray[Any], bytes, str]]:
+        """Yield tokens, flags and id of each record."""
+        dtype, end = np.dtype(token_dtype), 0
+        sizes = zip(self.records["tokens"].tolist(), self.records["size"].tolist(), strict=True)
+        for length, size in sizes:
+            begin, end = end, end + size
+            flags_begin = begin + length * dtype.itemsize
+            flags = self.payload[flags_begin : flags_begin + length]
+            identifier = self.payload[flags_begin + length : end].decode()
+            yield np.frombuffer(self.payload, dtype, length, begin), flags, identifier
 
-    def flush(self) -> None:
-        """Write what was collected, if anything."""
-        if not self._batches:
-            return
-        unit = Unit(self._folder / f"unit-{len(self.units):06d}")
-        found = [(b.end[0], *bad_line) for b in self._batches for bad_line in b.bad_lines]
-        unit.facts = {
-            "end": self._batches[-1].end,
-            # By input index as text: JSON has no other keys.
-            "bad_lines": dict(Counter(str(index) for index, _, _ in found)),
-            "first_bad_lines": found[:SHOWN_BAD_LINES],
-            "ignored_fields": dict(Counter(n for b in self._batches for n in b.ignored.elements())),
-        }
-        self._write(unit)
-        stored = asdict(unit)
-        del stored["base"]
-        write_whole(unit.path(".json"), json.dumps(stored))
-        self.units.append(unit)
-        self._batches, self._size_bytes = [], 0
-
-    def _write(self, unit: Unit) -> None:
-        with unit.path(RECORDS).open("wb") as records, unit.path(PAYLOAD).open("wb") as payload:
-            for source, mode in sorted({key for b in self._batches for key in b.blocks}):
-                found_blocks = [b.blocks.pop((source, mode), None) for b in self._batches]
-                block, duplicates = joined([b for b in found_blocks if b], self._token_bytes)
-                begin = records.tell() // RECORD.itemsize
-                end = begin + len(block.records)
-                present = np.unique(codes(block.records)).tolist()
-                size_bytes = len(block.payload)
-                unit.sources[source] = Span(mode, begin, end, size_bytes, duplicates, present)
-                unit.tokens += int(block.records["tokens"].sum(dtype=np.int64))
-                block.records["begin"] += payload.tell()
-                records.write(block.records.tobytes())
-                payload.write(block.payload)
-            for suffix, stream in ((RECORDS, records), (PAYLOAD, payload)):
-                unit.files[suffix] = stream.tell()
-                stream.flush()
-                os.fsync(stream.fileno())
+    def take(self, order: NDArray[np.int64]) -> Block:
+        """Return the records at these indices with their payload."""
+        sizes = self.records["size"].astype(np.int64)
+        ends = np.cumsum(sizes)
+        pieces = map(slice, (ends - sizes)[order].tolist(), ends[order].tolist())
+        payload = b"".join(map(memoryview(self.payload).__getitem__, pieces))
+        return Block(self.records[order], payload)
 
 
-def joined(blocks: list[Block], token_bytes: int) -> tuple[Block, int]:
-    """Join the documents of a source in order, without copies; count the copies."""
-    offset = 0
-    for block in blocks:
-        block.records["begin"] += offset
-        offset += len(block.payload)
-    payload = memoryview(b"".join(block.payload for block in blocks))
-    records, duplicates = without_copies(np.concatenate([block.records for block in blocks]))
-    begins, sizes = records["begin"].astype(np.int64), sizes_bytes(records, token_bytes)
-    pieces = map(slice, begins.tolist(), (begins + sizes).tolist())
-    records["begin"] = np.cumsum(sizes) - sizes
-    return Block(records, b"".join(map(payload.__getitem__, pieces))), duplicates
+def joined(blocks: list[Block]) -> Block:
+    """Put blocks one behind the other."""
+    records = np.concatenate([block.records for block in blocks])
+    return Block(records, b"".join(block.payload for block in blocks))
+
+
+def position(input_index: int, line_number: int) -> int:
+    """Return the place of a line among all lines of the input."""
+    return input_index << LINE_BITS | line_number
+
+
+def place(at: int) -> tuple[int, int]:
+    """Return the input index and the line number of a position."""
+    return at >> LINE_BITS, at & ((1 << LINE_BITS) - 1)
+
+
+def as_rows(column: NDArray[Any]) -> Rows:
+    """Return the bytes of each entry as a row."""
+    flat = np.ascontiguousarray(column).view(np.uint8)
+    return flat.reshape(len(column), column.dtype.itemsize)
+
+
+def document_keys(records: Records) -> Rows:
+    """Return digest and position of each record: equal for the renderings of one document."""
+    return as_rows(records["key"])[:, :DOCUMENT_KEY_BYTES]
+
+
+def codes(records: Records) -> Rows:
+    """Return the output code of each record."""
+    return as_rows(records["key"])[:, DOCUMENT_KEY_BYTES]
+
+
+def is_primary(records: Records) -> NDArray[np.bool_]:
+    """Mark one record of each document: a held-out dialogue has two."""
+    marks: NDArray[np.bool_] = codes(records) != HELD_OUT_CHAT
+    return marks
+
+
+def without_copies(records: Records) -> tuple[NDArray[np.int64], int]:
+    """Return the sorted order of the first document of each digest, and count those left out."""
+    order = np.argsort(records["key"], kind="stable")
+    records = records[order]
+    documents = document_keys(records)
+    digests = documents[:, :DIGEST_BYTES]
+    is_new = np.ones(len(records), bool)
+    is_new[1:] = (digests[1:] != digests[:-1]).any(axis=1)
+    first = np.maximum.accumulate(np.where(is_new, np.arange(len(records)), 0))
+    kept = (documents == documents[first]).all(axis=1)
+    return order[kept], int(is_primary(records[~kept]).sum())
+
+
+@dataclass
+class EncodedBatch:
+    """Hold what became of some lines: rendered documents, and the lines that were bad."""
+
+    path: Path
+    end: tuple[int, int]
+    """Input index and number of the last line."""
+    blocks: dict[tuple[str, int], Block]
+    """Documents by source and mode."""
+    bad_lines: list[tuple[int, str]]
+    ignored: Counter[str]
+    """Fields of turns that change no text."""
+
+
+class Unit(NamedTuple):
+    """Know a finished unit by its file and its facts."""
+
+    path: Path
+    facts: dict[str, Any]
+
+    @property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Return mode, documents, bytes, copies dropped and output codes by source."""
+        found: dict[str, dict[str, Any]] = self.facts["sources"]
+        return found
+
+    def block(self, source: str) -> Block:
+        """Read the documents of a source, sorted by key."""
+        with np.load(self.path) as arrays:
+            return Block(arrays[f"{source}.records"], arrays[f"{source}.payload"].tobytes())
 
 
 def finished_units(folder: Path) -> list[Unit]:
     """Return the complete units of a folder up to the first one missing."""
     units: list[Unit] = []
-    while (unit := Unit.open(folder / f"unit-{len(units):06d}")) is not None:
-        units.append(unit)
-    return units
+    while True:
+        path = folder / f"unit-{len(units):06d}.npz"
+        try:
+            with np.load(path) as arrays:
+                units.append(Unit(path, json.loads(str(arrays["facts"]))))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return units
+
+
+def input_digests(units: list[Unit]) -> dict[str, str] | None:
+    """Return the digests of the inputs by index as text; None where the last unit is missing."""
+    return units[-1].facts["inputs"] if units else None
+
+
+class UnitWriter:
+    """Collect batches, and write a unit whenever there is enough."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        self.units = finished_units(folder)
+        self.end: tuple[int, int] = (0, 0)
+        """Input index and number of the last line that finished units cover."""
+        if self.units:
+            self.end = tuple(self.units[-1].facts["end"])
+        self._batches: list[EncodedBatch] = []
+        self._size_bytes = 0
+
+    def add(self, batch: EncodedBatch) -> None:
+        """Take the next batch of the input."""
+        self._batches.append(batch)
+        self._size_bytes += sum(block.size_bytes for block in batch.blocks.values())
+        if self._size_bytes >= UNIT_BYTES:
+            self.flush()
+
+    def flush(self, inputs: dict[str, str] | None = None) -> None:
+        """Write what was collected; the digests of the inputs mark the last unit."""
+        batches, self._batches, self._size_bytes = self._batches, [], 0
+        self.end = batches[-1].end if batches else self.end
+        found = [(b.end[0], *bad_line) for b in batches for bad_line in b.bad_lines]
+        arrays: dict[str, Any] = {}
+        sources = {}
+        for source, mode in sorted({key for batch in batches for key in batch.blocks}):
+            blocks = [b.blocks.pop((source, mode)) for b in batches if (source, mode) in b.blocks]
+            block = joined(blocks)
+            order, copies = without_copies(block.records)
+            block = block.take(order)
+            arrays[f"{source}.records"] = block.records
+            arrays[f"{source}.payload"] = np.frombuffer(block.payload, np.uint8)
+            sources[source] = {
+                "mode": mode,
+                "documents": len(block.records),
+                "tokens": int(block.records["tokens"].sum(dtype=np.int64)),
+                "bytes": block.size_bytes,
+                "copies": copies,
+                "codes": np.unique(codes(block.records)).tolist(),
+            }
+        facts = {
+            "end": self.end,
+            "sources": sources,
+            # By input index as text: JSON has no other keys.
+            "bad_lines": dict(Counter(str(index) for index, _, _ in found)),
+            "first_bad_lines": found[:SHOWN_BAD_LINES],
+            "ignored_fields": dict(summed(batch.ignored for batch in batches)),
+            "inputs": inputs,
+        }
+        path = self._folder / f"unit-{len(self.units):06d}.npz"
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            np.savez(stream, facts=np.array(json.dumps(facts)), **arrays)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+        self.units.append(Unit(path, facts))
+
+
+def summed(counts: Iterable[dict[str, int]]) -> Counter[str]:
+    """Add up counts by name."""
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return total

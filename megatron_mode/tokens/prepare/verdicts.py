@@ -1,4 +1,4 @@
-"""Say what is wrong with a corpus as a whole, or odd about it."""
+"""Say what is wrong with a corpus, or odd about it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.documents import bad_line_error
-from megatron_mode.tokens.prepare.records import output_name
-
-SHOWN_BAD_LINES = 10
+from megatron_mode.tokens.prepare.split import output_name
+from megatron_mode.tokens.prepare.units import SHOWN_BAD_LINES, Unit
 
 
 class BadLines:
@@ -38,6 +37,12 @@ class Catalogue:
     def __init__(self) -> None:
         self.modes: dict[str, int] = {}
         self._owners: dict[str, str] = {}
+
+    def add_units(self, units: Iterable[Unit]) -> None:
+        """Enter the sources of units."""
+        for unit in units:
+            for source, found in unit.sources.items():
+                self.add(source, found["mode"], found["codes"])
 
     def add(self, source: str, mode: int, codes: Iterable[int]) -> None:
         """Enter a source with its outputs; raise DataError when a name is taken."""
@@ -80,21 +85,36 @@ def check_sources(
         )
 
 
-def split_warnings(
-    plan: Mapping[str, Any], outputs_by_source: Mapping[str, Iterable[str]]
+def warnings(
+    plan: Mapping[str, Any], summaries_by_source: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[str]:
-    """Say which sources the seeded shares left without training or held-out documents."""
-    warnings = []
+    """Say which sources the seeded shares left without training or held-out documents.
+
+    Also say where a training run that takes LM loss on assistant turns only would learn nothing.
+    """
+    found = []
     share = plan["valid_share"]
-    for source, outputs in outputs_by_source.items():
-        if share and not set(outputs) - {source}:
-            warnings.append(
+    for source in sorted(summaries_by_source):
+        outputs = {summary["name"] for summary in summaries_by_source[source]}
+        if share and not outputs - {source}:
+            found.append(
                 f"No document of {source} was drawn for --valid-share {share:g}; "
                 "raise the share or change --seed."
             )
         if source not in outputs and source not in plan["valid_sources"]:
-            warnings.append(
+            found.append(
                 f"All documents of {source} were drawn for --valid-share {share:g}; "
                 "lower the share or change --seed."
             )
-    return warnings
+    silent = [
+        source
+        for source, summaries in sorted(summaries_by_source.items())
+        if summaries[0]["mode"] == 2 and not any(s["trains_assistant"] for s in summaries)
+    ]
+    if silent:
+        found.append(
+            f"No dialogue of {', '.join(silent)} has an assistant turn that is trained, so "
+            "mix.mode2_lm_loss=assistant would train no token of it; check the roles and the "
+            "`weight` and `train` fields of its turns, or train with mix.mode2_lm_loss=all."
+        )
+    return found

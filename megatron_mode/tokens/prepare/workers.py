@@ -1,21 +1,28 @@
-"""Do one thing after the other in several processes, results in order, few of them in flight."""
+"""Run tasks in several processes, results in order, few of them in flight.
+
+Each process has a pipe of its own, so that it can be killed at any moment: nothing that others wait
+for stays locked or half-read.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from types import FrameType, TracebackType
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
 from megatron_mode.errors import DataError
 
 PENDING_PER_WORKER = 3
+# Imported once, before the processes are forked off.
+PRELOADED = ["megatron_mode.tokens.prepare.prepare", "sentencepiece"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,55 +32,27 @@ class UnfinishedError(DataError):
     """Report a stop that is no fault of the input: what is finished stays for the next run."""
 
 
-class Stop:
-    """End the task at hand on SIGTERM, and start no other; the process itself lives on.
-
-    A worker that dies may leave the pool's queues locked or half-read, and the parent waiting.
-    """
-
-    def __init__(self) -> None:
-        self._asked = self._in_task = False
-
-    def listen(self) -> None:
-        """Take SIGTERM."""
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        if self._in_task:
-            raise SystemExit(128 + number)
-
-    def run(self, task: Callable[[Item], Result], item: Item) -> Result:
-        """Return task(item), unless a stop was asked for."""
-        self._in_task = True
-        try:
-            if self._asked:
-                raise SystemExit(128 + signal.SIGTERM)
-            return task(item)
-        finally:
-            self._in_task = False
-
-
-STOP = Stop()
-
-
-def run_task(task: Callable[[Item], Result], item: Item) -> Result:
-    """Do one task in a worker."""
-    return STOP.run(task, item)
-
-
-def follow_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when the parent is gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    STOP.listen()
+def serve(connection: Connection) -> None:
+    """Do tasks in a worker; signals are for the parent, and the worker ends with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker"
 
-    def wait() -> None:
+    def follow() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
+    while True:
+        task, item = connection.recv()
+        outcome: tuple[Any, Exception | None]
+        try:
+            outcome = task(item), None
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # pickling drops where it was raised
+            outcome = None, error
+        connection.send(outcome)
 
 
 class Workers:
@@ -81,42 +60,57 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._pool: ProcessPoolExecutor | None = None
+        self._processes: list[Any] = []
+        self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        # A thread waits for a process, so that the pipe of each is served while others work.
+        self._threads = ThreadPoolExecutor(count)
 
     def __enter__(self) -> Workers:
         if self.count > 1:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.count, spawn, initializer=follow_parent)
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(PRELOADED)
+            for _ in range(self.count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=serve, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._free.put(ours)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._pool is not None:
-            if kind in (KeyboardInterrupt, SystemExit):
-                for process in multiprocessing.active_children():
-                    process.terminate()  # merging a source may take hours
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            process.kill()  # merging a source may take hours
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.join()
 
     def map(self, task: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield task(item) of each item, in order."""
-        if self._pool is None:
+        if not self._processes:
             yield from map(task, items)
             return
         pending: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                pending.append(self._pool.submit(run_task, task, item))
-                if len(pending) >= PENDING_PER_WORKER * self.count:
-                    yield pending.popleft().result()
-            while pending:
+        for item in items:
+            pending.append(self._threads.submit(self._run, task, item))
+            if len(pending) >= PENDING_PER_WORKER * self.count:
                 yield pending.popleft().result()
-        except BrokenProcessPool:
+        while pending:
+            yield pending.popleft().result()
+
+    def _run(self, task: Callable[[Item], Result], item: Item) -> Result:
+        connection = self._free.get()
+        try:
+            connection.send((task, item))
+            result, error = connection.recv()
+        except (EOFError, OSError):
             raise UnfinishedError(
                 f"A worker died (--workers {self.count}); it was probably out of memory, so give "
                 "the same command with fewer --workers: it continues."
             ) from None
+        finally:
+            self._free.put(connection)
+        if error is not None:
+            raise error
+        found: Result = result
+        return found
