@@ -198,6 +198,7 @@ def write_outputs(
     with contextlib.ExitStack() as stack:
         for bucket in range(documents.count):
             block = documents.block(bucket)
+            documents.remove(bucket)
             block = block.take(without_copies(block.records)[0])
             numbers = identifiers.numbers_of(bucket, block.records)
             code_of = codes(block.records)

@@ -76,6 +76,11 @@ class Buckets:
         path = self._folder / f"{bucket}.payload"
         return Block(self.records(bucket), path.read_bytes() if path.exists() else b"")
 
+    def remove(self, bucket: int) -> None:
+        """Free the space of a bucket on the disk."""
+        for name in (f"{bucket}", f"{bucket}.payload"):
+            (self._folder / name).unlink(missing_ok=True)
+
     def sorted_rows(self, bucket: int, width: int) -> Rows:
         """Return the rows of a bucket in order; they stay on the disk."""
         path = self._folder / str(bucket)

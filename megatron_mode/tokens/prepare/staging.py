@@ -24,8 +24,12 @@ LOCK_FILE = ".lock"
 PLAN_FILE = "plan.json"
 RESULT_FOLDER = "result"
 IN_MOTION_FILE = "publishing.json"
-LEFT_BY_PACK = r"\..*\.rows\.\d+\.bin\.(first|begin|length|partial)|\..*\.json\.partial"
-NO_OBSTACLE = re.compile(r"\..*\.preparing.*|lost\+found|" + LEFT_BY_PACK)
+# The tokenizer, and what a killed `pack` left.
+OURS = re.compile(
+    rf"{MODEL_FILE}|{INFO_FILE}|"
+    r"\..*\.rows\.\d+\.bin\.(first|begin|length|partial)|\..*\.json\.partial"
+)
+NO_OBSTACLE = re.compile(r"\..*\.preparing.*|lost\+found")
 SOURCE_SUFFIX = re.compile(r"(\.bin|\.idx|\.flags\.bin|\.docs\.arrow|\.json|\.rows\.\d+\.bin)$")
 # After these the same command continues: Ctrl-C, SIGTERM, a worker that died.
 KEPT_AFTER = (KeyboardInterrupt, SystemExit, UnfinishedError)
@@ -154,12 +158,12 @@ def names_in_motion(target: Path) -> set[str]:
 def prepared_files(folder: Path) -> list[Path]:
     """List the files in a folder that an earlier preparation wrote."""
     names = {path.stem for path in folder.glob("*.idx") if path.with_suffix(".json").exists()}
-    files = []
-    for path in folder.iterdir():
-        ours = path.name in (MODEL_FILE, INFO_FILE)
-        if path.is_file() and (ours or SOURCE_SUFFIX.sub("", path.name) in names):
-            files.append(path)
-    return files
+    return [
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and (OURS.fullmatch(path.name) or SOURCE_SUFFIX.sub("", path.name) in names)
+    ]
 
 
 def check_replaceable(target: Path) -> None:
