@@ -195,10 +195,9 @@ def preparation(args: argparse.Namespace) -> Preparation:
     """Check the arguments and turn them into a plan."""
     check_ranges(args)
     check_licence(args.licence)
-    shard = parsed_shard(args)
+    shard, shards = parsed_shard(args)
     from megatron_mode.tokens.mode_tokens import checked
-    from megatron_mode.tokens.prepare.request import Preparation, Shard
-    from megatron_mode.tokens.prepare.split import Split
+    from megatron_mode.tokens.prepare.request import Preparation, Split
 
     mode_tokens = checked(
         args.mode_tokens, args.mode_token_rate, train=args.mode_token_loss == "on"
@@ -225,14 +224,16 @@ def preparation(args: argparse.Namespace) -> Preparation:
         refuses_repeated_ids=args.duplicate_ids == "error",
         licence=args.licence,
         licences=tuple(licences.items()),
-        shard=Shard(*shard) if shard else None,
+        is_shard=args.shard is not None,
+        shard=shard,
+        shards=shards,
     )
 
 
-def parsed_shard(args: argparse.Namespace) -> tuple[int, int] | None:
+def parsed_shard(args: argparse.Namespace) -> tuple[int, int]:
     """Return index and count of --shard; raise ConfigError for anything else."""
     if args.shard is None:
-        return None
+        return 0, 1
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", args.shard)
     if not found or int(found[1]) >= int(found[2]):
         raise ConfigError(

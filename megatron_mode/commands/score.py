@@ -121,7 +121,7 @@ def arrangement(
     Raises ConfigError when there is nothing to exchange.
     """
     from megatron_mode.tokens.mode_tokens import ModeTokens, Reading, read_order, rearrange
-    from megatron_mode.tokens.prepare.split import draw, mode_token_key
+    from megatron_mode.tokens.prepare.request import draw, mode_token_key
 
     if given is not None:
         tokens, seed = Reading(given, PLACES_SEED)

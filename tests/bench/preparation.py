@@ -96,15 +96,15 @@ def children_cpu_seconds() -> float:
 def rendered_texts(inputs: list[Path]) -> list[str]:
     """Return the texts that the preparation tokenises, with its default shares."""
     from megatron_mode.tokens.prepare.encode import line_batches, parse_batch
-    from megatron_mode.tokens.prepare.split import Split
+    from megatron_mode.tokens.prepare.request import RENDERINGS, Split
     from megatron_mode.tokens.template import parts
 
     split = Split(seed=1234, plain_share=0.25, valid_share=0.0, valid_sources=frozenset())
     texts: list[str] = []
     for batch in line_batches(list(enumerate(inputs)), lambda read_bytes: None):
         for number, document in parse_batch(batch)[0]:
-            for output in split.outputs(document, number):
-                found = parts(document, output.rendering)
+            for code in split.outputs(document, number):
+                found = parts(document, RENDERINGS[code & 1])
                 texts += [part.text for part in found if not part.is_control]
     return texts
 

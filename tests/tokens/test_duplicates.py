@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.documents import read_documents
 from megatron_mode.tokens.prepare import buckets, encode, units
-from megatron_mode.tokens.prepare.split import Split
+from megatron_mode.tokens.prepare.request import Split
 from megatron_mode.tokens.source.shards import Source
 from megatron_mode.tokens.template import content_bytes
 

@@ -25,7 +25,7 @@ from megatron_mode.tokens.mode_tokens import (
     read_order,
     rearrange,
 )
-from megatron_mode.tokens.prepare.split import draw
+from megatron_mode.tokens.prepare.request import draw
 from megatron_mode.tokens.source.shards import Source
 from megatron_mode.tokens.template import render
 from megatron_mode.tokens.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.tokens.documents import read_documents
 from megatron_mode.tokens.flags import CONTROL, MODE2
 from megatron_mode.tokens.prepare.encode import encode_in_worker, line_batches
-from megatron_mode.tokens.prepare.split import Split
+from megatron_mode.tokens.prepare.request import Split
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.source.shards import Source
 from megatron_mode.tokens.template import render
@@ -180,6 +180,21 @@ def test_bad_lines_are_counted_within_the_allowance(
     assert "mode1.jsonl:202" in output.err
     assert {s["name"]: s["documents"] for s in summary["sources"]} == {"books": 200, "chat": 400}
     assert Source.open(tmp_path / "d", "books").info["bad_lines"] == 2
+
+
+@pytest.mark.parametrize("more", [None, {"weight": 0}, {"train": False}, {}])
+def test_dialogues_that_train_no_assistant_turn_are_reported(
+    tmp_path: Path, write_lines: WriteLines, run_prepare: RunPrepare,
+    capsys: pytest.CaptureFixture[str], more: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Where is it?"}]
+    if more is not None:
+        messages.append({"role": "assistant", "content": "At sea.", **more})
+    lines = [{"source": "chat", "messages": messages}, {"source": "books", "text": "The sea."}]
+    path = write_lines(tmp_path / "in.jsonl", lines)
+    run_prepare("--out", tmp_path / "d", "--input", path)
+    warning = "warning: No dialogue of chat has an assistant turn that is trained"
+    assert (warning in capsys.readouterr().err) is (more != {})
 
 
 def test_sources_that_mean_two_things(

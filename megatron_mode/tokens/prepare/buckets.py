@@ -12,46 +12,37 @@ import itertools
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mode.tokens.prepare.units import (
-    DIGEST_BYTES,
-    DOCUMENT_KEY_BYTES,
-    RECORD,
-    Block,
-    Records,
-    Rows,
-    as_rows,
-    document_keys,
-)
+from megatron_mode.tokens.prepare.units import Block, Records, as_rows, positions
 
 BUCKET_BYTES = 4 << 20
 """Size of a bucket, on average."""
-PREFIX_BYTES = 8
-# Digest of an id; 0 and the position of a document with it, or 1 and a number that is taken; the
-# digest of the document.
-IS_DOCUMENT, IS_TAKEN = 0, 1
-NUMBER_END = DIGEST_BYTES + 1 + 8
-ENTRY_BYTES = NUMBER_END + DIGEST_BYTES
 SCANNED_ENTRIES = 1 << 16
+# An id: a document that has it (0 and its position), or a number that is taken behind it (1).
+IS_DOCUMENT, IS_TAKEN = 0, 1
+ENTRY = np.dtype([("name", "S16"), ("kind", "u1"), ("value", ">u8"), ("prefix", "S8")])
+# The number of a document that repeats an id; the prefix of its key says in which bucket it is.
+NUMBER = np.dtype([("prefix", "S8"), ("position", ">u8"), ("number", ">u8")])
 
 
 class Buckets:
     """Append sorted rows, and the payload where rows are records, to one file a bucket."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, row: np.dtype[Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
         folder.mkdir(parents=True)
-        self._folder, self.count = folder, count
+        self._folder, self._row, self.count = folder, row, count
         self._borders = np.array([-(-(number << 64) // count) for number in range(count)], "u8")
 
-    def add(self, rows: Rows, payload: bytes = b"", payload_ends: Iterable[int] = ()) -> None:
-        """Take sorted rows; payload_ends says where the payload of each ends."""
-        prefixes = np.ascontiguousarray(rows[:, :PREFIX_BYTES]).view(">u8").ravel().astype("u8")
+    def add(self, rows: NDArray[Any], payload: bytes = b"") -> None:
+        """Take sorted rows; with a payload their `size` says how much of it is of each."""
+        prefixes = np.ascontiguousarray(as_rows(rows)[:, :8]).view(">u8").ravel().astype("u8")
         cuts = [*np.searchsorted(prefixes, self._borders).tolist(), len(rows)]
-        ends = [0, *payload_ends] if payload else []
+        ends = [0, *np.cumsum(rows["size"], dtype=np.int64).tolist()] if payload else []
         for bucket, (begin, end) in enumerate(itertools.pairwise(cuts)):
             if begin == end:
                 continue
@@ -61,34 +52,18 @@ class Buckets:
                 with (self._folder / f"{bucket}.payload").open("ab") as stream:
                     stream.write(memoryview(payload)[ends[begin] : ends[end]])
 
-    def add_block(self, block: Block) -> None:
-        """Take sorted documents."""
-        ends = np.cumsum(block.records["size"], dtype=np.int64).tolist()
-        self.add(as_rows(block.records), block.payload, ends)
-
-    def records(self, bucket: int) -> Records:
-        """Return the records of a bucket as they were added."""
+    def rows(self, bucket: int) -> NDArray[Any]:
+        """Return the rows of a bucket as they were added; they stay on the disk."""
         path = self._folder / str(bucket)
-        return np.fromfile(path, RECORD) if path.exists() else np.empty(0, RECORD)
+        return np.memmap(path, self._row, "r+") if path.exists() else np.empty(0, self._row)
 
-    def block(self, bucket: int) -> Block:
-        """Return the documents of a bucket as they were added."""
-        path = self._folder / f"{bucket}.payload"
-        return Block(self.records(bucket), path.read_bytes() if path.exists() else b"")
-
-    def remove(self, bucket: int) -> None:
-        """Free the space of a bucket on the disk."""
-        for name in (f"{bucket}", f"{bucket}.payload"):
-            (self._folder / name).unlink(missing_ok=True)
-
-    def sorted_rows(self, bucket: int, width: int) -> Rows:
-        """Return the rows of a bucket in order; they stay on the disk."""
-        path = self._folder / str(bucket)
-        if not path.exists():
-            return np.empty((0, width), np.uint8)
-        entries = np.memmap(path, f"S{width}", "r+")
-        entries.sort()
-        return as_rows(entries)
+    def take(self, bucket: int) -> Block:
+        """Return the documents of a bucket as they were added, and free their disk space."""
+        records, path = np.array(self.rows(bucket)), self._folder / f"{bucket}.payload"
+        payload = path.read_bytes() if path.exists() else b""
+        for file in (path, self._folder / str(bucket)):
+            file.unlink(missing_ok=True)
+        return Block(records, payload)
 
 
 class Identifiers:
@@ -101,74 +76,63 @@ class Identifiers:
 
     def __init__(self, folder: Path, documents: int, buckets: int) -> None:
         """Expect so many documents, in so many buckets."""
-        count = 1 + 2 * documents * ENTRY_BYTES // BUCKET_BYTES
-        self._ids = Buckets(folder / "ids", count)
-        self._numbers = Buckets(folder / "numbers", buckets)
+        count = 1 + 2 * documents * ENTRY.itemsize // BUCKET_BYTES
+        self._ids = Buckets(folder / "ids", count, ENTRY)
+        self._numbers = Buckets(folder / "numbers", buckets, NUMBER)
 
     def add(self, records: Records) -> None:
         """Take documents, one record of each."""
-        keys = document_keys(records)
         taken = records[records["number"] > 0]
-        numbers = as_rows(taken["number"].astype(">u8"))
-        rows = np.concatenate(
-            [
-                entries(records["name"], IS_DOCUMENT, keys[:, DIGEST_BYTES:], keys),
-                entries(taken["base"], IS_TAKEN, numbers, np.zeros_like(keys[: len(taken)])),
-            ]
+        entries = np.zeros(len(records) + len(taken), ENTRY)
+        documents, numbers = entries[: len(records)], entries[len(records) :]
+        documents["name"], documents["prefix"] = records["name"], records["key"].astype("S8")
+        documents["value"] = positions(records)
+        numbers["name"], numbers["value"], numbers["kind"] = (
+            taken["base"],
+            taken["number"],
+            IS_TAKEN,
         )
-        self._ids.add(as_rows(np.sort(rows.view(f"S{ENTRY_BYTES}").ravel())))
+        self._ids.add(in_order(entries))
 
-    def repeats(self) -> Iterator[tuple[bytes, bytes, int]]:
-        """Yield the keys of the document before and of one with the same id, and its number."""
+    def repeats(self) -> Iterator[tuple[int, int, bytes, int]]:
+        """Yield where a document and the next one of the same id are, its prefix and number."""
         current, free = b"", iter(range(0))
         for bucket in range(self._ids.count):
-            found = self._ids.sorted_rows(bucket, ENTRY_BYTES)
+            found = in_order(self._ids.rows(bucket))
             for begin in range(0, len(found), SCANNED_ENTRIES):
                 chain = found[max(0, begin - 1) : begin + SCANNED_ENTRIES]
-                same = (chain[1:, :DIGEST_BYTES] == chain[:-1, :DIGEST_BYTES]).all(axis=1)
-                for index in np.flatnonzero(same & (chain[1:, DIGEST_BYTES] == IS_DOCUMENT)):
-                    name = chain[index, :DIGEST_BYTES].tobytes()
-                    if name != current:
-                        current, free = name, free_numbers(taken_numbers(found, name))
-                    before, repeat = map(document_key, chain[index : index + 2])
-                    yield before, repeat, next(free)
+                same = chain["name"][1:] == chain["name"][:-1]
+                for index in np.flatnonzero(same & (chain["kind"][1:] == IS_DOCUMENT)):
+                    before, repeat = chain[index : index + 2]
+                    if repeat["name"] != current:
+                        current, free = repeat["name"], free_numbers(taken_numbers(found, repeat))
+                    yield int(before["value"]), int(repeat["value"]), repeat["prefix"], next(free)
 
     def number(self) -> None:
         """Give the repeats their numbers, once all documents are there."""
-        rows = (repeat + number.to_bytes(8, "big") for _, repeat, number in self.repeats())
+        rows = ((prefix, at, number) for _, at, prefix, number in self.repeats())
         while batch := sorted(itertools.islice(rows, SCANNED_ENTRIES)):
-            self._numbers.add(np.frombuffer(b"".join(batch), np.uint8).reshape(len(batch), -1))
+            self._numbers.add(np.array(batch, NUMBER))
 
-    def numbers_of(self, bucket: int, records: Records) -> NDArray[np.uint64]:
+    def numbers_of(self, bucket: int, records: Records) -> list[int]:
         """Return the number of each document of a bucket, 0 where it keeps its id."""
-        rows = self._numbers.sorted_rows(bucket, DOCUMENT_KEY_BYTES + 8)
-        if not len(rows):
-            return np.zeros(len(records), np.uint64)
-        known = {
-            row[:DOCUMENT_KEY_BYTES]: int.from_bytes(row[DOCUMENT_KEY_BYTES:], "big")
-            for row in map(bytes, rows)
-        }
-        found = [known.get(key, 0) for key in map(bytes, document_keys(records))]
-        return np.array(found, np.uint64)
+        rows = self._numbers.rows(bucket)
+        known = dict(zip(rows["position"].tolist(), rows["number"].tolist(), strict=True))
+        return [known.get(at, 0) for at in positions(records).tolist()]
 
 
-def entries(names: NDArray[np.bytes_], kind: int, numbers: Rows, keys: Rows) -> Rows:
-    """Return the entries of documents or of numbers taken."""
-    kinds = np.full((len(names), 1), kind, np.uint8)
-    return np.concatenate([as_rows(names), kinds, numbers, keys[:, :DIGEST_BYTES]], axis=1)
+def in_order(entries: NDArray[np.void]) -> NDArray[np.void]:
+    """Sort entries in place, on the disk where they are there."""
+    entries.view(f"S{ENTRY.itemsize}").sort()
+    return entries
 
 
-def document_key(entry: Rows) -> bytes:
-    """Return the key of the document of an entry."""
-    return entry[NUMBER_END:].tobytes() + entry[DIGEST_BYTES + 1 : NUMBER_END].tobytes()
-
-
-def taken_numbers(found: Rows, name: bytes) -> Iterator[int]:
-    """Yield the numbers that stand behind an id somewhere, in order."""
-    flat = found.view(f"S{ENTRY_BYTES}").ravel()
-    begin, end = (int(flat.searchsorted(name + bytes([k]))) for k in (IS_TAKEN, IS_TAKEN + 1))
-    for entry in found[begin:end]:
-        yield int.from_bytes(entry[DIGEST_BYTES + 1 : NUMBER_END].tobytes(), "big")
+def taken_numbers(entries: NDArray[np.void], like: np.void) -> Iterator[int]:
+    """Yield the numbers that are taken behind the id of an entry, in order."""
+    name = like["name"].ljust(ENTRY["name"].itemsize, b"\0")
+    flat = entries.view(f"S{ENTRY.itemsize}")
+    begin, end = (flat.searchsorted(name + bytes([k])) for k in (IS_TAKEN, IS_TAKEN + 1))
+    yield from map(int, entries["value"][begin:end])
 
 
 def free_numbers(taken: Iterable[int]) -> Iterator[int]:

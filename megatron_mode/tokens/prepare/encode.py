@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from megatron_mode.tokens.documents import BadLineError, Document, file_stem, parse_line
-from megatron_mode.tokens.prepare.split import RENDERINGS, Split, draw, mode_token_key
+from megatron_mode.tokens.flags import CONTROL, MODE2, role_bits
+from megatron_mode.tokens.prepare.request import RENDERINGS, Split, draw, mode_token_key
 from megatron_mode.tokens.prepare.units import (
     DIGEST_BYTES,
+    LINE_BITS,
     RECORD,
     Block,
     EncodedBatch,
-    position,
 )
 from megatron_mode.tokens.prepare.verdicts import BadLines, empty_corpus
 from megatron_mode.tokens.read.readers import open_reader
@@ -38,6 +39,9 @@ BATCH_LINES = 1024
 LONGEST_NUMBER = 18
 # Training on this much takes 6 s at 32,768 pieces and 0.3 GB; more text changes few pieces.
 TOKENIZER_SAMPLE_BYTES = 24 << 20
+
+# The flags of tokens in an assistant's turn that carry LM loss: pieces of text, control pieces.
+TRAINED_ASSISTANT = [bytes([MODE2 | role_bits("assistant") | bits]) for bits in (0, CONTROL)]
 
 ReportProgress = Callable[[int], None]
 
@@ -99,7 +103,7 @@ def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> Encode
     """Parse, render and tokenise a batch."""
     documents, bad_lines = parse_batch(batch)
     routed = [
-        (document, position(batch.input_index, number), code)
+        (document, batch.input_index << LINE_BITS | number, code)
         for number, document in documents
         for code in split.outputs(document, number)
     ]
@@ -118,8 +122,8 @@ def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> Encode
         payload += np.frombuffer(ids, np.int32).astype(tokenizer.vocabulary.token_dtype).tobytes()
         payload += flags
         payload += document.id.encode()
-        sizes = len(flags), len(payload) - begin
-        rows.setdefault(source, []).append(record(split, document, at, code, sizes))
+        row = record(split, document, at, code, flags, len(payload) - begin)
+        rows.setdefault(source, []).append(row)
     blocks = {key: Block(np.array(rows[key], RECORD), bytes(payloads[key])) for key in rows}
     end = (batch.input_index, batch.numbers[-1])
     ignored = Counter(name for _, document in documents for name in document.ignored)
@@ -127,17 +131,18 @@ def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> Encode
 
 
 def record(
-    split: Split, document: Document, at: int, code: int, sizes: tuple[int, int]
+    split: Split, document: Document, at: int, code: int, flags: bytes, size: int
 ) -> tuple[Any, ...]:
-    """Return the fields of RECORD; sizes are the tokens and the bytes of payload."""
+    """Return the fields of RECORD; size is the bytes of payload."""
     contents = content_bytes(document)
     digest = split.order_digest(document.source, at, contents)
-    key = digest + at.to_bytes(8, "big") + bytes([code])
     # The contents of a dialogue name the role of each turn, which is no text.
     text_bytes = sum(map(len, contents if document.mode == 1 else contents[1::2]))
     base, number = numbered(document.id)
-    base_digest = id_digest(base) if number else b""
-    return key, sizes[0], text_bytes, sizes[1], id_digest(document.id), base_digest, number
+    names = (id_digest(document.id), id_digest(base) if number else b"", number)
+    key = digest + at.to_bytes(8, "big") + bytes([code])
+    trains_assistant = any(flag in flags for flag in TRAINED_ASSISTANT)
+    return key, len(flags), text_bytes, size, *names, trains_assistant
 
 
 def id_digest(identifier: str) -> bytes:

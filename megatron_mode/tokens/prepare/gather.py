@@ -10,33 +10,39 @@ from megatron_mode.errors import DataError
 from megatron_mode.tokens.prepare.assemble import Assembly, assemble_source
 from megatron_mode.tokens.prepare.output import progress_bar
 from megatron_mode.tokens.prepare.staging import WorkFolder
-from megatron_mode.tokens.prepare.units import SHOWN_BAD_LINES, Unit, input_digests, summed
-from megatron_mode.tokens.prepare.verdicts import Catalogue, check_sources, warnings
+from megatron_mode.tokens.prepare.units import SHOWN_BAD_LINES, Unit
+from megatron_mode.tokens.prepare.verdicts import (
+    Catalogue,
+    check_sources,
+    share_warnings,
+    silent_warnings,
+)
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.tokenizer import Tokenizer
 from megatron_mode.tokens.vocabulary import MODEL_FILE
 
 SHARED_INFO = ("seed", "plain_share", "valid_share", "duplicates", "mode_tokens")
+SUMMARY_KEYS = (
+    "name", "mode", "rendering", "documents", "tokens", "text_bytes", "tokens_per_byte",
+    "plain_documents", "repeated_ids", "duplicates_dropped", "held_out_share", "licence",
+    "flags", "lengths_log2",
+)  # fmt: skip
 TOTALS = ("documents", "tokens", "text_bytes", "repeated_ids")
 
 
 def gather_sources(
     work: WorkFolder,
     plan: dict[str, Any],
-    shards: list[list[Unit]],
+    units: list[Unit],
     tokenizer: Tokenizer,
     workers: Workers,
     *,
     show_progress: bool,
 ) -> dict[str, Any]:
     """Write all prepared sources and the tokenizer into the result; return the summary."""
-    units = [unit for shard in shards for unit in shard]
     names = [entry["name"] for entry in plan["inputs"]]
-    catalogue = Catalogue()
-    catalogue.add_units(units)
-    check_sources(
-        [entry["path"] for entry in plan["inputs"]], plan["valid_sources"], catalogue.modes
-    )
+    modes = Catalogue(units).modes
+    check_sources(plan, modes)
     facts = unit_facts(units, names)
     if facts["bad_lines"] > plan["max_bad_lines"]:
         raise DataError(
@@ -44,7 +50,7 @@ def gather_sources(
             f"{plan['max_bad_lines']}; the first is {facts['first_bad_lines'][0]}; mend them or "
             "raise --max-bad-lines."
         )
-    digests = {index: d for s in shards for index, d in (input_digests(s) or {}).items()}
+    digests = {i: digest for u in units for i, digest in (u.facts["inputs"] or {}).items()}
     info = {
         **{key: plan[key] for key in SHARED_INFO},
         **{key: facts[key] for key in ("bad_lines", "bad_lines_by_input")},
@@ -54,25 +60,27 @@ def gather_sources(
         Assembly(
             source=source,
             mode=mode,
-            units=[unit for unit in units if source in unit.sources],
+            units=[unit for unit in units if source in unit.facts["sources"]],
             result=work.result,
             vocabulary=tokenizer.vocabulary,
             input_names=names,
             refuses_repeated_ids=plan["duplicate_ids"] == "error",
             info={**info, "licence": plan["licences"].get(source, plan["licence"])},
         )
-        for source, mode in sorted(catalogue.modes.items())
+        for source, mode in sorted(modes.items())
     ]
-    assemblies.sort(key=lambda a: -a.total("documents"))
+    assemblies.sort(key=lambda assembly: -assembly.total("documents"))
     by_source: dict[str, list[dict[str, Any]]] = {}
     total = sum(assembly.total("tokens") for assembly in assemblies)
     with progress_bar("merge", total, show_progress, "tokens") as bar:
         found = workers.map(assemble_source, assemblies)
-        for assembly, summaries in zip(assemblies, found, strict=True):
+        for assembly, infos in zip(assemblies, found, strict=True):
+            summaries = [{key: info[key] for key in SUMMARY_KEYS} for info in infos]
             by_source[assembly.source] = summaries
             bar.update(sum(summary["tokens"] for summary in summaries))
     shutil.copyfile(work.path / MODEL_FILE, work.result / MODEL_FILE)
     tokenizer.vocabulary.write(work.result)
+    outputs = {source: [s["name"] for s in found] for source, found in by_source.items()}
     sources = [summary for summaries in by_source.values() for summary in summaries]
     return {
         "tokenizer": tokenizer.digest,
@@ -81,14 +89,16 @@ def gather_sources(
         **facts,
         "sources": sorted(sources, key=lambda summary: str(summary["name"])),
         "modes": totals_by_mode(by_source),
-        "warnings": warnings(plan, by_source),
+        "warnings": share_warnings(plan, outputs) + silent_warnings(units),
     }
 
 
 def unit_facts(units: list[Unit], names: list[str]) -> dict[str, Any]:
     """Add up what units found besides documents; names are those of the inputs."""
-    bad_lines = summed(unit.facts["bad_lines"] for unit in units)
-    ignored = summed(unit.facts["ignored_fields"] for unit in units)
+    bad_lines, ignored = Counter[str](), Counter[str]()
+    for unit in units:
+        bad_lines.update(unit.facts["bad_lines"])
+        ignored.update(unit.facts["ignored_fields"])
     first = sorted(tuple(line) for unit in units for line in unit.facts["first_bad_lines"])
     return {
         "bad_lines": bad_lines.total(),

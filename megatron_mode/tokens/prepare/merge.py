@@ -15,7 +15,7 @@ from megatron_mode.errors import DataError
 from megatron_mode.tokens.prepare.gather import gather_sources
 from megatron_mode.tokens.prepare.prepare import UNITS_FOLDER
 from megatron_mode.tokens.prepare.staging import PLAN_FILE, WorkFolder, work_name, work_parent
-from megatron_mode.tokens.prepare.units import finished_units, input_digests
+from megatron_mode.tokens.prepare.units import are_complete, finished_units
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.tokenizer import Tokenizer
 from megatron_mode.tokens.vocabulary import MODEL_FILE
@@ -40,7 +40,7 @@ def merge(out: Path, workers: int, *, show_progress: bool) -> dict[str, Any]:
         continues = work.begin({**plan, "merges": True})
         shutil.copyfile(folders[0] / MODEL_FILE, work.path / MODEL_FILE)
         pool = stack.enter_context(Workers(workers))
-        units = [finished_units(folder / UNITS_FOLDER) for folder in folders]
+        units = [unit for folder in folders for unit in finished_units(folder / UNITS_FOLDER)]
         summary = gather_sources(work, plan, units, tokenizer, pool, show_progress=show_progress)
         work.publish()
         for shard in shards:
@@ -69,8 +69,7 @@ def shard_folders(out: Path) -> list[Path]:
     missing = [
         index
         for index in range(counts[0])
-        if index not in by_index
-        or input_digests(finished_units(by_index[index] / UNITS_FOLDER)) is None
+        if index not in by_index or not are_complete(finished_units(by_index[index] / UNITS_FOLDER))
     ]
     if missing:
         raise DataError(

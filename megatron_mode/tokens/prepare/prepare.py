@@ -27,16 +27,10 @@ from megatron_mode.tokens.prepare.encode import (
 )
 from megatron_mode.tokens.prepare.gather import gather_sources, unit_facts
 from megatron_mode.tokens.prepare.output import progress_bar
-from megatron_mode.tokens.prepare.request import (
-    Preparation,
-    content_digest,
-    dealt_inputs,
-    shares_files,
-    stamp,
-)
+from megatron_mode.tokens.prepare.request import Preparation, content_digest, stamp
 from megatron_mode.tokens.prepare.staging import WorkFolder
-from megatron_mode.tokens.prepare.units import Unit, UnitWriter, codes, input_digests
-from megatron_mode.tokens.prepare.verdicts import BadLines, Catalogue
+from megatron_mode.tokens.prepare.units import Unit, UnitWriter, are_complete, codes
+from megatron_mode.tokens.prepare.verdicts import BadLines, Catalogue, silent_warnings
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.read.readers import size_bytes
 from megatron_mode.tokens.tokenizer import Tokenizer, train_tokenizer
@@ -53,7 +47,7 @@ def prepare(plan: Preparation, *, show_progress: bool) -> dict[str, Any]:
     """
     check_readable(plan.inputs)
     given = None if plan.tokenizer is None else Tokenizer.load(plan.tokenizer)
-    suffix = f"-{plan.shard.index}-of-{plan.shard.count}" if plan.shard else ""
+    suffix = f"-{plan.shard}-of-{plan.shards}" if plan.is_shard else ""
     with WorkFolder(plan.out, suffix) as work, Workers(plan.workers) as workers:
         described = plan.description(given.digest if given else None)
         continues = work.begin(described)
@@ -64,12 +58,12 @@ def prepare(plan: Preparation, *, show_progress: bool) -> dict[str, Any]:
         for path, before in zip(plan.inputs, described["inputs"], strict=True):
             if not before.items() >= stamp(path).items():
                 raise DataError(f"Input {path} changed while it was read; prepare again.")
-        if plan.shard:
+        if plan.is_shard:
             work.stays = True
             found = shard_summary(plan, units)
         else:
             found = gather_sources(
-                work, described, [units], tokenizer, workers, show_progress=show_progress
+                work, described, units, tokenizer, workers, show_progress=show_progress
             )
             work.publish()
     return {"out": str(plan.out), "continued": continues, **found}
@@ -93,10 +87,9 @@ def tokenise(
 ) -> list[Unit]:
     """Write the units that are not there yet; return all."""
     writer = UnitWriter(folder / UNITS_FOLDER)
-    if input_digests(writer.units) is not None:
+    if are_complete(writer.units):
         return writer.units
-    catalogue, bad_lines = Catalogue(), BadLines(plan.max_bad_lines)
-    catalogue.add_units(writer.units)
+    catalogue, bad_lines = Catalogue(writer.units), BadLines(plan.max_bad_lines)
     bad_lines.count = sum(sum(unit.facts["bad_lines"].values()) for unit in writer.units)
     encode = functools.partial(encode_in_worker, folder / MODEL_FILE, plan.split)
     for batch in workers.map(encode, remaining_batches(plan, writer.end, show_progress)):
@@ -104,9 +97,9 @@ def tokenise(
         for (source, mode), block in batch.blocks.items():
             catalogue.add(source, mode, np.unique(codes(block.records)).tolist())
         writer.add(batch)
-    mine = dealt_inputs(plan)
-    if plan.shard and shares_files(plan):
-        mine = [index for index in mine if index % plan.shard.count == plan.shard.index]
+    mine = plan.dealt_inputs()
+    if plan.shares_files:
+        mine = mine[plan.shard :: plan.shards]
     digests = workers.map(content_digest, [plan.inputs[index] for index in mine])
     writer.flush(dict(zip(map(str, mine), digests, strict=True)))
     return writer.units
@@ -116,17 +109,15 @@ def remaining_batches(
     plan: Preparation, end: tuple[int, int], show_progress: bool
 ) -> Iterator[LineBatch]:
     """Yield this preparation's batches behind the last finished unit, under a progress bar."""
-    mine = dealt_inputs(plan)
+    mine = plan.dealt_inputs()
     ahead = [index for index in mine if index >= end[0]]
     total_bytes = sum(size_bytes(plan.inputs[index]) for index in mine)
     with progress_bar("tokenise", total_bytes, show_progress) as bar:
         bar.update(total_bytes - sum(size_bytes(plan.inputs[index]) for index in ahead))
         for batch in line_batches([(index, plan.inputs[index]) for index in ahead], bar.update):
-            if plan.shard and shares_files(plan):
-                dealt_to = (batch.input_index + batch.number) % plan.shard.count
-                if dealt_to != plan.shard.index:
-                    continue
-            if (batch.input_index, batch.numbers[-1]) > end:
+            dealt = batch.input_index + batch.number
+            is_mine = not plan.shares_files or dealt % plan.shards == plan.shard
+            if is_mine and (batch.input_index, batch.numbers[-1]) > end:
                 yield batch
 
 
@@ -134,10 +125,12 @@ def shard_summary(plan: Preparation, units: list[Unit]) -> dict[str, Any]:
     """Return what is known of a shard before the merge."""
     facts = unit_facts(units, [str(path) for path in plan.inputs])
     return {
-        "shard": str(plan.shard),
+        "shard": f"{plan.shard}/{plan.shards}",
         "units": len(units),
-        "tokens": sum(found["tokens"] for unit in units for found in unit.sources.values()),
+        "tokens": sum(
+            found["tokens"] for unit in units for found in unit.facts["sources"].values()
+        ),
         "bad_lines": facts["bad_lines"],
         "first_bad_lines": facts["first_bad_lines"],
-        "warnings": [],
+        "warnings": silent_warnings(units),
     }

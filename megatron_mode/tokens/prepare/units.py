@@ -16,7 +16,7 @@ import json
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,22 +24,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mode.tokens.prepare.split import HELD_OUT_CHAT
+from megatron_mode.tokens.prepare.request import HELD_OUT_CHAT
 
 DIGEST_BYTES = 16
-DOCUMENT_KEY_BYTES = DIGEST_BYTES + 8
 RECORD = np.dtype(
     [
-        ("key", f"S{DOCUMENT_KEY_BYTES + 1}"),
+        ("key", f"S{DIGEST_BYTES + 8 + 1}"),
         ("tokens", "<u4"),
         ("text_bytes", "<u4"),
         ("size", "<u4"),  # bytes of payload
         ("name", f"S{DIGEST_BYTES}"),  # digest of the id
         ("base", f"S{DIGEST_BYTES}"),  # of an id like "a#2": digest of "a", and number 2
         ("number", "<u8"),
+        ("trains_assistant", "?"),  # whether a token of an assistant's turn carries LM loss
     ]
 )
 LINE_BITS = 40
+"""A position is the input index above this many bits of the line number."""
 UNIT_BYTES = 12 << 20
 """Records and payload of a unit; writing one takes about three times as much memory."""
 SHOWN_BAD_LINES = 10
@@ -80,55 +81,39 @@ class Block:
         return Block(self.records[order], payload)
 
 
-def joined(blocks: list[Block]) -> Block:
-    """Put blocks one behind the other."""
-    records = np.concatenate([block.records for block in blocks])
-    return Block(records, b"".join(block.payload for block in blocks))
-
-
-def position(input_index: int, line_number: int) -> int:
-    """Return the place of a line among all lines of the input."""
-    return input_index << LINE_BITS | line_number
-
-
-def place(at: int) -> tuple[int, int]:
-    """Return the input index and the line number of a position."""
-    return at >> LINE_BITS, at & ((1 << LINE_BITS) - 1)
-
-
 def as_rows(column: NDArray[Any]) -> Rows:
     """Return the bytes of each entry as a row."""
     flat = np.ascontiguousarray(column).view(np.uint8)
     return flat.reshape(len(column), column.dtype.itemsize)
 
 
-def document_keys(records: Records) -> Rows:
-    """Return digest and position of each record: equal for the renderings of one document."""
-    return as_rows(records["key"])[:, :DOCUMENT_KEY_BYTES]
+def positions(records: Records) -> NDArray[np.uint64]:
+    """Return the place of each document among the lines of all inputs."""
+    rows = as_rows(records["key"])[:, DIGEST_BYTES : DIGEST_BYTES + 8]
+    return np.ascontiguousarray(rows).view(">u8").ravel().astype(np.uint64)
 
 
 def codes(records: Records) -> Rows:
     """Return the output code of each record."""
-    return as_rows(records["key"])[:, DOCUMENT_KEY_BYTES]
+    return as_rows(records["key"])[:, -1]
 
 
-def is_primary(records: Records) -> NDArray[np.bool_]:
-    """Mark one record of each document: a held-out dialogue has two."""
-    marks: NDArray[np.bool_] = codes(records) != HELD_OUT_CHAT
-    return marks
+def primary(records: Records) -> Records:
+    """Return one record of each document: a held-out dialogue has two."""
+    found: Records = records[codes(records) != HELD_OUT_CHAT]
+    return found
 
 
 def without_copies(records: Records) -> tuple[NDArray[np.int64], int]:
     """Return the sorted order of the first document of each digest, and count those left out."""
     order = np.argsort(records["key"], kind="stable")
     records = records[order]
-    documents = document_keys(records)
-    digests = documents[:, :DIGEST_BYTES]
+    digests, at = as_rows(records["key"])[:, :DIGEST_BYTES], positions(records)
     is_new = np.ones(len(records), bool)
     is_new[1:] = (digests[1:] != digests[:-1]).any(axis=1)
     first = np.maximum.accumulate(np.where(is_new, np.arange(len(records)), 0))
-    kept = (documents == documents[first]).all(axis=1)
-    return order[kept], int(is_primary(records[~kept]).sum())
+    kept = at == at[first]
+    return order[kept], len(primary(records[~kept]))
 
 
 @dataclass
@@ -150,12 +135,7 @@ class Unit(NamedTuple):
 
     path: Path
     facts: dict[str, Any]
-
-    @property
-    def sources(self) -> dict[str, dict[str, Any]]:
-        """Return mode, documents, bytes, copies dropped and output codes by source."""
-        found: dict[str, dict[str, Any]] = self.facts["sources"]
-        return found
+    """`sources` holds mode, documents, tokens, bytes, copies, codes and more by source."""
 
     def block(self, source: str) -> Block:
         """Read the documents of a source, sorted by key."""
@@ -175,9 +155,9 @@ def finished_units(folder: Path) -> list[Unit]:
             return units
 
 
-def input_digests(units: list[Unit]) -> dict[str, str] | None:
-    """Return the digests of the inputs by index as text; None where the last unit is missing."""
-    return units[-1].facts["inputs"] if units else None
+def are_complete(units: list[Unit]) -> bool:
+    """Tell whether the last unit of a preparation is there, which has the digests of its inputs."""
+    return bool(units) and units[-1].facts["inputs"] is not None
 
 
 class UnitWriter:
@@ -210,9 +190,9 @@ class UnitWriter:
         sources = {}
         for source, mode in sorted({key for batch in batches for key in batch.blocks}):
             blocks = [b.blocks.pop((source, mode)) for b in batches if (source, mode) in b.blocks]
-            block = joined(blocks)
-            order, copies = without_copies(block.records)
-            block = block.take(order)
+            records = np.concatenate([block.records for block in blocks])
+            order, copies = without_copies(records)
+            block = Block(records, b"".join(block.payload for block in blocks)).take(order)
             arrays[f"{source}.records"] = block.records
             arrays[f"{source}.payload"] = np.frombuffer(block.payload, np.uint8)
             sources[source] = {
@@ -222,6 +202,7 @@ class UnitWriter:
                 "bytes": block.size_bytes,
                 "copies": copies,
                 "codes": np.unique(codes(block.records)).tolist(),
+                "trains_assistant": bool(block.records["trains_assistant"].any()),
             }
         facts = {
             "end": self.end,
@@ -229,7 +210,7 @@ class UnitWriter:
             # By input index as text: JSON has no other keys.
             "bad_lines": dict(Counter(str(index) for index, _, _ in found)),
             "first_bad_lines": found[:SHOWN_BAD_LINES],
-            "ignored_fields": dict(summed(batch.ignored for batch in batches)),
+            "ignored_fields": dict(Counter(n for b in batches for n in b.ignored.elements())),
             "inputs": inputs,
         }
         path = self._folder / f"unit-{len(self.units):06d}.npz"
@@ -240,11 +221,3 @@ class UnitWriter:
             os.fsync(stream.fileno())
         os.replace(partial, path)
         self.units.append(Unit(path, facts))
-
-
-def summed(counts: Iterable[dict[str, int]]) -> Counter[str]:
-    """Add up counts by name."""
-    total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
-    return total

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.documents import bad_line_error
-from megatron_mode.tokens.prepare.split import output_name
+from megatron_mode.tokens.prepare.request import output_name
 from megatron_mode.tokens.prepare.units import SHOWN_BAD_LINES, Unit
 
 
@@ -34,14 +34,11 @@ class BadLines:
 class Catalogue:
     """Know the sources met so far and refuse names that mean two things."""
 
-    def __init__(self) -> None:
+    def __init__(self, units: Iterable[Unit] = ()) -> None:
         self.modes: dict[str, int] = {}
         self._owners: dict[str, str] = {}
-
-    def add_units(self, units: Iterable[Unit]) -> None:
-        """Enter the sources of units."""
         for unit in units:
-            for source, found in unit.sources.items():
+            for source, found in unit.facts["sources"].items():
                 self.add(source, found["mode"], found["codes"])
 
     def add(self, source: str, mode: int, codes: Iterable[int]) -> None:
@@ -70,14 +67,12 @@ def empty_corpus(inputs: Sequence[Path | str]) -> DataError:
     )
 
 
-def check_sources(
-    inputs: Sequence[Path | str], valid_sources: Iterable[str], found: Iterable[str]
-) -> None:
+def check_sources(plan: Mapping[str, Any], found: Iterable[str]) -> None:
     """Raise DataError for an empty corpus or a held-out source that is not there."""
     names = sorted(found)
     if not names:
-        raise empty_corpus(inputs)
-    unknown = sorted(set(valid_sources) - set(names))
+        raise empty_corpus([entry["path"] for entry in plan["inputs"]])
+    unknown = sorted(set(plan["valid_sources"]) - set(names))
     if unknown:
         raise DataError(
             f"--valid-sources names {unknown[0]}, which the input does not hold; accepted are "
@@ -85,36 +80,38 @@ def check_sources(
         )
 
 
-def warnings(
-    plan: Mapping[str, Any], summaries_by_source: Mapping[str, Sequence[Mapping[str, Any]]]
+def share_warnings(
+    plan: Mapping[str, Any], outputs_by_source: Mapping[str, Iterable[str]]
 ) -> list[str]:
-    """Say which sources the seeded shares left without training or held-out documents.
-
-    Also say where a training run that takes LM loss on assistant turns only would learn nothing.
-    """
-    found = []
+    """Say which sources the seeded shares left without training or held-out documents."""
+    warnings = []
     share = plan["valid_share"]
-    for source in sorted(summaries_by_source):
-        outputs = {summary["name"] for summary in summaries_by_source[source]}
-        if share and not outputs - {source}:
-            found.append(
+    for source, outputs in sorted(outputs_by_source.items()):
+        if share and not set(outputs) - {source}:
+            warnings.append(
                 f"No document of {source} was drawn for --valid-share {share:g}; "
                 "raise the share or change --seed."
             )
         if source not in outputs and source not in plan["valid_sources"]:
-            found.append(
+            warnings.append(
                 f"All documents of {source} were drawn for --valid-share {share:g}; "
                 "lower the share or change --seed."
             )
-    silent = [
-        source
-        for source, summaries in sorted(summaries_by_source.items())
-        if summaries[0]["mode"] == 2 and not any(s["trains_assistant"] for s in summaries)
+    return warnings
+
+
+def silent_warnings(units: Iterable[Unit]) -> list[str]:
+    """Say which dialogues would train nothing where only assistant turns carry LM loss."""
+    speaks: dict[str, bool] = {}
+    for unit in units:
+        for source, found in unit.facts["sources"].items():
+            if found["mode"] == 2:
+                speaks[source] = speaks.get(source, False) or found["trains_assistant"]
+    silent = sorted(source for source in speaks if not speaks[source])
+    if not silent:
+        return []
+    return [
+        f"No dialogue of {', '.join(silent)} has an assistant turn that is trained, so "
+        "mix.mode2_lm_loss=assistant would train no token there; check the roles, `weight` and "
+        "`train` of the turns, or train with mix.mode2_lm_loss=all."
     ]
-    if silent:
-        found.append(
-            f"No dialogue of {', '.join(silent)} has an assistant turn that is trained, so "
-            "mix.mode2_lm_loss=assistant would train no token of it; check the roles and the "
-            "`weight` and `train` fields of its turns, or train with mix.mode2_lm_loss=all."
-        )
-    return found
