@@ -40,36 +40,15 @@ def gather_sources(
     show_progress: bool,
 ) -> dict[str, Any]:
     """Write all prepared sources and the tokenizer into the result; return the summary."""
-    names = [entry["name"] for entry in plan["inputs"]]
-    modes = Catalogue(units).modes
-    check_sources(plan, modes)
-    facts = unit_facts(units, names)
+    check_sources(plan, Catalogue(units).modes)
+    facts = unit_facts(units, [entry["name"] for entry in plan["inputs"]])
     if facts["bad_lines"] > plan["max_bad_lines"]:
         raise DataError(
             f"The shards have {facts['bad_lines']} bad lines together and --max-bad-lines is "
             f"{plan['max_bad_lines']}; the first is {facts['first_bad_lines'][0]}; mend them or "
             "raise --max-bad-lines."
         )
-    digests = {i: digest for u in units for i, digest in (u.facts["inputs"] or {}).items()}
-    info = {
-        **{key: plan[key] for key in SHARED_INFO},
-        **{key: facts[key] for key in ("bad_lines", "bad_lines_by_input")},
-        "inputs": {names[int(index)]: digests[index] for index in sorted(digests, key=int)},
-    }
-    assemblies = [
-        Assembly(
-            source=source,
-            mode=mode,
-            units=[unit for unit in units if source in unit.facts["sources"]],
-            result=work.result,
-            vocabulary=tokenizer.vocabulary,
-            input_names=names,
-            refuses_repeated_ids=plan["duplicate_ids"] == "error",
-            info={**info, "licence": plan["licences"].get(source, plan["licence"])},
-        )
-        for source, mode in sorted(modes.items())
-    ]
-    assemblies.sort(key=lambda assembly: -assembly.total("documents"))
+    assemblies = assemblies_of(plan, units, facts, work, tokenizer)
     by_source: dict[str, list[dict[str, Any]]] = {}
     total = sum(assembly.total("tokens") for assembly in assemblies)
     with progress_bar("merge", total, show_progress, "tokens") as bar:
@@ -91,6 +70,37 @@ def gather_sources(
         "modes": totals_by_mode(by_source),
         "warnings": share_warnings(plan, outputs) + silent_warnings(units),
     }
+
+
+def assemblies_of(
+    plan: dict[str, Any],
+    units: list[Unit],
+    facts: dict[str, Any],
+    work: WorkFolder,
+    tokenizer: Tokenizer,
+) -> list[Assembly]:
+    """Return what is to be assembled, the largest source first."""
+    names = [entry["name"] for entry in plan["inputs"]]
+    digests = {i: digest for u in units for i, digest in (u.facts["inputs"] or {}).items()}
+    info = {
+        **{key: plan[key] for key in SHARED_INFO},
+        **{key: facts[key] for key in ("bad_lines", "bad_lines_by_input")},
+        "inputs": {names[int(index)]: digests[index] for index in sorted(digests, key=int)},
+    }
+    assemblies = [
+        Assembly(
+            source=source,
+            mode=mode,
+            units=[unit for unit in units if source in unit.facts["sources"]],
+            result=work.result,
+            vocabulary=tokenizer.vocabulary,
+            input_names=names,
+            refuses_repeated_ids=plan["duplicate_ids"] == "error",
+            info={**info, "licence": plan["licences"].get(source, plan["licence"])},
+        )
+        for source, mode in sorted(Catalogue(units).modes.items())
+    ]
+    return sorted(assemblies, key=lambda assembly: -assembly.total("documents"))
 
 
 def unit_facts(units: list[Unit], names: list[str]) -> dict[str, Any]:
