@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_mode.mix.corpus import Corpus
 
 MOST_ROWS = 1_000_000
+Answer = tuple[dict[str, Any], str]  # as JSON, as text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,20 +44,16 @@ class Opened(NamedTuple):
     """Hold an order with the config and data behind it; an exported order has neither."""
 
     document: OrderDocument
-    config: Config | None
-    corpus: Corpus | None
-    steps_done: int
+    config: Config | None = None
+    corpus: Corpus | None = None
+    steps_done: int = 0
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer the question; raises ConfigError, DataError or CheckpointError."""
     opened = open_order(args.config, args.overrides)
-    if args.rows is not None:
-        begin, end = parse_rows(args.rows, opened.document.order.total_rows)
-        answer, text = rows_answer(opened.document, begin, end)
-    elif args.step is not None:
-        begin, end = step_rows(opened.document, args.step)
-        answer, text = rows_answer(opened.document, begin, end)
+    if args.rows is not None or args.step is not None:
+        answer, text = rows_answer(opened.document, *asked_rows(opened.document, args))
     elif args.document is not None:
         answer, text = document_answer(opened, args.document)
     elif args.verify is not None:
@@ -64,9 +61,12 @@ def run(args: argparse.Namespace) -> int:
     elif args.export is not None:
         answer, text = export_answer(opened, args.export)
     elif args.plot is not None:
-        answer, text = plot_answer(opened, args.plot)
+        from megatron_mode.report.order_page import order_page
+
+        write(args.plot, order_page(opened.document.order, opened.document.global_rows))
+        answer, text = {"plot": str(args.plot)}, str(args.plot)
     else:
-        from megatron_mode.mix.audit.summary import plan, table
+        from megatron_mode.mix.audit.forecast import plan, table
 
         answer = plan(opened.document)
         text = table(answer)
@@ -85,67 +85,55 @@ def open_order(path: Path, overrides: list[str]) -> Opened:
             raise ConfigError(
                 f"{overrides[0]} overrides an exported order, which is fixed; name the run file"
             )
-        return Opened(read_document(path), None, None, 0)
-    steps_done = 0
-    if path.is_dir():
-        steps_done = newest_step(path)
-        path = path / "config.yaml"
-    config = load_config(path, overrides)
+        return Opened(read_document(path))
+    # The names of finished checkpoints say how far a run folder is; nothing heavy is imported.
+    names = (manifest.parent.name for manifest in path.glob("checkpoints/step-*/manifest.json"))
+    steps = (re.fullmatch(r"step-(\d{8,})", name) for name in names)
+    steps_done = max((int(step[1]) for step in steps if step), default=0)
+    config = load_config(path / "config.yaml" if path.is_dir() else path, overrides)
     corpus = open_corpus(config)
     config = resolve_vocabulary(config, corpus)
     order = build_order(config, corpus)
     return Opened(describe(config, corpus, order), config, corpus, steps_done)
 
 
-def newest_step(run: Path) -> int:
-    """Return the steps that the newest finished checkpoint of a run folder has taken, 0 for none.
-
-    The folder's name says it, so that nothing heavy is imported.
-    """
-    names = (path.parent.name for path in run.glob("checkpoints/step-*/manifest.json"))
-    steps = (re.fullmatch(r"step-(\d{8,})", name) for name in names)
-    return max((int(step[1]) for step in steps if step), default=0)
-
-
-def parse_rows(text: str, total_rows: int) -> tuple[int, int]:
-    """Read A:B; raise ConfigError outside of the run or for more rows than can be printed."""
-    match = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})", text.replace("_", ""))
+def asked_rows(document: OrderDocument, args: argparse.Namespace) -> tuple[int, int]:
+    """Return begin and end of --rows or --step; ConfigError outside of the run or for too many."""
+    if args.step is not None:
+        if args.step >= document.steps:
+            raise ConfigError(
+                f"--step is {args.step}; accepted: 0 to {document.steps - 1}, the steps of the "
+                "run; name one of them"
+            )
+        return args.step * document.global_rows, (args.step + 1) * document.global_rows
+    total_rows = document.order.total_rows
+    match = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})", args.rows.replace("_", ""))
     begin = int(match[1] or 0) if match else 1
     end = int(match[2] or total_rows) if match else 0
     if not 0 <= begin <= end <= total_rows:
         raise ConfigError(
-            f"--rows is {text}: accepted is A:B with 0 <= A <= B <= {total_rows}, the rows of the "
-            "run; correct it"
+            f"--rows is {args.rows}; accepted: A:B with 0 <= A <= B <= {total_rows}, the rows of "
+            "the run; correct it"
         )
     if end - begin > MOST_ROWS:
         raise ConfigError(
-            f"--rows asks for {end - begin:,} rows: accepted is up to {MOST_ROWS:,} at a time; ask "
+            f"--rows asks for {end - begin:,} rows; accepted: up to {MOST_ROWS:,} at a time; ask "
             "for fewer"
         )
     return begin, end
 
 
-def step_rows(document: OrderDocument, step: int) -> tuple[int, int]:
-    """Return the rows of a step; raise ConfigError beyond the run."""
-    if step >= document.steps:
-        raise ConfigError(
-            f"--step is {step}: accepted is 0 to {document.steps - 1}, the steps of the run"
-        )
-    return step * document.global_rows, (step + 1) * document.global_rows
-
-
-def rows_answer(document: OrderDocument, begin: int, end: int) -> tuple[dict[str, Any], str]:
+def rows_answer(document: OrderDocument, begin: int, end: int) -> Answer:
     """List rows."""
     order = document.order
     rows = order.rows(begin, end)
-    names = order.source_names
     columns = (rows.row, rows.mode, rows.source, rows.source_row, rows.epoch)
     found = [
         {
             "row": row,
             "step": row // document.global_rows,
             "mode": mode,
-            "source": names[source],
+            "source": order.source_names[source],
             "source_row": source_row,
             "epoch": epoch,
             "edit": source >= len(order.configs),
@@ -161,7 +149,7 @@ def rows_answer(document: OrderDocument, begin: int, end: int) -> tuple[dict[str
     return {"rows": found}, "\n".join(lines)
 
 
-def document_answer(opened: Opened, document: str) -> tuple[dict[str, Any], str]:
+def document_answer(opened: Opened, document: str) -> Answer:
     """List the exposures of a document; those before the newest checkpoint are past."""
     from megatron_mode.mix.audit.documents import exposures
 
@@ -170,29 +158,23 @@ def document_answer(opened: Opened, document: str) -> tuple[dict[str, Any], str]
             "--document needs the data to find an id in, and an exported order names none; give "
             "the run file or the run folder"
         )
-    order = opened.document.order
     found = [
         {**e._asdict(), "shown": e.is_shown, "past": e.step < opened.steps_done}
-        for e in exposures(opened.config, opened.corpus, order, document)
+        for e in exposures(opened.config, opened.corpus, opened.document.order, document)
     ]
     shown = [e for e in found if e["shown"]]
-    steps = sorted({e["step"] for e in shown})
-    answer = {
-        "document": document,
-        "exposures": found,
-        "steps": steps,
-        "steps_done": opened.steps_done,
-    }
+    steps, done = sorted({e["step"] for e in shown}), opened.steps_done
+    answer = {"document": document, "exposures": found, "steps": steps, "steps_done": done}
     lines = [
         f"{document}: {len(shown)} rows in {len(steps)} steps, "
-        f"{sum(e['past'] for e in shown)} of them past (step {opened.steps_done})",
+        f"{sum(e['past'] for e in shown)} of them past (step {done})",
         f"{'step':>10} {'row':>14} {'source row':>12} via",
     ]
     lines += [f"{e['step']:>10,} {e['row']:>14,} {e['source_row']:>12,} {e['via']}" for e in found]
     return answer, "\n".join(lines)
 
 
-def verify_answer(opened: Opened, run: Path, *, show_progress: bool) -> tuple[dict[str, Any], str]:
+def verify_answer(opened: Opened, run: Path, *, show_progress: bool) -> Answer:
     """Replay and hash; the first thing that differs is raised."""
     from tqdm import tqdm
 
@@ -204,57 +186,43 @@ def verify_answer(opened: Opened, run: Path, *, show_progress: bool) -> tuple[di
     for manifest in manifests:
         verify.check_settings(manifest, document.settings)
     hidden = None if show_progress else True
-    steps = manifests[-1].step
+    steps, skips = manifests[-1].step, manifests[-1].skips
     with tqdm(total=steps, desc="replay", unit="step", leave=False, disable=hidden) as bar:
         digest = verify.replay(document.order, document.global_rows, manifests, bar.update)
-    size_bytes = 0
-    if opened.corpus is not None:
-        with tqdm(desc="hash", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
-            size_bytes = verify.check_source_files(
-                opened.corpus.read_sources,
-                document.packed_whole,
-                document.order.seq_len,
-                bar.update,
-            )
+    sources, seq_len = opened.corpus.read_sources if opened.corpus else (), document.order.seq_len
+    with tqdm(desc="hash", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
+        size_bytes = verify.check_source_files(sources, document.packed_whole, seq_len, bar.update)
     answer = {
         "verified": str(run),
         "checkpoints": [manifest.step for manifest in manifests],
         "order_digest": digest,
-        "skips": manifests[-1].skips,
+        "skips": skips,
         "hashed_bytes": size_bytes,
     }
     text = (
         f"{run}: {len(manifests)} checkpoints up to step {steps} agree with the order "
         f"(digest {digest[:12]}); {size_bytes:,} bytes of sources are as they were prepared"
     )
-    if manifests[-1].skips:
-        text += f"\nupdates left out: steps {', '.join(map(str, manifests[-1].skips))}"
+    if skips:
+        text += f"\nupdates left out: steps {', '.join(map(str, skips))}"
     return answer, text
 
 
-def export_answer(opened: Opened, path: Path) -> tuple[dict[str, Any], str]:
+def export_answer(opened: Opened, path: Path) -> Answer:
     """Write the portable document."""
     from megatron_mode.mix.audit.order_document import export
 
     if opened.config is None:
         raise ConfigError("--export of an exported order is a copy; copy the file")
     if path.suffix != ".json":
-        raise ConfigError(f"--export is {path}: accepted is a name in .json, by which it is read")
+        raise ConfigError(f"--export is {path}; accepted: a name in .json, by which it is read")
     tree = export(opened.document, opened.config.mix)
     write(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
     return {"export": str(path), "order_digest": tree["order_digest"]}, str(path)
 
 
-def plot_answer(opened: Opened, path: Path) -> tuple[dict[str, Any], str]:
-    """Draw the plan."""
-    from megatron_mode.report.order_page import order_page
-
-    write(path, order_page(opened.document.order, opened.document.global_rows))
-    return {"plot": str(path)}, str(path)
-
-
 def write(path: Path, text: str) -> None:
-    """Write a file whole; ConfigError where the folder is missing or not writable."""
+    """Write a file at once; ConfigError where the folder is missing or not writable."""
     from megatron_mode.atomic import write_whole
 
     try:

@@ -56,12 +56,12 @@ class OrderDigest:
 
         `left_out` is for a step whose update was left out.
         """
-        table = np.stack([rows.row, rows.source, rows.source_row, rows.mode], axis=1)
+        columns = (rows.row, rows.source, rows.source_row)
+        table = np.stack([*columns, rows.mode], axis=1)
         if edits.changed:
-            table = np.concatenate([table, edits.changes(rows.row, rows.source, rows.source_row)])
+            table = np.concatenate([table, edits.changes(*columns)])
         if left_out:
-            mark = np.full_like(rows.row, LEFT_OUT)
-            again = np.stack([rows.row, rows.source, rows.source_row, mark], axis=1)
+            again = np.stack([*columns, np.full_like(rows.row, LEFT_OUT)], axis=1)
             table = np.concatenate([table, again])
         data = np.ascontiguousarray(table, dtype="<i8").tobytes()
         self._digest = hashlib.sha256(self._digest + data).digest()

@@ -10,13 +10,14 @@ a batch have the same `readers` count and each its own index; every slot is read
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -29,13 +30,12 @@ from megatron_mode.mix.rows import ArrayBatch, Batch, RowReader
 KEPT_BLOCKS = 3
 ALIVE_EVERY_SECONDS = 0.5
 
-
 MicroBatch = Batch[Tensor]
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Hold one reader's micro-batches of a step, and the rows of the whole step in index order."""
+    """Hold one reader's micro-batches of a step, and all rows of the step in index order."""
 
     step: int
     micro_batches: list[MicroBatch]
@@ -54,8 +54,8 @@ def micro_batch(
     return as_tensors(reader.read_batch(source_index, source_row))
 
 
-class Loader:
-    """Iterate over the steps first_step .. end_step - 1 of one reader."""
+class Loader(Iterator[StepBatch], AbstractContextManager["Loader"]):
+    """Iterate over the steps first_step .. end_step - 1 of one reader; a context that closes it."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Loader:
     ) -> None:
         """Start reading; `readers` share each batch of `global_rows` rows.
 
-        `pin_memory` puts batches where a GPU can fetch them while the host goes on.
+        `pin_memory` puts batches where a GPU can fetch them while the host continues.
 
         Raises ConfigError where global_rows does not split into micro-batches of all readers.
         """
@@ -84,31 +84,24 @@ class Loader:
                 f"batch.micro_rows * data-parallel size = {micro_rows} * {readers}; change "
                 "batch.global_rows or batch.micro_rows"
             )
-        if not 0 <= reader_index < readers:
-            raise ValueError(f"reader_index {reader_index} is not in [0, {readers})")
         self.data_wait_seconds = 0.0
         self._order, self._reader = order, reader
         self._global_rows, self._micro_rows = global_rows, micro_rows
         self._reader_index, self._readers = reader_index, readers
         self._next_step, self._end_step = first_step, end_step
         self._block_steps = max(1, BLOCK_ROWS // global_rows)
-        self._blocks: dict[int, tuple[Rows, IntArray]] = {}
-        self._lock = threading.Lock()
+        self._block = functools.lru_cache(KEPT_BLOCKS)(self._work_out)
         self._pending: deque[Future[StepBatch]] = deque()
-        self._prefetch_steps = max(1, prefetch_steps)
+        self._prefetch_steps = prefetch_steps
         self._closed = False
         self._pin_memory = pin_memory
         self._workers: list[threading.Thread] = []
         self._pool = ThreadPoolExecutor(
-            max(1, threads),
+            threads,
             thread_name_prefix="loader",
             initializer=lambda: self._workers.append(threading.current_thread()),
         )
         self._submit()
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        """Return the loader itself: steps come once."""
-        return self
 
     def __next__(self) -> StepBatch:
         """Return the next step, and note the wait for it in `data_wait_seconds`.
@@ -130,16 +123,7 @@ class Loader:
         self._submit()
         return batch
 
-    def __enter__(self) -> Loader:
-        """Return the loader; leaving the block closes it."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the loader."""
         self.close()
 
@@ -172,22 +156,17 @@ class Loader:
             self._pending.append(self._pool.submit(self._load, self._next_step))
             self._next_step += 1
 
-    def _block(self, number: int) -> tuple[Rows, IntArray]:
-        """Work out the rows and dealings of some steps at once; the newest blocks are kept."""
-        with self._lock:
-            if number not in self._blocks:
-                begin = number * self._block_steps
-                end = min(begin + self._block_steps, self._end_step)
-                rows = self._order.rows(begin * self._global_rows, end * self._global_rows)
-                deals = self._order.deals(begin, end, self._global_rows)
-                kept = dict(list(self._blocks.items())[1 - KEPT_BLOCKS :])
-                self._blocks = {**kept, number: (rows, deals)}
-            return self._blocks[number]
+    def _work_out(self, block: int) -> tuple[Rows, IntArray]:
+        """Return the rows and dealings of some steps; threads may do the same block at once."""
+        begin = block * self._block_steps
+        end = min(begin + self._block_steps, self._end_step)
+        rows = self._order.rows(begin * self._global_rows, end * self._global_rows)
+        return rows, self._order.deals(begin, end, self._global_rows)
 
     def _load(self, step: int) -> StepBatch:
         """Read this reader's slots of a step."""
-        number, within = divmod(step, self._block_steps)
-        block_rows, deals = self._block(number)
+        block, within = divmod(step, self._block_steps)
+        block_rows, deals = self._block(block)
         rows = block_rows[slice(within * self._global_rows, (within + 1) * self._global_rows)]
         slots = deals[within].reshape(-1, self._readers, self._micro_rows)
         micro_batches = []

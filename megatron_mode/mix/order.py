@@ -245,7 +245,7 @@ class Order:
                 name, epochs = self.configs[source].name, self.configs[source].epochs_max
                 raise DataError(
                     f"source '{name}' in mix.mode{mode}.sources runs dry after epochs_max {epochs} "
-                    f"at {self._at(row)} and its when_dry is error; raise epochs_max, lower its "
+                    f"at {self.at(row)} and its when_dry is error; raise epochs_max, lower its "
                     "weight or run.steps, or set when_dry to share or repeat"
                 )
         if given is None or needed <= given:
@@ -253,15 +253,16 @@ class Order:
         row = self.integral.row_of(mode, given)
         if self._parts[mode].is_starved:
             raise ConfigError(
-                f"no source in mix.mode{mode}.sources has a weight at {self._at(row)}, where "
+                f"no source in mix.mode{mode}.sources has a weight at {self.at(row)}, where "
                 f"mix.mode2_fraction plans Mode {mode} rows; set an earlier onset_tokens, or "
                 "weight_points that leave one source above 0"
             )
         raise DataError(
-            f"mode {mode} runs dry at {self._at(row)}: the run needs {needed:,} Mode {mode} rows "
+            f"mode {mode} runs dry at {self.at(row)}: the run needs {needed:,} Mode {mode} rows "
             f"and mix.mode{mode}.sources gives {given:,} within epochs_max; raise or unset "
             "epochs_max, add a source, change mix.mode2_fraction or lower run.steps"
         )
 
-    def _at(self, row: int) -> str:
+    def at(self, row: int) -> str:
+        """Say where a row of the run is, for messages."""
         return f"row {row:,} ({row * self.seq_len:,} tokens)"

@@ -14,8 +14,9 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+from megatron_mode.mix.floors import IntArray
+
 KeyArray = npt.NDArray[np.uint64]
-IntArray = npt.NDArray[np.int64]
 
 ROUNDS = 12  # with 8, orders of five rows differ from uniform by some percent
 LARGEST_SIZE = 2**62
@@ -67,12 +68,11 @@ def _walk(
     a = (np.sqrt(sizes.astype(np.float64)).astype(np.int64) + 1).astype(np.uint64)
     limit = sizes.astype(np.uint64)
     b = (limit + (a - np.uint64(1))) // a
-    once = _encrypt if forward else _decrypt
-    image = once(start.astype(np.uint64), a, b, keys)
+    image = _rounds(start.astype(np.uint64), a, b, keys, forward=forward)
     outside = np.flatnonzero(image >= limit)
     while outside.size:
         a_out, b_out, key_out = (_at(x, outside) for x in (a, b, keys))
-        image[outside] = once(image[outside], a_out, b_out, key_out)
+        image[outside] = _rounds(image[outside], a_out, b_out, key_out, forward=forward)
         outside = outside[image[outside] >= _at(limit, outside)]
     return image.astype(np.int64)
 
@@ -81,30 +81,18 @@ def _at(values: KeyArray, index: npt.NDArray[np.intp]) -> KeyArray:
     return values if values.size == 1 else values[index]
 
 
-def _encrypt(index: KeyArray, a: KeyArray, b: KeyArray, key: KeyArray) -> KeyArray:
+def _rounds(index: KeyArray, a: KeyArray, b: KeyArray, key: KeyArray, *, forward: bool) -> KeyArray:
     left = index // b
     right = index - left * b
-    for number in range(ROUNDS):
-        if number % 2 == 0:
-            left += _hash(right, key, number, a)
-            # Unsigned wrap-around makes the minimum a conditional subtraction.
-            np.minimum(left, left - a, out=left)
+    for number in range(ROUNDS) if forward else reversed(range(ROUNDS)):
+        half, other, size = (right, left, b) if number % 2 else (left, right, a)
+        # Unsigned wrap-around makes the minimum a conditional subtraction or addition.
+        if forward:
+            half += _hash(other, key, number, size)
+            np.minimum(half, half - size, out=half)
         else:
-            right += _hash(left, key, number, b)
-            np.minimum(right, right - b, out=right)
-    return left * b + right
-
-
-def _decrypt(index: KeyArray, a: KeyArray, b: KeyArray, key: KeyArray) -> KeyArray:
-    left = index // b
-    right = index - left * b
-    for number in reversed(range(ROUNDS)):
-        if number % 2 == 0:
-            left -= _hash(right, key, number, a)
-            np.minimum(left, left + a, out=left)
-        else:
-            right -= _hash(left, key, number, b)
-            np.minimum(right, right + b, out=right)
+            half -= _hash(other, key, number, size)
+            np.minimum(half, half + size, out=half)
     return left * b + right
 
 

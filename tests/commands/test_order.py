@@ -192,16 +192,16 @@ def test_a_picture_of_the_plan(ask: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "fragment"),
     [
-        (("--rows", "5:3"), "--rows is 5:3: accepted is A:B with 0 <= A <= B <= 12"),
+        (("--rows", "5:3"), "--rows is 5:3; accepted: A:B with 0 <= A <= B <= 12"),
         (("--rows", "x"), "--rows is x"),
-        (("--step", "3"), "--step is 3: accepted is 0 to 2"),
+        (("--step", "3"), "--step is 3; accepted: 0 to 2"),
         (("--document", "books/none"), "has no document of id 'none'"),
         (("--document", "nowhere/none"), "the sources of the mix are"),
         (("--verify", "nowhere"), "has no finished checkpoint"),
         (("--plot", "nowhere/x.html"), "cannot be written"),
-        (("--rows", "9" * 5000 + ":"), "accepted is A:B"),
+        (("--rows", "9" * 5000 + ":"), "accepted: A:B"),
         (("--document", "books/\udcff"), "has no document of id"),
-        (("--export", "order.txt"), "accepted is a name in .json"),
+        (("--export", "order.txt"), "accepted: a name in .json"),
         (
             ("mix.edits.cohorts=[{source: chat-valid-chat}]",),
             "which stands in mix.valid",

@@ -230,5 +230,3 @@ def test_an_empty_range_of_steps_is_empty(plan: tuple[Order, RowReader]) -> None
 def test_a_batch_that_does_not_split_is_refused(plan: tuple[Order, RowReader]) -> None:
     with pytest.raises(ConfigError, match=r"global_rows is 12.*multiple of.*= 2 \* 5"):
         Loader(*plan, global_rows=12, micro_rows=2, end_step=1, readers=5)
-    with pytest.raises(ValueError, match="reader_index 2"):
-        Loader(*plan, global_rows=12, micro_rows=2, end_step=1, readers=2, reader_index=2)

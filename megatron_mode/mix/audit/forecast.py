@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_mode.mix.apportion import rows_max
+from megatron_mode.mix.audit.order_document import OrderDocument
 from megatron_mode.mix.order import Order
 
 
 class Milestone(NamedTuple):
-    """Name a row of the run at which something happens to a source."""
+    """Name a row of the run at which something happens to a source.
+
+    `what` is onset, repeat (its second epoch begins), over (past epochs_max, repeating) or dry.
+    """
 
     source: int
     row: int
@@ -30,13 +33,11 @@ class SourceForecast(NamedTuple):
 
 def forecast(order: Order, end_row: int | None = None) -> list[SourceForecast]:
     """Return what the rows before `end_row` (default: all) take from each source of the mix."""
-    end_row = order.total_rows if end_row is None else end_row
     found = []
     for source, config in enumerate(order.configs):
         rows, size = order.rows_of_source(source, end_row), order.size_of(source)
-        found.append(
-            SourceForecast(config.name, order.mode_of(source), rows, size, round(rows / size, 6))
-        )
+        mode, epochs = order.mode_of(source), round(rows / size, 6)
+        found.append(SourceForecast(config.name, mode, rows, size, epochs))
     return found
 
 
@@ -55,69 +56,89 @@ def labels(order: Order) -> list[str]:
 
 
 def milestones(order: Order) -> list[Milestone]:
-    """List onsets, repeats and ends of sources, in config order."""
-    return [*_onsets(order), *_repeats(order), *_ends(order)]
+    """List onsets, then repeats, then ends of sources, in config order."""
+    onsets, repeats, ends = [], [], []
+    for source, config in enumerate(order.configs):
+        size, taken = order.size_of(source), order.rows_of_source(source)
+        name, limit = f"source '{config.name}'", rows_max(config, size)
+        if config.onset_tokens and taken:
+            row = order.row_of(source, 0)
+            onsets.append(Milestone(source, row, "onset", f"{name} begins at {order.at(row)}"))
+        name += f" (mode {order.mode_of(source)})"
+        if taken > size:
+            row = order.row_of(source, size)
+            sentence = (
+                f"{name} repeats: {taken / size:.2f} epochs by the end of the run, the second "
+                f"begins at {order.at(row)}"
+            )
+            repeats.append(Milestone(source, row, "repeat", sentence))
+        if config.when_dry == "repeat" and limit is not None and taken > limit:
+            row = order.row_of(source, limit)
+            sentence = (
+                f"{name} is past its epochs_max {config.epochs_max} at {order.at(row)} and "
+                "repeats, as its when_dry says"
+            )
+            repeats.append(Milestone(source, row, "over", sentence))
+    for source, row in order.dry_rows():
+        config, mode = order.configs[source], order.mode_of(source)
+        sentence = (
+            f"source '{config.name}' (mode {mode}) runs dry after epochs_max {config.epochs_max}, "
+            f"at {order.at(row)}; the other sources of mode {mode} take its share"
+        )
+        ends.append(Milestone(source, row, "dry", sentence))
+    return onsets + repeats + ends
 
 
 def warnings(order: Order) -> list[str]:
     """Say which sources repeat, run dry or never begin, and when."""
     found = [m.sentence for m in milestones(order) if m.what != "onset"]
-    for source, config in enumerate(order.configs):
-        if not order.rows_of_source(source):
-            found.append(
-                f"source '{config.name}' (mode {order.mode_of(source)}) gives no row in this run"
-            )
-    return found + list(order.edits.notes)
+    found += [
+        f"source '{source.name}' (mode {source.mode}) gives no row in this run"
+        for source in forecast(order)
+        if not source.rows
+    ]
+    return [*found, *order.edits.notes]
 
 
-def _onsets(order: Order) -> Iterator[Milestone]:
-    for source, config in enumerate(order.configs):
-        if config.onset_tokens and order.rows_of_source(source):
-            row = order.row_of(source, 0)
-            yield Milestone(
-                source, row, "onset", f"source '{config.name}' begins at {_at(order, row)}"
-            )
+def plan(document: OrderDocument) -> dict[str, Any]:
+    """Return the plan as JSON: rows, tokens and epochs by source, events and notes."""
+    order = document.order
+    sources = [
+        {
+            **found._asdict(),
+            "tokens": found.rows * order.seq_len,
+            "share": round(found.rows / max(order.total_rows, 1), 6),
+            "padding_share": described["padding_share"],
+        }
+        for found, described in zip(forecast(order), document.sources, strict=True)
+    ]
+    return {
+        "rows": order.total_rows,
+        "steps": document.steps,
+        "seq_len": order.seq_len,
+        "tokens": order.total_rows * order.seq_len,
+        "mode2_rows": order.integral.mode_rows(2, order.total_rows),
+        "sources": sources,
+        "events": [
+            {"source": order.source_names[m.source], "row": m.row, "what": m.what}
+            for m in milestones(order)
+        ],
+        "notes": warnings(order),
+    }
 
 
-def _repeats(order: Order) -> Iterator[Milestone]:
-    for source, config in enumerate(order.configs):
-        mode, size, taken = (
-            order.mode_of(source),
-            order.size_of(source),
-            order.rows_of_source(source),
-        )
-        if taken > size:
-            row = order.row_of(source, size)
-            yield Milestone(
-                source,
-                row,
-                "repeat",
-                f"source '{config.name}' (mode {mode}) repeats: {taken / size:.2f} epochs by the "
-                f"end of the run, the second begins at {_at(order, row)}",
-            )
-        limit = rows_max(config, size)
-        if config.when_dry == "repeat" and limit is not None and taken > limit:
-            row = order.row_of(source, limit)
-            yield Milestone(
-                source,
-                row,
-                "over",
-                f"source '{config.name}' (mode {mode}) is past its epochs_max "
-                f"{config.epochs_max} at {_at(order, row)} and repeats, as its when_dry says",
-            )
-
-
-def _ends(order: Order) -> Iterator[Milestone]:
-    for source, row in order.dry_rows():
-        config, mode = order.configs[source], order.mode_of(source)
-        yield Milestone(
-            source,
-            row,
-            "dry",
-            f"source '{config.name}' (mode {mode}) runs dry after epochs_max {config.epochs_max}, "
-            f"at {_at(order, row)}; the other sources of mode {mode} take its share",
-        )
-
-
-def _at(order: Order, row: int) -> str:
-    return f"row {row:,} ({row * order.seq_len:,} tokens)"
+def table(plan: dict[str, Any]) -> str:
+    """Lay a plan out for a terminal."""
+    lines = [
+        f"{plan['steps']:,} steps of {plan['rows'] // plan['steps']:,} rows of "
+        f"{plan['seq_len']:,} tokens, Mode 2 share {plan['mode2_rows'] / plan['rows']:.4f}",
+        f"{'source':<24} mode {'share':>7} {'rows':>14} {'tokens':>16} {'it has':>9} {'epochs':>7} "
+        f"{'padding':>7}",
+    ]
+    lines += [
+        f"{s['name'][:24]:<24} {s['mode']:>4} {s['share']:>7.4f} {s['rows']:>14,} "
+        f"{s['tokens']:>16,} {s['rows_available']:>9,} {s['epochs']:>7.3f} "
+        f"{s['padding_share']:>7.2%}"
+        for s in plan["sources"]
+    ]
+    return "\n".join(lines + [f"note: {note}" for note in plan["notes"]])

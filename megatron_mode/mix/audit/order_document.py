@@ -58,54 +58,44 @@ class OrderDocument:
 
 def describe(config: Config, corpus: Corpus, order: Order) -> OrderDocument:
     """Collect the document of an opened run."""
-    sources: list[dict[str, Any]] = []
-    for entry, planned in zip(packed_sources(config, corpus), order.configs, strict=False):
-        sources.append(
-            {
-                "name": planned.name,
-                "mode": entry.source.mode,
-                "packing": planned.packing,
-                "rows": entry.rows,
-                "tokens": entry.source.tokens,
-                "documents": entry.source.documents,
-                "padding_share": entry.padding_share,
-                "files": dict(sorted(entry.source.content_digests.items())),
-            }
-        )
+    sources = [
+        {
+            "name": entry.source.name,
+            "mode": entry.source.mode,
+            "packing": entry.packing,
+            "rows": entry.rows,
+            "tokens": entry.source.tokens,
+            "documents": entry.source.documents,
+            "padding_share": entry.padding_share,
+            "files": dict(sorted(entry.source.content_digests.items())),
+        }
+        for entry in packed_sources(config, corpus)[: len(order.configs)]
+    ]
     settings = order_settings(config, corpus, order)
     return OrderDocument(order, config.batch.global_rows, config.run.steps, settings, sources)
 
 
-def digest_of(order: Order, global_rows: int, steps: int) -> str:
-    """Return the digest after `steps` steps."""
-    digest = OrderDigest()
-    for rows in order.steps(0, steps, global_rows):
-        digest.update(rows, order.edits)
-    return digest.hex
-
-
 def export(document: OrderDocument, mix: MixConfig) -> dict[str, Any]:
     """Return the document as JSON."""
-    order = document.order
-    edits = order.edits
-    total_rows = document.steps * document.global_rows
-    digest = None
-    if total_rows <= DIGESTED_ROWS:
-        digest = digest_of(order, document.global_rows, document.steps)
+    order, global_rows, steps = document.order, document.global_rows, document.steps
+    digest = OrderDigest()
+    is_short = order.total_rows <= DIGESTED_ROWS
+    for rows in order.steps(0, steps if is_short else 0, global_rows):
+        digest.update(rows, order.edits)
     return {
         "format": FORMAT,
         "formula": FORMULA,
         "seed": order.seed,
         "seq_len": order.seq_len,
-        "global_rows": document.global_rows,
-        "steps": document.steps,
+        "global_rows": global_rows,
+        "steps": steps,
         "mix": mix.model_dump(mode="json"),
         "sources": document.sources,
-        "edit_streams": [stream._asdict() for stream in edits.streams],
-        "injected": dict(edits.documents),
-        "changed": [change._asdict() for change in edits.changed],
+        "edit_streams": [stream._asdict() for stream in order.edits.streams],
+        "injected": dict(order.edits.documents),
+        "changed": [change._asdict() for change in order.edits.changed],
         "settings": document.settings,
-        "order_digest": digest,
+        "order_digest": digest.hex if is_short else None,
     }
 
 
@@ -134,15 +124,12 @@ def _rebuild(fields: Mapping[str, Any]) -> OrderDocument:
     global_rows, steps = int(fields["global_rows"]), int(fields["steps"])
     if min(seq_len, global_rows, steps) < 1 or seed < 0:
         raise ValueError("seed, seq_len, global_rows and steps are not integers, the last above 0")
-    changed = [
-        ChangedDocument(**{**change, "rows": tuple(change["rows"])}) for change in fields["changed"]
-    ]
     edits = plan_edits(
         mix,
         Integral(mix.mode2_fraction, seq_len, steps * global_rows),
         [EditStream(**stream) for stream in fields["edit_streams"]],
         fields["injected"],
-        changed,
+        [ChangedDocument(**{**c, "rows": tuple(c["rows"])}) for c in fields["changed"]],
         global_rows=global_rows,
         seed=seed,
     )
