@@ -10,31 +10,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mode.engine.step import Engine, TokenOutputs
+from megatron_mode.errors import DataError
 from megatron_mode.mix.loader import MicroBatch, as_tensors, micro_batch
 from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.mix.rows import RowReader
-from megatron_mode.report.metrics import (
-    DEFAULT_BITS,
-    POSITION_BUCKETS,
-    PositionStatistics,
-    TokenStatistics,
-)
-from megatron_mode.report.step_metrics import statistics_of
+from megatron_mode.report.metrics import POSITION_BUCKETS, TokenStatistics, position_histogram
 from megatron_mode.tokens.flags import CONTROL
 from megatron_mode.tokens.source.shards import Source
 
 EVALUATION_BITS = 16
+HeldOutRendering = Literal["plain", "chat", "mixed"]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Hold the mean mode logit of one document's content tokens in one row.
 
     `from_start` tells a document seen from its start from a window cut from its middle.
@@ -45,16 +40,16 @@ class Piece:
     mean_logit: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class SourceResult:
-    """Hold what one held-out source gave."""
+    """Hold what one held-out source gave; `positions_K2B` is its histogram by position."""
 
     name: str
     mode: int
-    rendering: str
+    rendering: HeldOutRendering
     tokens: TokenStatistics
     windows: TokenStatistics
-    positions: PositionStatistics
+    positions_K2B: Tensor
     pieces: list[Piece]
     target_counts: Counter[int]
 
@@ -69,42 +64,33 @@ def evaluate_source(
     source = reader.sources[index]
     assert isinstance(source, Source)
     outputs = _forward(engine, reader, index, rows)
-    tokens = statistics_of(outputs, EVALUATION_BITS)
-    windows = TokenStatistics.zero(EVALUATION_BITS)
-    positions = PositionStatistics.from_vector(_zero_positions())
-    for output in outputs:
-        batch = output.batch
-        middle_BT = batch.mode_weight_BT * _middle_windows(batch)
-        windows = windows + statistics_of([output], EVALUATION_BITS, mode_weight_N=middle_BT)
-        part = PositionStatistics.of(
-            mode_logit_N=output.loss.mode_logit_BT,
-            mode_label_N=batch.mode_label_BT,
-            mode_weight_N=batch.mode_weight_BT,
-            flags_N=batch.flags_BT,
-            position_N=batch.position_BT,
-        )
-        positions = positions + PositionStatistics.from_vector(part.vector().cpu())
-    summed = engine.sum_over_ranks(
-        torch.cat((tokens.vector(), windows.vector(), positions.vector()))
+    parts = (
+        TokenStatistics.of(outputs, EVALUATION_BITS).vector,
+        TokenStatistics.of([*map(_middle_windows, outputs)], EVALUATION_BITS).vector,
+        position_histogram(outputs).reshape(-1),
     )
-    width = len(tokens.vector())
-    counted = engine.computes_loss and engine.at.tensor == 0
-    found = [piece for output in outputs for piece in _pieces(output)] if counted else []
-    targets = Counter(token for output in outputs for token in _targets(output)) if counted else {}
+    summed = engine.sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+    tokens, windows = map(TokenStatistics, summed[:2])
+    found: list[Piece] = []
+    targets: Counter[int] = Counter()
+    if engine.computes_loss and engine.at.tensor == 0:
+        for output in outputs:
+            found += _pieces(output)
+            targets.update(output.batch.target_BT[output.batch.lm_weight_BT > 0].tolist())
     if pieces:
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (found, targets))
         found = [piece for part, _ in gathered for piece in part]
-        targets = sum((Counter(part) for _, part in gathered), Counter())
+        targets = sum((part for _, part in gathered), Counter())
     return SourceResult(
         name=source.name,
         mode=source.mode,
-        rendering=str(source.info.get("rendering", "plain")),
-        tokens=TokenStatistics.from_vector(summed[:width]),
-        windows=TokenStatistics.from_vector(summed[width : 2 * width]),
-        positions=PositionStatistics.from_vector(summed[2 * width :]),
+        rendering=_rendering(source),
+        tokens=tokens,
+        windows=windows,
+        positions_K2B=summed[2].view(POSITION_BUCKETS, 2, -1),
         pieces=found,
-        target_counts=Counter(targets),
+        target_counts=targets,
     )
 
 
@@ -121,6 +107,17 @@ def evaluate_window(engine: Engine, reader: RowReader, index: int, begin_token: 
     return engine.sum_over_ranks(logits.to(torch.float64))
 
 
+def _rendering(source: Source) -> HeldOutRendering:
+    """Return how the source's dialogues are rendered; a corpus without a record counts as plain."""
+    found: HeldOutRendering = source.info.get("rendering", "plain")
+    if found not in get_args(HeldOutRendering):
+        raise DataError(
+            f"{source.root / source.name}.json: rendering is {found!r}, but it must be one of "
+            f"{', '.join(get_args(HeldOutRendering))}; prepare the source again"
+        )
+    return found
+
+
 def _forward(engine: Engine, reader: RowReader, index: int, rows: int) -> list[TokenOutputs]:
     """Run rows spread evenly over the source forward."""
     available = rows_in_stream(reader.sources[index].tokens, reader.seq_len)
@@ -133,11 +130,13 @@ def _forward(engine: Engine, reader: RowReader, index: int, rows: int) -> list[T
     return engine.forward_rows(chosen, engine.config.batch.micro_rows, read)
 
 
-def _middle_windows(batch: MicroBatch) -> Tensor:
-    """Mark the tokens of a row's first document when the row does not begin with its start."""
+def _middle_windows(output: TokenOutputs) -> TokenOutputs:
+    """Weigh only a row's first document, where the row does not begin with its start."""
+    batch = output.batch
     first_BT = (batch.position_BT == 0).cumsum(dim=1) == 1
-    starts_inside_B = (batch.flags_BT[:, :1] & CONTROL) == 0
-    return (first_BT & starts_inside_B).to(batch.mode_weight_BT.dtype)
+    starts_inside_B1 = (batch.flags_BT[:, :1] & CONTROL) == 0
+    mode_weight_BT = batch.mode_weight_BT * (first_BT & starts_inside_B1)
+    return output._replace(batch=batch._replace(mode_weight_BT=mode_weight_BT))
 
 
 def _pieces(output: TokenOutputs) -> Iterator[Piece]:
@@ -157,12 +156,3 @@ def _pieces(output: TokenOutputs) -> Iterator[Piece]:
                     from_start=bool(flags[row, begin] & CONTROL),
                     mean_logit=float(scores.mean()),
                 )
-
-
-def _targets(output: TokenOutputs) -> list[int]:
-    kept: list[int] = output.batch.target_BT[output.batch.lm_weight_BT > 0].tolist()
-    return kept
-
-
-def _zero_positions() -> Tensor:
-    return torch.zeros(2 * POSITION_BUCKETS << DEFAULT_BITS, dtype=torch.float64)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,24 +16,23 @@ from megatron_mode.mix.audit.forecast import labels, planned_rows
 from megatron_mode.mix.loader import StepBatch
 from megatron_mode.mix.order import Order
 from megatron_mode.model.size import training_flops
-from megatron_mode.report.metrics import DEFAULT_BITS, TokenStatistics
+from megatron_mode.report.metrics import TokenStatistics
 
 
 class StepTimer:
     """Time steps; the wait for data is the time between two steps in which the loop had nothing."""
 
     def __init__(self) -> None:
-        self._idle_since = self._began = time.perf_counter()
+        self._idle_since = time.perf_counter()
         self.data_wait_seconds = 0.0
 
     def start(self) -> None:
         """Note that a batch has come."""
-        self._began = time.perf_counter()
-        self.data_wait_seconds = self._began - self._idle_since
+        self.data_wait_seconds = self.step_seconds()
 
     def step_seconds(self) -> float:
         """Return the seconds since the loop began to wait for this step's batch."""
-        return time.perf_counter() - self._began + self.data_wait_seconds
+        return time.perf_counter() - self._idle_since
 
     def stop(self) -> None:
         """Note that the loop asks for the next batch."""
@@ -49,44 +47,29 @@ def metrics_line(
     `step` counts finished steps.
     """
     seconds = timer.step_seconds()
-    tokens = statistics_of(result.outputs, DEFAULT_BITS)
     names = labels(order)
-    by_source = source_sums(result.outputs, len(names))
-    summed = engine.sum_over_ranks(torch.cat((by_source.reshape(-1), tokens.vector())))
-    head = by_source.numel()
-    end_row = (batch.step + 1) * len(batch.rows)
-    tokens_seen = end_row * engine.config.model.seq_len
+    tokens = TokenStatistics.of(result.outputs)
+    sums = _source_sums(result.outputs, len(names)).reshape(-1)
+    summed = engine.sum_over_ranks(torch.cat((sums, tokens.vector)))
+    loss_sums = summed[: len(sums)].reshape(-1, 2).tolist()
+    losses = [loss / weight if weight else None for loss, weight in loss_sums]
+    step_tokens = len(batch.rows) * engine.config.model.seq_len
     return {
         "step": batch.step + 1,
-        "tokens_seen": tokens_seen,
+        "tokens_seen": (batch.step + 1) * step_tokens,
         "loss": result.loss,
-        **TokenStatistics.from_vector(summed[head:]).metrics(),
-        **_shares(order, batch, end_row),
-        **_by_source(order, batch, summed[:head].reshape(-1, 2)),
+        **TokenStatistics(summed[len(sums) :]).metrics(),
+        **_rows(order, batch, names),
+        "lm_loss_by_source": dict(zip(names, losses, strict=True)),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
-        **_speed(engine, len(batch.rows) * engine.config.model.seq_len, seconds),
+        **_speed(engine, step_tokens, seconds),
         "data_wait_seconds": timer.data_wait_seconds,
         **({"update_left_out": True} if result.verdict.is_left_out else {}),
     }
 
 
-def _shares(order: Order, batch: StepBatch, end_row: int) -> dict[str, float]:
-    """Compare the plan with the rows that were taken, over this step and since the start."""
-    rows = len(batch.rows)
-    begin_row = end_row - rows
-    taken = int((batch.rows.mode == 2).sum())
-    planned = order.integral.planned(end_row) - order.integral.planned(begin_row)
-    return {
-        "mode2_fraction_planned": planned / rows,
-        "mode2_fraction_realised": taken / rows,
-        "mode2_rows_planned_minus_realised": order.integral.planned(end_row)
-        - (order.integral.mode_rows(2, begin_row) + taken),
-        "mode2_flops_share": taken / rows,
-    }
-
-
-def source_sums(outputs: Sequence[TokenOutputs], sources: int) -> Tensor:
+def _source_sums(outputs: Sequence[TokenOutputs], sources: int) -> Tensor:
     """Return [sources, 2]: the sums of weighted LM loss and of LM weight over rows of a source."""
     sums = torch.zeros(sources, 2, dtype=torch.float64)
     for batch, loss in outputs:
@@ -97,60 +80,42 @@ def source_sums(outputs: Sequence[TokenOutputs], sources: int) -> Tensor:
     return sums
 
 
-def _by_source(order: Order, batch: StepBatch, sums: Tensor) -> dict[str, dict[str, float | None]]:
-    """Name rows taken, rows planned and LM loss of each source; null where it gave no token."""
-    names = labels(order)
-    taken = np.bincount(batch.rows.source, minlength=len(names)).tolist()
-    begin_row, end_row = int(batch.rows.row[0]), int(batch.rows.row[-1]) + 1
-    losses = [loss / weight if weight else None for loss, weight in sums.tolist()]
+def _rows(order: Order, batch: StepBatch, names: Sequence[str]) -> dict[str, object]:
+    """Compare the plan with the rows that were taken, over this step and since the start."""
+    rows, begin_row = len(batch.rows), int(batch.rows.row[0])
+    end_row = begin_row + rows
+    taken = int((batch.rows.mode == 2).sum())
+    planned_before, planned_after = map(order.integral.planned, (begin_row, end_row))
+    by_source = np.bincount(batch.rows.source, minlength=len(names)).tolist()
+    planned = planned_rows(order, begin_row, end_row)
     return {
-        "rows_by_source": dict(zip(names, taken, strict=True)),
-        "planned_rows_by_source": dict(
-            zip(names, planned_rows(order, begin_row, end_row), strict=False)
-        ),
-        "lm_loss_by_source": dict(zip(names, losses, strict=True)),
+        "mode2_fraction_planned": (planned_after - planned_before) / rows,
+        "mode2_fraction_realised": taken / rows,
+        "mode2_rows_planned_minus_realised": planned_after
+        - (order.integral.mode_rows(2, begin_row) + taken),
+        "mode2_flops_share": taken / rows,
+        "rows_by_source": dict(zip(names, by_source, strict=True)),
+        # The names of edits come last, and the plan gives them no rows.
+        "planned_rows_by_source": dict(zip(names, planned, strict=False)),
     }
 
 
 def _speed(engine: Engine, tokens: int, seconds: float) -> dict[str, float | int | None]:
+    """Return speed and memory; the peak is that of the GPU, on a CPU resident memory."""
     flops = training_flops(engine.config.model)
     flops_per_second = flops.total * tokens / seconds
-    peak = peak_flops_per_second(_device_name(engine), engine.config.run.precision)
+    if engine.device.type == "cuda":
+        name = torch.cuda.get_device_name(engine.device)
+        peak_memory_bytes = torch.cuda.max_memory_allocated(engine.device)
+    else:
+        name = "cpu"
+        peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_flops_per_second(name, engine.config.run.precision)
     return {
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "model_flops_per_second": flops_per_second,
         "mfu": flops_per_second / (peak * engine.layout.world_size) if peak else None,
         "mode_head_flops_share": flops.mode_head / flops.total,
-        "peak_memory_bytes": _peak_memory_bytes(engine),
+        "peak_memory_bytes": peak_memory_bytes,
     }
-
-
-def _device_name(engine: Engine) -> str:
-    return torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
-
-
-def _peak_memory_bytes(engine: Engine) -> int:
-    """Return this process's peak: of the GPU where there is one, else resident memory."""
-    if engine.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(engine.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def statistics_of(outputs: Sequence[TokenOutputs], bits: int, **changed: Any) -> TokenStatistics:
-    """Add up micro-batches; none give the statistics of no tokens."""
-    total = TokenStatistics.zero(bits)
-    for batch, loss in outputs:
-        fields = {
-            "nll_N": loss.nll_BT,
-            "bce_N": loss.bce_BT,
-            "mode_logit_N": loss.mode_logit_BT,
-            "blocked_N": loss.blocked_BT,
-            "lm_weight_N": batch.lm_weight_BT,
-            "mode_label_N": batch.mode_label_BT,
-            "mode_weight_N": batch.mode_weight_BT,
-            "flags_N": batch.flags_BT,
-        }
-        part = TokenStatistics.of(**{**fields, **changed}, bits=bits)
-        total = total + TokenStatistics.from_vector(part.vector().cpu())
-    return total

@@ -8,11 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mode.engine.step import TokenOutputs
+from megatron_mode.kernels.mode_loss import LossOutput
+from megatron_mode.mix.loader import MicroBatch
 from megatron_mode.report.metrics import (
-    PositionStatistics,
     TokenStatistics,
     auroc,
+    auroc_by_position,
     logit_bins,
+    position_histogram,
     recall_of_counts,
 )
 from megatron_mode.tokens.flags import CONTROL, MODE2
@@ -67,10 +71,20 @@ def tokens_of(count, seed=0, **changed):
     return {**fields, **changed}
 
 
-def pairs_of(fields, content_only=True):
-    keep = fields["mode_weight_N"] > 0
-    if content_only:
-        keep &= (fields["flags_N"] & CONTROL) == 0
+def outputs_of(fields):
+    """Return the fields as a micro-batch and its losses; what the metrics do not read is None."""
+    of_batch = {name.replace("_N", "_BT"): value for name, value in fields.items()}
+    of_loss = {name: of_batch.pop(name, None) for name in LossOutput.__annotations__}
+    empty = dict.fromkeys(MicroBatch._fields)
+    return TokenOutputs(MicroBatch(**{**empty, **of_batch}), LossOutput(**of_loss))
+
+
+def statistics_of(fields, bits=12):
+    return TokenStatistics.of([outputs_of(fields)], bits)
+
+
+def pairs_of(fields):
+    keep = (fields["mode_weight_N"] > 0) & ((fields["flags_N"] & CONTROL) == 0)
     logits, labels = fields["mode_logit_N"][keep], fields["mode_label_N"][keep] >= 0.5
     return list(zip(logits.tolist(), labels.tolist(), strict=True))
 
@@ -102,36 +116,50 @@ def test_exact_auroc_of_nan_is_none():
     assert auroc([math.nan, 1.0], [0, 1]) is None
 
 
-@given(scored, st.sampled_from([0.0, 0.01, 0.05, 0.3, 1.0]))
-def test_histograms_give_auroc_and_recall_with_ties(pairs, rate):
+@given(scored)
+def test_histograms_give_auroc_and_recall_with_ties(pairs):
     logits, labels = (
         torch.tensor(column, dtype=torch.float32) for column in zip(*pairs, strict=True)
     )
-    ones = torch.ones(len(pairs))
-    statistics = TokenStatistics.of(
-        **tokens_of(
-            len(pairs),
-            mode_logit_N=logits,
-            mode_label_N=labels,
-            mode_weight_N=ones,
-            flags_N=torch.zeros(len(pairs), dtype=torch.uint8),
-        )
+    fields = tokens_of(
+        len(pairs),
+        mode_logit_N=logits,
+        mode_label_N=labels,
+        mode_weight_N=torch.ones(len(pairs)),
+        flags_N=torch.zeros(len(pairs), dtype=torch.uint8),
     )
-    assert statistics.auroc() == pytest.approx(brute_auroc(pairs), abs=1e-12)
-    assert statistics.recall(rate) == pytest.approx(brute_recall(pairs, rate), abs=1e-9)
+    metrics = statistics_of(fields).metrics()
+    assert metrics["mode_auroc"] == pytest.approx(brute_auroc(pairs), abs=1e-12)
+    for key, rate in (("mode_recall_at_fpr01", 0.01), ("mode_recall_at_fpr05", 0.05)):
+        assert metrics[key] == pytest.approx(brute_recall(pairs, rate), abs=1e-9)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=9),
+    st.sampled_from([0.0, 0.01, 0.05, 0.3, 1.0]),
+)
+def test_recall_of_counts_at_any_rate(counts, rate):
+    pairs = [
+        (float(score), label)
+        for score, (mode1, mode2) in enumerate(counts)
+        for label in [False] * mode1 + [True] * mode2
+    ]
+    mode1_B, mode2_B = np.array(counts, dtype=np.float64).T
+    expected = brute_recall(pairs, rate)
+    assert recall_of_counts(mode1_B, mode2_B, rate) == pytest.approx(expected, abs=1e-9)
 
 
 def test_continuous_logits_come_within_the_bins_of_the_exact_figures():
     fields = tokens_of(2000, seed=3)
     pairs = pairs_of(fields)
     exact, exact_recall = brute_auroc(pairs), brute_recall(pairs, 0.01)
-    coarse12, fine20 = (TokenStatistics.of(**fields, bits=bits) for bits in (12, 20))
-    assert coarse12.auroc() == pytest.approx(exact, abs=2e-3)
-    assert fine20.auroc() == pytest.approx(exact, abs=1e-5)
-    assert fine20.recall(0.01) == pytest.approx(exact_recall, abs=2e-3)
-    everything = brute_auroc(pairs_of(fields, content_only=False))
-    assert fine20.auroc(with_control=True) == pytest.approx(everything, abs=1e-5)
-    assert abs(everything - exact) > 1e-4  # else the line above could not tell
+    coarse12, fine20 = (statistics_of(fields, bits).metrics() for bits in (12, 20))
+    assert coarse12["mode_auroc"] == pytest.approx(exact, abs=2e-3)
+    assert fine20["mode_auroc"] == pytest.approx(exact, abs=1e-5)
+    assert fine20["mode_recall_at_fpr01"] == pytest.approx(exact_recall, abs=2e-3)
+    with_control = {**fields, "flags_N": torch.zeros(2000, dtype=torch.uint8)}
+    everything = statistics_of(with_control, 20).metrics()["mode_auroc"]
+    assert abs(everything - exact) > 1e-4  # control pieces would show
 
 
 def test_losses_and_shares_match_a_loop_over_tokens():
@@ -152,7 +180,7 @@ def test_losses_and_shares_match_a_loop_over_tokens():
         if c > 0:
             total += 1
             correct += (logit > 0) == (mode == 2)
-    metrics = TokenStatistics.of(**fields).metrics()
+    metrics = statistics_of(fields).metrics()
     expected = {
         "lm_loss": (sums["nll1"] + sums["nll2"]) / (sums["w1"] + sums["w2"]),
         "lm_loss_mode1": sums["nll1"] / sums["w1"],
@@ -168,19 +196,19 @@ def test_losses_and_shares_match_a_loop_over_tokens():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 60), st.integers(0, 5), st.data())
-def test_merged_parts_equal_the_whole(count, seed, data):
+def test_merged_parts_equal_everything_at_once(count, seed, data):
     cut = data.draw(st.integers(0, count))
     fields = tokens_of(count, seed)
     parts = [
-        TokenStatistics.of(**{name: value[part] for name, value in fields.items()})
+        outputs_of({name: value[part] for name, value in fields.items()})
         for part in (slice(0, cut), slice(cut, count))
     ]
-    whole = TokenStatistics.of(**fields)
-    reduced = TokenStatistics.from_vector(parts[0].vector() + parts[1].vector())
-    added = parts[0] + parts[1] + TokenStatistics.zero()
-    torch.testing.assert_close(reduced.vector(), whole.vector(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(added.vector(), whole.vector(), rtol=1e-12, atol=1e-12)
-    assert whole.vector().dtype == torch.float64
+    whole = statistics_of(fields)
+    reduced = TokenStatistics.of(parts)
+    added = TokenStatistics.of(parts[:1]) + TokenStatistics.of(parts[1:]) + TokenStatistics.of([])
+    torch.testing.assert_close(reduced.vector, whole.vector, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(added.vector, whole.vector, rtol=1e-12, atol=1e-12)
+    assert whole.vector.dtype == torch.float64
     for name, value in whole.metrics().items():
         merged = reduced.metrics()[name]
         assert merged is value is None or merged == pytest.approx(value, rel=1e-12), name
@@ -189,16 +217,16 @@ def test_merged_parts_equal_the_whole(count, seed, data):
 def test_shape_does_not_matter():
     fields = tokens_of(24)
     square = {name: value.view(4, 6) for name, value in fields.items()}
-    assert torch.equal(TokenStatistics.of(**fields).vector(), TokenStatistics.of(**square).vector())
+    assert torch.equal(statistics_of(fields).vector, statistics_of(square).vector)
 
 
 def test_absent_class_and_no_tokens_give_none():
-    only_mode1 = TokenStatistics.of(**tokens_of(50, mode_label_N=torch.zeros(50))).metrics()
+    only_mode1 = statistics_of(tokens_of(50, mode_label_N=torch.zeros(50))).metrics()
     assert only_mode1["lm_loss_mode1"] == only_mode1["lm_loss"]
     for name in ("lm_loss_mode2", "mode_auroc", "mode_recall_at_fpr01", "mode_recall_at_fpr05"):
         assert only_mode1[name] is None
     assert only_mode1["mode2_token_fraction_realised"] == 0
-    assert set(TokenStatistics.zero().metrics().values()) == {None}
+    assert set(TokenStatistics.of([]).metrics().values()) == {None}
 
 
 def test_nan_in_one_mode_leaves_the_other_and_unsets_the_auroc():
@@ -206,7 +234,7 @@ def test_nan_in_one_mode_leaves_the_other_and_unsets_the_auroc():
     mode2 = fields["mode_label_N"] >= 0.5
     fields["nll_N"] = torch.where(mode2, math.nan, fields["nll_N"])
     fields["mode_logit_N"] = torch.where(mode2, math.nan, fields["mode_logit_N"])
-    metrics = TokenStatistics.of(**fields).metrics()
+    metrics = statistics_of(fields).metrics()
     assert math.isfinite(metrics["lm_loss_mode1"])
     assert math.isnan(metrics["lm_loss_mode2"])
     assert metrics["mode_auroc"] is None
@@ -221,33 +249,25 @@ def test_recall_of_a_separating_head_is_one():
 def test_positions_are_bucketed_by_powers_of_two():
     fields = tokens_of(3000, seed=2, flags_N=torch.zeros(3000, dtype=torch.uint8))
     fields["flags_N"][::7] = CONTROL
-    kept = ("mode_logit_N", "mode_label_N", "mode_weight_N", "flags_N")
-    chosen = {name: fields[name] for name in kept}
-    position = torch.arange(3000) % 40
-    statistics = PositionStatistics.of(**chosen, position_N=position, bits=20)
-    result = statistics.auroc_by_position()
+    fields["position_N"] = position = torch.arange(3000) % 40
+    result = auroc_by_position(position_histogram([outputs_of(fields)], bits=20))
     assert list(result) == ["1", "2", "4", "8", "16", "32"]
     for first, value in result.items():
         low, high = (0 if first == "1" else int(first)), 2 * int(first)
         inside = (position >= low) & (position < high)
-        pairs = pairs_of({name: tensor[inside] for name, tensor in chosen.items()})
+        pairs = pairs_of({name: tensor[inside] for name, tensor in fields.items()})
         assert value == pytest.approx(brute_auroc(pairs), abs=1e-3)
     halves = [
-        PositionStatistics.of(
-            **{name: tensor[half] for name, tensor in chosen.items()}, position_N=position[half]
-        ).vector()
+        outputs_of({name: tensor[half] for name, tensor in fields.items()})
         for half in (slice(0, 1000), slice(1000, 3000))
     ]
-    whole = PositionStatistics.of(**chosen, position_N=position)
-    assert torch.equal(halves[0] + halves[1], whole.vector())
-    assert torch.equal((whole + PositionStatistics.zero()).vector(), whole.vector())
-    again = PositionStatistics.from_vector(whole.vector()).auroc_by_position()
-    assert again == whole.auroc_by_position()
+    whole = position_histogram([outputs_of(fields)])
+    assert torch.equal(position_histogram(halves), whole)
+    assert torch.equal(position_histogram(halves[:1]) + position_histogram(halves[1:]), whole)
+    assert not position_histogram([]).any()
 
 
 def test_a_position_beyond_the_last_bucket_counts_there():
     fields = tokens_of(2, mode_weight_N=torch.ones(2), flags_N=torch.zeros(2, dtype=torch.uint8))
-    kept = ("mode_logit_N", "mode_label_N", "mode_weight_N", "flags_N")
-    far = torch.tensor([10**9, 2**15])
-    statistics = PositionStatistics.of(**{name: fields[name] for name in kept}, position_N=far)
-    assert list(statistics.auroc_by_position()) == [str(2**15)]
+    fields["position_N"] = torch.tensor([10**9, 2**15])
+    assert list(auroc_by_position(position_histogram([outputs_of(fields)]))) == [str(2**15)]
