@@ -93,7 +93,10 @@ format: dev
 
 # Renew the table of keys in configs/README.md.
 docs: install
-	python -c 'from megatron_mode.config import describe; describe.renew_page("configs/README.md")'
+	python -c 'from megatron_mode.config.describe import renew_page, write_table; \
+	    from megatron_mode.report.registry import metrics_table; \
+	    renew_page("configs/README.md", "keys", write_table()); \
+	    renew_page("docs/look-at-a-model.md", "metrics", metrics_table())'
 
 # Render README and docs/ into site/; a link to nothing is an error.
 docs-site: dev

@@ -34,6 +34,7 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={
         "megatron_mode": ["py.typed"],
+        "megatron_mode.report": ["templates/*"],
         "megatron_mode.tokens": ["sample/*", "sample/agent-log/*"],
         "megatron_mode.configs": ["*/*.yaml", "README.md"],
     },
@@ -42,6 +43,7 @@ setup(
         "deepspeed>=0.19.3",  # before, gradients were scaled wrongly at pipeline > 1 (#8152)
         "megatron-core>=0.16.1",
         "triton; sys_platform == 'linux'",
+        "jinja2",
         "ninja",
         "numpy",
         "pyarrow",

@@ -15,7 +15,7 @@ from megatron_mode.evaluate.valid import valid_summary
 from megatron_mode.mix.corpus import Corpus, build_reader
 from megatron_mode.process.stopping import Reason
 from megatron_mode.report.page import build_page
-from megatron_mode.report.writers import METRICS_FILE, write_summary
+from megatron_mode.report.writers import METRICS_FILE, SUMMARY_FILE, write_json
 from megatron_mode.tokens.flags import CONTROL
 from megatron_mode.tokens.tokenizer import Tokenizer
 from megatron_mode.tokens.vocabulary import MODEL_FILE
@@ -49,7 +49,7 @@ def finish_run(
         report = folder / "report.html"
         summary["report"] = str(report)
         write_whole(folder / "heatmap.json", json.dumps({"passages": coloured}))
-        write_summary(folder, summary)
+        write_json(folder / SUMMARY_FILE, summary)
         write_whole(report, build_page([folder]))
     return summary, Reason.NONE
 

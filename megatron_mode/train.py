@@ -43,9 +43,8 @@ from megatron_mode.process.launch import Process
 from megatron_mode.process.stopping import Reason, Stopping, StopRequest
 from megatron_mode.process.watchdog import Watchdog
 from megatron_mode.recovery import Recovery, tell_stall
-from megatron_mode.report.run_log import RunLog
 from megatron_mode.report.step_metrics import StepTimer, metrics_line
-from megatron_mode.report.writers import write_environment, write_event
+from megatron_mode.report.writers import RunLog, write_environment, write_event
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,8 @@ def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason
     stop, done = Reason.NONE, first_step
     recovery = Recovery(engine, run.corpus, run.order, record, probe, checkpoints, watchdog)
     stopping.begin_step()
-    with RunLog(config.run, first_step, reports=run.reports) as log, recovery.watch():
+    log = RunLog(run.folder, config.run.steps, first_step, reports=run.reports)
+    with log, recovery.watch():
         for batch in recovery.steps(lambda step: steps(run, step), first_step):
             timer.start()
             result = engine.train_step(batch.step, batch.micro_batches)
@@ -164,8 +164,8 @@ def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
     config = run.config
     write_whole(run.folder / "config.yaml", dump_config(config))
     chosen = implementations(config)._replace(loss=run.engine.step_loss.mode_loss.implementation)
-    described = {"layout": run.engine.layout._asdict(), "implementations": chosen._asdict()}
-    write_environment(run.folder, described)
+    layout = run.engine.layout._asdict()
+    write_environment(run.folder, layout=layout, implementations=chosen._asdict())
     count = parameters(config.model)
     begin = f"resumes at step {first_step}" if first_step else "starts"
     print(

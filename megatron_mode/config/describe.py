@@ -15,7 +15,6 @@ from megatron_mode.config.fields import Config
 from megatron_mode.config.section import Section
 from megatron_mode.config.yaml_text import write_value
 
-TABLE_BEGIN, TABLE_END = "<!-- keys: begin -->", "<!-- keys: end -->"
 _ARTICLES = {int: "an integer", float: "a number", Decimal: "an exact decimal"}
 
 
@@ -136,14 +135,14 @@ def write_table() -> str:
     return "\n".join(lines)
 
 
-def renew_table(text: str) -> str:
-    """Replace what stands between the two table marks in a Markdown text."""
-    before, _, rest = text.partition(TABLE_BEGIN)
-    _, _, after = rest.partition(TABLE_END)
-    return f"{before}{TABLE_BEGIN}\n{write_table()}\n{TABLE_END}{after}"
+def renew_table(text: str, mark: str, table: str) -> str:
+    """Replace what stands between the two marks of a table in a Markdown text."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
 
 
-def renew_page(path: str) -> None:
-    """Renew the table in a page."""
+def renew_page(path: str, mark: str, table: str) -> None:
+    """Renew a table in a page."""
     page = Path(path)
-    page.write_text(renew_table(page.read_text("utf-8")), "utf-8")
+    page.write_text(renew_table(page.read_text("utf-8"), mark, table), "utf-8")

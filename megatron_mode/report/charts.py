@@ -1,4 +1,4 @@
-"""Draw the report's charts: metrics over tokens, AUROC by position, and each source's part.
+"""Choose what the report's charts show: metrics, AUROC by position, and each source's part.
 
 In the report of one run, a colour is a mode or a kind of figure. In the report of several, a colour
 is a run and the dashes distinguish the curves.
@@ -7,200 +7,146 @@ is a run and the dashes distinguish the curves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from html import escape
 
-from megatron_mode.report.registry import METRICS, Y_AXES, Curve, Metric
+from megatron_mode.report.registry import BLOCKED, CHARTS, LM_LOSS, METRICS, NATS, Chart
 from megatron_mode.report.run_folder import RunFolder, number
 from megatron_mode.report.svg import (
     Axis,
     Dash,
+    Entry,
+    Figure,
     Line,
     Point,
-    line_chart,
     percent,
     short_number,
     thin,
 )
 
-COLOURS = 6
-_MOST_MARKERS = 40
+Runs = Sequence[RunFolder]
+Axes = tuple[Axis, Axis]
+
 WINDOWS = 24  # realised shares are counts: a window of a run holds enough rows to be a share
+COLOURS = 6
 DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted")
-_TOKENS = Axis("tokens seen", short_number, low=0)
+TOKENS = Axis("tokens seen", short_number, low=0)
+_MOST_MARKERS = 40
+_ENTROPY = "unigram entropy"
 
 
-def metric_charts(runs: Sequence[RunFolder]) -> list[str]:
-    """Return a figure for each chart that any run has values for; an all-zero blocking has none."""
-    figures = []
-    for chart, y_axis in Y_AXES.items():
-        curves = [
-            (metric, metric.curve)
-            for metric in METRICS.values()
-            if metric.curve and metric.curve.chart == chart
-        ]
-        lines = [
-            _metric_line(run, *curve) if len(runs) == 1 else _overlaid(run, *curve, index, place)
-            for index, run in enumerate(runs)
-            for place, curve in enumerate(curves)
-            if run.curve(curve[0].key)
-        ]
-        if chart == "Blocked tokens":
-            lines = [line for line in lines if any(value for _, value in line.points)]
-        if chart == "LM loss by mode":
-            lines += _entropy_lines(runs)
-        if lines:
-            figures.append(_figure(chart, lines, (_TOKENS, y_axis), runs))
-    return figures
+def charts(runs: Runs) -> list[Figure]:
+    """Return the charts that any run has values for, in order; by source only of one run."""
+    found = [
+        _figure(chart.title, _metric_lines(runs, chart), (TOKENS, chart.y_axis), runs)
+        for chart in CHARTS
+    ]
+    found.append(_position_chart(runs))
+    if len(runs) == 1:
+        found += _source_charts(runs[0])
+    return [figure for figure in found if figure.lines]
 
 
-def position_chart(runs: Sequence[RunFolder]) -> str | None:
-    """Return the figure of held-out AUROC by position in the document, None without figures."""
+def _metric_lines(runs: Runs, chart: Chart) -> list[Line]:
+    """Return the curves of a chart; blocking that blocks nothing has none."""
+    metrics = [metric for metric in METRICS.values() if metric.chart is chart]
+    lines = []
+    for index, run in enumerate(runs):
+        for place, metric in enumerate(metrics):
+            if points := run.curve(metric.key):
+                line = replace(
+                    thin(points),
+                    label=metric.label,
+                    colour=metric.colour,
+                    dash=metric.dash,
+                    markers=metric.is_held_out and len(points) <= _MOST_MARKERS,
+                )
+                lines.append(line if len(runs) == 1 else _overlaid(line, index, place))
+    if chart is BLOCKED:
+        return [line for line in lines if any(value for _, value in line.points)]
+    return [*lines, *_entropy_lines(runs)] if chart is LM_LOSS else lines
+
+
+def _overlaid(line: Line, index: int, place: int) -> Line:
+    """Return a curve in its run's colour, dashed by its place in the chart, without a band."""
+    dash = DASHES[place % len(DASHES)]
+    return replace(line, colour=index % COLOURS, dash=dash, band=())
+
+
+def _entropy_lines(runs: Runs) -> list[Line]:
+    """Return one level line for each different unigram entropy among the runs."""
+    entropies = {number(run.summary.get("unigram_entropy")) for run in runs}
+    end = float(max(1, *(run.tokens_seen for run in runs)))
+    levels = sorted(value for value in entropies if value is not None)
+    return [Line(_ENTROPY, [(0.0, y), (end, y)], 5, "dashed") for y in levels]
+
+
+def _position_chart(runs: Runs) -> Figure:
     lines = []
     for index, run in enumerate(runs):
         by_rendering = run.summary.get("auroc_by_position") or {}
         for place, (rendering, values) in enumerate(by_rendering.items()):
             numbers = ((float(position), number(value)) for position, value in values.items())
             points = sorted((position, value) for position, value in numbers if value is not None)
-            colour = index if len(runs) > 1 else 3 + place
             dash = DASHES[place % len(DASHES)]
-            label = f"held out, {rendering}"
-            lines.append(Line(label, points, colour % COLOURS, dash, markers=True))
-    lines = [line for line in lines if line.points]
+            line = Line(f"held out, {rendering}", points, 3 + place, dash, markers=True)
+            if points:
+                lines.append(line if len(runs) == 1 else _overlaid(line, index, place))
     x_axis = Axis("first token of the range (0 is the document's start)", short_number, log2=True)
-    y_axis = Axis("AUROC", short_number, high=1)
-    title = "Mode AUROC by position in document"
-    return _figure(title, lines, (x_axis, y_axis), runs) if lines else None
+    axes = (x_axis, Axis("AUROC", short_number, high=1))
+    return _figure("Mode AUROC by position in document", lines, axes, runs)
 
 
-def _metric_line(run: RunFolder, metric: Metric, curve: Curve) -> Line:
-    points = run.curve(metric.key)
-    markers = metric.is_held_out and len(points) <= _MOST_MARKERS
-    drawn = thin(points)
-    return replace(drawn, label=curve.label, colour=curve.colour, dash=curve.dash, markers=markers)
+def _source_charts(run: RunFolder) -> list[Figure]:
+    share, nats = Axis("share", percent, 0), Axis(NATS, short_number)
+    names = _sources(run, "rows_by_source")
+    shares = [line for place, name in enumerate(names) for line in _shares(run, name, place)]
+    # A training source keeps its colour from chart to chart.
+    trained = _losses(run, "lm_loss_by_source", names)
+    held_out = _losses(run, "valid_lm_loss_by_source", _sources(run, "valid_lm_loss_by_source"))
+    return [
+        one_run_figure("Share of rows by source", shares, (TOKENS, share)),
+        one_run_figure("Training LM loss by source", trained, (TOKENS, nats)),
+        one_run_figure("Held-out LM loss by source", held_out, (TOKENS, nats)),
+    ]
 
 
-def _overlaid(run: RunFolder, metric: Metric, curve: Curve, index: int, place: int) -> Line:
-    """Return the curve in its run's colour, dashed by its place in the chart, without a band."""
-    dash = DASHES[place % len(DASHES)]
-    return replace(_metric_line(run, metric, curve), colour=index % COLOURS, dash=dash, band=())
-
-
-def _entropy_lines(runs: Sequence[RunFolder]) -> list[Line]:
-    """Return one level line for each different unigram entropy among the runs."""
-    entropies = {number(run.summary.get("unigram_entropy")) for run in runs} - {None}
-    end = float(max(1, *(run.tokens_seen for run in runs)))
-    levels = (value for value in entropies if value is not None)
-    return [Line("unigram entropy", [(0.0, y), (end, y)], 5, "dashed") for y in sorted(levels)]
-
-
-def figure(
-    title: str, lines: Sequence[Line], axes: tuple[Axis, Axis], entries: Iterable[str]
-) -> str:
-    """Put title and the entries of the legend above the drawing."""
-    return (
-        f'<figure class="card"><h3>{escape(title)}</h3><ul class="legend">{"".join(entries)}</ul>'
-        f"{line_chart(lines, *axes)}</figure>"
-    )
-
-
-def _figure(
-    title: str, lines: Sequence[Line], axes: tuple[Axis, Axis], runs: Sequence[RunFolder]
-) -> str:
-    entries = legend(lines, axes[1]) if len(runs) == 1 else _shared_legend(lines, runs)
-    return figure(title, lines, axes, entries)
-
-
-def legend(lines: Sequence[Line], y_axis: Axis) -> Iterable[str]:
-    """Return one entry for each curve, with its last value."""
-    for line in lines:
-        value = escape(y_axis.text(float(f"{line.points[-1][1]:.4g}")))
-        yield f"<li>{_sample(line, f'c{line.colour}')}{escape(line.label)} <b>{value}</b></li>"
-
-
-def _shared_legend(lines: Sequence[Line], runs: Sequence[RunFolder]) -> Iterable[str]:
-    """Return one entry for each run's colour, then one for each kind of curve's dashes."""
-    for index, run in enumerate(runs):
-        swatch = _sample(Line("", []), f"c{index % COLOURS}")
-        yield f"<li>{swatch}<b>{escape(run.name)}</b></li>"
-    kinds = {line.label: line for line in reversed(lines)}
-    for label, line in reversed(kinds.items()):
-        if len(kinds) > 1:
-            colour = "c5" if label == "unigram entropy" else "ck"
-            yield f"<li>{_sample(line, colour)}{escape(label)}</li>"
-
-
-def _sample(line: Line, colour: str) -> str:
-    dot = '<circle cx="11" cy="4" r="3"/>' if line.markers else ""
-    return (
-        f'<svg viewBox="0 0 22 8" aria-hidden="true"><g class="{colour}">'
-        f'<path class="curve {line.dash}" d="M0 4H22"/>{dot}</g></svg>'
-    )
-
-
-def source_charts(run: RunFolder) -> list[str]:
-    """Return the figures by source that a run has values for."""
-    names = _names(run, "rows_by_source")
-    figures = []
-    if names:
-        lines = [line for place, name in enumerate(names) for line in _shares(run, name, place)]
-        figures.append(_source_figure("Share of rows by source", lines, Axis("share", percent, 0)))
-    losses = Axis("nats per token", short_number)
-    for key, title in (
-        ("lm_loss_by_source", "Training LM loss by source"),
-        ("valid_lm_loss_by_source", "Held-out LM loss by source"),
-    ):
-        # A training source keeps its colour from chart to chart.
-        own = names if key == "lm_loss_by_source" and names else _names(run, key)
-        lines = [_line(run, f"{key}/{name}", name, place) for place, name in enumerate(own)]
-        if lines := [line for line in lines if line.points]:
-            figures.append(_source_figure(title, lines, losses))
-    return figures
-
-
-def _names(run: RunFolder, key: str) -> list[str]:
+def _sources(run: RunFolder, key: str) -> list[str]:
     return [
         column.removeprefix(f"{key}/") for column in run.columns if column.startswith(f"{key}/")
     ]
 
 
 def _shares(run: RunFolder, name: str, place: int) -> Iterator[Line]:
+    """Yield the share that was taken, and the plan as a line that the legend leaves out."""
     colour, dash = _style(place)
-    realised = _in_windows(run, f"rows_by_source/{name}")
-    yield Line(name, realised, colour, dash, markers=True)
-    if planned := _in_windows(run, f"planned_rows_by_source/{name}"):
-        yield Line(f"{name}, planned", planned, colour, "dotted")
+    yield Line(name, in_windows(run, f"rows_by_source/{name}"), colour, dash, markers=True)
+    if planned := in_windows(run, f"planned_rows_by_source/{name}"):
+        yield Line("", planned, colour, "dotted")
 
 
-def _in_windows(run: RunFolder, key: str) -> list[Point]:
-    """Return the share of rows in each of WINDOWS stretches of the run."""
+def in_windows(run: RunFolder, key: str) -> list[Point]:
+    """Return the share of rows in each of at most WINDOWS stretches of the run."""
     points = run.curve(key)
-    totals = _rows_of_steps(run)
+    totals: Counter[float] = Counter()
+    for name in _sources(run, "rows_by_source"):
+        totals.update(dict(run.curve(f"rows_by_source/{name}")))
     found = []
-    for window in range(min(WINDOWS, len(points))):
-        part = slice(window * len(points) // WINDOWS, (window + 1) * len(points) // WINDOWS)
-        if len(points) < WINDOWS:
-            part = slice(window, window + 1)
-        rows = sum(totals[at] for at, _ in points[part])
-        if rows:
-            middle = sum(at for at, _ in points[part]) / len(points[part])
-            found.append((middle, sum(value for _, value in points[part]) / rows))
+    count = min(WINDOWS, len(points))
+    for window in range(count):
+        part = points[window * len(points) // count : (window + 1) * len(points) // count]
+        if rows := sum(totals[at] for at, _ in part):
+            middle = sum(at for at, _ in part) / len(part)
+            found.append((middle, sum(value for _, value in part) / rows))
     return found
 
 
-def _rows_of_steps(run: RunFolder) -> Counter[float]:
-    """Return the rows of all sources by tokens seen."""
-    totals: Counter[float] = Counter()
-    for name in _names(run, "rows_by_source"):
-        totals.update(dict(run.curve(f"rows_by_source/{name}")))
-    return totals
-
-
-def _line(run: RunFolder, key: str, name: str, place: int) -> Line:
-    colour, dash = _style(place)
-    drawn = thin(run.curve(key))
-    return Line(name, drawn.points, colour, dash, markers=len(drawn.points) <= WINDOWS)
+def _losses(run: RunFolder, key: str, names: Sequence[str]) -> list[Line]:
+    lines = []
+    for place, name in enumerate(names):
+        if points := thin(run.curve(f"{key}/{name}")).points:
+            lines.append(Line(name, points, *_style(place), markers=len(points) <= WINDOWS))
+    return lines
 
 
 def _style(place: int) -> tuple[int, Dash]:
@@ -208,6 +154,32 @@ def _style(place: int) -> tuple[int, Dash]:
     return place % COLOURS, DASHES[place // COLOURS % 2]
 
 
-def _source_figure(title: str, lines: list[Line], y_axis: Axis) -> str:
-    shown = [line for line in lines if not line.label.endswith(", planned")]
-    return figure(title, lines, (_TOKENS, y_axis), legend(shown, y_axis))
+def _figure(title: str, lines: Sequence[Line], axes: Axes, runs: Runs) -> Figure:
+    if len(runs) == 1:
+        return one_run_figure(title, lines, axes)
+    legend = [
+        Entry("", run.name, f"c{index % COLOURS}", "solid", markers=False)
+        for index, run in enumerate(runs)
+    ]
+    kinds = {line.label: line for line in reversed(lines)}
+    if len(kinds) > 1:
+        for label, line in reversed(kinds.items()):
+            colour = "c5" if label == _ENTROPY else "ck"
+            legend.append(Entry(label, "", colour, line.dash, line.markers))
+    return Figure(title, lines, *axes, legend)
+
+
+def one_run_figure(title: str, lines: Sequence[Line], axes: Axes) -> Figure:
+    """Return a figure whose legend has one entry for each named curve, with its last value."""
+    legend = [
+        Entry(
+            line.label,
+            axes[1].text(float(f"{line.points[-1][1]:.4g}")),
+            f"c{line.colour}",
+            line.dash,
+            line.markers,
+        )
+        for line in lines
+        if line.label
+    ]
+    return Figure(title, lines, *axes, legend)

@@ -1,4 +1,4 @@
-"""Write the files of a run folder: metrics.jsonl, tb/, summary.json, environment.json."""
+"""Write the files of a run folder (metrics.jsonl, tb/, summary.json, ...) and the progress bar."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from megatron_mode.atomic import write_whole
 from megatron_mode.report.registry import METRICS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
+    from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
 HEALTH_FILE = "health.jsonl"
@@ -42,9 +42,9 @@ _PACKAGES = (
 
 
 def silence_tensorboard() -> None:
-    """Keep TensorBoard's thread from printing a traceback of what `write` raises in the loop too.
+    """Keep TensorBoard's thread from printing a traceback of an error that `write` raises too.
 
-    A disk that is full fails it first.
+    A full disk fails the thread first.
     """
     before = threading.excepthook
 
@@ -56,70 +56,83 @@ def silence_tensorboard() -> None:
     threading.excepthook = hook
 
 
-class MetricsWriter:
-    """Append one line a step to metrics.jsonl and the same numbers to TensorBoard.
+class RunLog:
+    """Append one line a step to metrics.jsonl and the same numbers to TensorBoard; move the bar.
 
-    Only the process that reports (rank 0) makes one. Floats keep their last bit; NaN and infinity,
+    On ranks that do not report it does nothing. Floats keep their last bit; NaN and infinity,
     which JSON lacks, are written as null. A line reaches the file before `write` returns.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        """Open the files of `run_dir`, keeping what belongs to steps up to `resume_step`.
+    def __init__(self, run_dir: Path, steps: int, first_step: int, *, reports: bool = True) -> None:
+        """Open the files of `run_dir`, keeping what belongs to steps up to `first_step`.
 
-        None starts a run: lines of an earlier start that reached no checkpoint are dropped.
+        In a log, where lines pile up, the bar of `steps` is drawn every half minute.
         """
-        from torch.utils.tensorboard.writer import SummaryWriter
+        from tqdm import tqdm
 
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._run_dir, path = run_dir, run_dir / METRICS_FILE
-        last_step = -1 if resume_step is None else resume_step
-        _drop_lines_after(path, last_step)
-        self._lines = path.open("a", encoding="utf-8")
-        self._tensorboard: SummaryWriter = SummaryWriter(
-            str(run_dir / TENSORBOARD_FOLDER), purge_step=last_step + 1, flush_secs=30
+        self._run_dir, self._reports = run_dir, reports
+        if reports:
+            self._open(first_step)
+        self._bar: tqdm[NoReturn] = tqdm(
+            total=steps,
+            initial=first_step,
+            disable=not reports,
+            unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 30.0,
         )
 
-    def write(self, metrics: Mapping[str, object]) -> None:
-        """Write one line; `metrics` holds `step` and numbers, None or nested dicts of them."""
-        step = metrics["step"]
-        if not isinstance(step, int):
-            raise TypeError(f"step must be an int, got {step!r}")
-        unknown = metrics.keys() - METRICS.keys()
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Write a step's metrics: numbers, None or objects of them by key; `step` is an int."""
+        if not self._reports:
+            return
+        unknown = line.keys() - METRICS.keys()
         assert not unknown, f"report/registry.py has no entry for {sorted(unknown)}"
-        self._lines.write(_to_json(metrics) + "\n")
+        self._lines.write(_to_json(line) + "\n")
         self._lines.flush()
-        for name, value in _scalars(metrics):
+        for name, value in _scalars(line):
             if name != "step":
                 held_out = METRICS[name.partition("/")[0]].is_held_out
                 tag = f"valid/{name.removeprefix('valid_')}" if held_out else f"train/{name}"
-                self._tensorboard.add_scalar(tag, value, step)
+                self._tensorboard.add_scalar(tag, value, line["step"])
+        shown = {"loss": f"{line['loss']:.3f}", "auroc": line.get("mode_auroc")}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
 
-    def rewound(self, step: int) -> MetricsWriter:
-        """Close, and return the writer of a run that goes on from `step`."""
-        self.close()
-        return MetricsWriter(self._run_dir, step or None)
+    def rewind(self, step: int) -> None:
+        """Continue from `step` and remove what was written of later steps."""
+        if self._reports:
+            self._close()
+            self._open(step)
+            self._bar.update(step - self._bar.n)
 
-    def close(self) -> None:
-        """Flush and close both files."""
+    def _open(self, first_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        _drop_lines_after(self._run_dir / METRICS_FILE, first_step)
+        self._lines = (self._run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._tensorboard: SummaryWriter = SummaryWriter(
+            str(self._run_dir / TENSORBOARD_FOLDER), purge_step=first_step + 1, flush_secs=30
+        )
+
+    def _close(self) -> None:
         self._lines.close()
         self._tensorboard.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._bar.close()
+        # A file that could not be written to cannot be closed either, and the first error counts.
+        if self._reports and kind is None:
+            self._close()
 
 
 def write_event(run_dir: Path, kind: str, reason: str, action: str, **more: object) -> bool:
-    """Append an event to RUN/health.jsonl, as any rank may; tell whether the disk took it.
+    """Append an event to RUN/health.jsonl, as any rank may; return False if the disk refuses it.
 
-    A full disk, of which the event may tell, is no further error.
+    A full disk, which the event may be about, is no further error.
     """
     event = {"time": time.time(), "kind": kind, "action": action, "reason": reason, **more}
     try:
@@ -130,23 +143,17 @@ def write_event(run_dir: Path, kind: str, reason: str, action: str, **more: obje
     return True
 
 
-def write_summary(run_dir: Path, summary: Mapping[str, object]) -> Path:
-    """Replace RUN/summary.json at once, so that a reader never sees half of it."""
-    return write_whole(run_dir / SUMMARY_FILE, _to_json(summary, indent=2) + "\n")
+def write_json(path: Path, values: Mapping[str, object]) -> None:
+    """Replace a JSON file at once, so that a reader never sees half of it."""
+    write_whole(path, _to_json(values, indent=2) + "\n")
 
 
-def write_environment(run_dir: Path, extra: Mapping[str, object] | None = None) -> Path:
-    """Write RUN/environment.json: versions, machine and devices, with `extra` beside them."""
-    whole = {**environment(), **(extra or {})}
-    return write_whole(run_dir / ENVIRONMENT_FILE, _to_json(whole, indent=2) + "\n")
-
-
-def environment() -> dict[str, object]:
-    """Describe what this process runs on; packages that are not installed are null."""
+def write_environment(run_dir: Path, **more: object) -> None:
+    """Write RUN/environment.json: versions (null where not installed), machine and devices."""
     import torch
 
     devices = range(torch.cuda.device_count())
-    return {
+    found = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_cores": len(os.sched_getaffinity(0)),
@@ -156,20 +163,7 @@ def environment() -> dict[str, object]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "command": sys.argv,
     }
-
-
-def check_writable(run_dir: Path) -> None:
-    """Raise OSError naming the folder where a run folder cannot be written; nothing is made."""
-    folder = run_dir
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    # A read-only file system refuses here also the administrator, whom modes do not stop.
-    if not os.access(folder, os.W_OK):
-        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
-        reason = errno.EROFS if read_only else errno.EACCES
-        raise OSError(reason, os.strerror(reason), str(folder))
+    write_json(run_dir / ENVIRONMENT_FILE, {**found, **more})
 
 
 def _version(package: str) -> str | None:
@@ -179,13 +173,26 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _drop_lines_after(path: Path, last_step: int) -> None:
-    """Keep the whole lines of steps up to `last_step`; a line torn by a crash goes too."""
-    if not path.exists():
+def check_writable(run_dir: Path) -> None:
+    """Raise OSError naming the folder if a run folder cannot be written; make nothing."""
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not folder.is_dir():
+        reason = errno.ENOTDIR
+    elif os.access(folder, os.W_OK):
         return
-    with path.open("rb") as lines:
+    else:
+        # A read-only file system also refuses the administrator, whom modes do not stop.
+        is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        reason = errno.EROFS if is_read_only else errno.EACCES
+    raise OSError(reason, os.strerror(reason), str(folder))
+
+
+def _drop_lines_after(path: Path, last_step: int) -> None:
+    """Keep the complete lines of steps up to `last_step`; a line torn by a crash goes too."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= last_step]
-    write_whole(path, b"".join(kept).decode())
+        write_whole(path, b"".join(kept).decode())
 
 
 def _step_of(line: bytes) -> float:
@@ -203,12 +210,10 @@ def _to_json(values: Mapping[str, object], indent: int | None = None) -> str:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+        return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -12,7 +12,7 @@ import resume_rank
 import torch
 from run_files import metrics
 
-from megatron_mode.report.registry import METRICS, Y_AXES
+from megatron_mode.report.registry import CHARTS, METRICS
 
 SHARED_MEMORY_BEFORE = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
 
@@ -49,7 +49,7 @@ def test_a_run_writes_what_the_registry_lists_and_the_report_draws(runs):
     written = {key for line in lines for key in json.loads(line)}
     assert written == METRICS.keys() - {"update_left_out"}, "no update was left out"
     drawn = re.findall(r"<h3>([^<]*)</h3>", (folder / "whole/report.html").read_text())
-    assert set(Y_AXES) <= set(drawn)
+    assert {chart.title for chart in CHARTS} <= set(drawn)
 
 
 @pytest.mark.distributed

@@ -37,7 +37,12 @@ def test_kernels_are_installed_once_and_under_our_name(wheel_names, root):
 
 
 def test_data_files_travel(wheel_names, root):
-    data = ("configs/*/*.yaml", "megatron_mode/tokens/sample/**/*", "megatron_mode/py.typed")
+    data = (
+        "configs/*/*.yaml",
+        "megatron_mode/report/templates/*",
+        "megatron_mode/tokens/sample/**/*",
+        "megatron_mode/py.typed",
+    )
     for pattern in data:
         files = [file for file in root.glob(pattern) if file.is_file()]
         assert files, pattern

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mode.report.charts import WINDOWS, _in_windows, source_charts
+from megatron_mode.report.charts import WINDOWS, charts, in_windows
 from megatron_mode.report.run_folder import read_run
 
 
@@ -34,18 +34,20 @@ def run(tmp_path: Path) -> Path:
 
 def test_shares_are_counts_over_windows(run: Path) -> None:
     folder = read_run(run, "run")
-    points = _in_windows(folder, "rows_by_source/web")
+    points = in_windows(folder, "rows_by_source/web")
     assert len(points) == WINDOWS
     assert [share for _, share in points[:11]] == [0.75] * 11
     assert [share for _, share in points[-11:]] == [0.25] * 11
-    planned = _in_windows(folder, "planned_rows_by_source/web")
+    planned = in_windows(folder, "planned_rows_by_source/web")
     assert planned[0][1] == pytest.approx(6.1 / 8)
 
 
 def test_two_charts_without_held_out_losses(run: Path) -> None:
-    figures = source_charts(read_run(run, "run"))
-    assert len(figures) == 2
-    assert "Share of rows by source" in figures[0]
-    assert "Training LM loss by source" in figures[1]
-    assert all(name in figure for figure in figures for name in ("web", "chat"))
-    assert ", planned" not in figures[0].partition("</ul>")[0]  # the legend names a source once
+    figures = charts([read_run(run, "run")])
+    assert [figure.title for figure in figures] == [
+        "Share of rows by source",
+        "Training LM loss by source",
+    ]
+    for figure in figures:  # the legend names a source once, also beside its plan
+        assert [entry.label for entry in figure.legend] == ["web", "chat"]
+    assert len(figures[0].lines) == 4

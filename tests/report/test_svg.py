@@ -7,7 +7,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_mode.report.svg import Axis, Line, line_chart, short_number, thin, ticks
+from megatron_mode.report.render import render
+from megatron_mode.report.svg import Axis, Figure, Line, short_number, thin, ticks
+
+
+def line_chart(lines, x_axis, y_axis):
+    return render("figure.html", figure=Figure("chart", lines, x_axis, y_axis))
+
 
 numbers = st.floats(-1e12, 1e12, allow_subnormal=False)
 
@@ -59,14 +65,16 @@ def test_ticks_stand_where_the_curve_has_their_value():
     points = [
         tuple(map(float, p.split(","))) for p in re.search(r'points="(.*?)"', drawn)[1].split()
     ]
-    labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">(\d+)<', drawn)
+    labels = re.findall(
+        r'<text x="([\d.]+)" y="([\d.]+)" dy="\d+" text-anchor="(\w+)">(\d+)<', drawn
+    )
     assert len(labels) > 8
     for x, y, anchor, text in labels:
         index = int(text) if anchor == "middle" else int(text) - 3
         if anchor == "middle":
             assert points[index][0] == pytest.approx(float(x), abs=0.06)
         else:
-            assert points[index][1] == pytest.approx(float(y) - 4, abs=0.06)  # baseline to middle
+            assert points[index][1] == pytest.approx(float(y), abs=0.06)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -5.0, 1e-9, 1e11])
