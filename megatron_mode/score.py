@@ -36,7 +36,7 @@ class TokenScores(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Take tokens [begin, end) of a document as input, and keep the scores from `keep` on."""
+    """Take tokens [begin, end) of a document as input, and keep the scores from token `keep`."""
 
     begin: int
     end: int
@@ -57,15 +57,12 @@ class Scorer:
     """Hold a checkpoint's model and tokenizer."""
 
     def __init__(self, path: Path) -> None:
-        """Load a checkpoint folder, or the newest one of a run folder.
-
-        Raises CheckpointError when it is missing or damaged.
-        """
+        """Load a checkpoint folder, or a run's newest; raises CheckpointError if that fails."""
         folder = resolve_folder(path)
         self.decoder, self.config, self.manifest = load_decoder(folder)
-        tokenizer = folder / TOKENIZER_NAME
         if TOKENIZER_NAME in self.manifest.files:
             check_files(folder, self.manifest, [TOKENIZER_NAME])
+        tokenizer = folder / TOKENIZER_NAME
         if not tokenizer.is_file():
             raise CheckpointError(
                 f"{folder} lacks {TOKENIZER_NAME}: copy it there from the data folder of the run"
@@ -86,19 +83,17 @@ class Scorer:
     def score(self, ids: Sequence[int]) -> TokenScores:
         """Score one document's ids, `<|doc|>` first."""
         ids_N = torch.tensor(ids)
-        nll_N = torch.full((len(ids),), float("nan"))
-        logit_N = torch.zeros(len(ids))
+        scores = TokenScores(torch.full((len(ids),), float("nan")), torch.zeros(len(ids)))
         todo = list(windows(len(ids), self.seq_len))
         for first in range(0, len(todo), BATCH_WINDOWS):
             batch = todo[first : first + BATCH_WINDOWS]
-            nll_BT, logit_BT = self._score_windows(ids_N, batch)
-            for row, window in enumerate(batch):
-                begin, end, keep = window
-                logit_N[keep:end] = logit_BT[row, keep - begin : end - begin]
+            found = self._score_windows(ids_N, batch)
+            for (begin, end, keep), nll_T, logit_T in zip(batch, *found, strict=True):
+                scores.mode_logit_N[keep:end] = logit_T[keep - begin : end - begin]
                 # The score of predicting token t + 1 stands at position t.
                 last = min(end, len(ids) - 1)
-                nll_N[keep + 1 : last + 1] = nll_BT[row, keep - begin : last - begin]
-        return TokenScores(nll_N, logit_N)
+                scores.nll_N[keep + 1 : last + 1] = nll_T[keep - begin : last - begin]
+        return scores
 
     def next_logits(self, ids: Sequence[int]) -> Tensor:
         """Return the LM logits [V] after the ids, unused columns left out."""
@@ -109,28 +104,26 @@ class Scorer:
         return logits_V[: self.tokenizer.vocab_size]
 
     def _score_windows(self, ids_N: Tensor, batch: list[Window]) -> tuple[Tensor, Tensor]:
-        width = max(window.end - window.begin for window in batch)
-        input_BT = torch.zeros(len(batch), width, dtype=torch.int64)
-        target_BT = torch.zeros_like(input_BT)
-        lm_weight_BT = torch.zeros(len(batch), width)
-        mode_weight_BT = torch.zeros_like(lm_weight_BT)
-        for row, (begin, end, _) in enumerate(batch):
-            input_BT[row, : end - begin] = ids_N[begin:end]
-            target_N = ids_N[begin + 1 : end + 1]
-            target_BT[row, : len(target_N)] = target_N
-            lm_weight_BT[row, : len(target_N)] = 1
-            mode_weight_BT[row, : end - begin] = 1
-        position_BT = torch.arange(width).expand(len(batch), width)
+        """Return loss and mode logit [B, T] of windows; what they lack of a row is filled up."""
+        begin_B1, end_B1, _ = torch.tensor(batch).T.unsqueeze(-1)
+        position_BT = torch.arange(int((end_B1 - begin_B1).max())).expand(len(batch), -1)
+        place_BT = begin_B1 + position_BT
+        is_input_BT = place_BT < end_B1
+        has_target_BT = is_input_BT & (place_BT + 1 < len(ids_N))
+        padded_N = torch.cat((ids_N, torch.zeros(self.seq_len + 1, dtype=torch.int64)))
         with torch.no_grad():
-            heads = self.decoder(input_BT, position_BT)
-            label_BT = torch.zeros_like(lm_weight_BT)
-            targets = Targets(target_BT, lm_weight_BT, label_BT, mode_weight_BT)
+            heads = self.decoder(padded_N[place_BT] * is_input_BT, position_BT)
             result = self.mode_loss(
                 heads.hidden_TBD,
                 heads.local_lm_weight_VD,
                 heads.mode_weight_D,
                 heads.mode_bias,
-                targets,
+                Targets(
+                    padded_N[place_BT + 1] * has_target_BT,
+                    has_target_BT.float(),
+                    torch.zeros(place_BT.shape),
+                    is_input_BT.float(),
+                ),
                 blocking_active=False,
             )
         return result.nll_BT, result.mode_logit_BT

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,17 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print; raises CheckpointError or ConfigError for what cannot be used."""
-    check_prompt(args.prompt)
     from megatron_mode.quiet import import_quietly
-    from megatron_mode.report.heatmap import ansi_legend, ansi_token, wants_colour
+    from megatron_mode.report.heatmap import print_tokens
 
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"--prompt holds bytes that are not UTF-8 at character {error.start + 1}; convert it "
+            "to UTF-8"
+        ) from None
     scorer: Scorer = import_quietly("megatron_mode.score", args.threads).Scorer(args.checkpoint)
-    ids = prompt_ids(scorer, args.prompt, chat=args.chat)
+    control = scorer.tokenizer.control
+    ids = [control["<|doc|>"], *scorer.tokenizer.encode(args.prompt)]
+    if args.chat:
+        ids.insert(1, control["<|user|>"])
+        ids += [control["<|end|>"], control["<|assistant|>"]]
     given = len(ids)
     ids += continuation(
         scorer, ids, args.tokens, temperature=args.temperature, top_k=args.top_k, seed=args.seed
     )
-    # Scored once more as a whole, so that prompt and continuation are coloured by one rule.
+    # Scored once more together, so that one rule colours prompt and continuation.
     probabilities = scorer.score(ids).mode_logit_N.sigmoid().tolist()
     texts = scorer.tokenizer.pieces(ids)
     if args.json:
@@ -65,31 +73,9 @@ def run(args: argparse.Namespace) -> int:
             for index, (text, p) in enumerate(zip(texts, probabilities, strict=True))
         ]
         print(json.dumps({"text": "".join(texts[given:]), "tokens": tokens}, ensure_ascii=False))
-        return 0
-    colour = wants_colour(sys.stdout, os.environ)
-    print(ansi_legend(colour=colour))
-    print("".join(map(lambda t, p: ansi_token(t, p, colour=colour), texts, probabilities)))
+    else:
+        print_tokens(zip(texts, probabilities, strict=True), legend=True)
     return 0
-
-
-def check_prompt(prompt: str) -> None:
-    """Raise ConfigError for a prompt that is no text: bytes that are not UTF-8."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"--prompt holds bytes that are not UTF-8 at character {error.start + 1}: accepted is "
-            "text in UTF-8; convert it"
-        ) from None
-
-
-def prompt_ids(scorer: Scorer, prompt: str, *, chat: bool) -> list[int]:
-    """Return the ids of a prompt: a document's beginning, or a user's turn to be answered."""
-    control, text = scorer.tokenizer.control, scorer.tokenizer.encode(prompt)
-    if not chat:
-        return [control["<|doc|>"], *text]
-    user = [control["<|user|>"], *text, control["<|end|>"]]
-    return [control["<|doc|>"], *user, control["<|assistant|>"]]
 
 
 def continuation(

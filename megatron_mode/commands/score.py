@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,21 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--render", choices=("chat", "plain"), default="plain", help="rendering of Mode 2 documents"
     )
-    add_mode_token_arguments(parser)
-    parser.add_argument("--per-token", action="store_true", help="also report every token")
-    parser.add_argument(
-        "--limit", type=whole(1), metavar="N", help="score the first N documents only"
-    )
-    parser.add_argument(
-        "--threads", type=whole(0, MOST_WORKERS), default=0, help="CPU threads; 0: all cores"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object a document instead of a table"
-    )
-
-
-def add_mode_token_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how mode tokens are treated."""
     parser.add_argument(
         "--mode-tokens",
         choices=("keep", "strip", "swap", "forge"),
@@ -73,21 +58,34 @@ def add_mode_token_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="share (0 to 1) of content tokens preceded by one, for sporadic",
     )
+    parser.add_argument("--per-token", action="store_true", help="also report every token")
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="N", help="score the first N documents only"
+    )
+    parser.add_argument(
+        "--threads", type=whole(0, MOST_WORKERS), default=0, help="CPU threads; 0: all cores"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a document instead of a table"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; raises MegatronModeError for what cannot be read or done."""
-    given = given_mode_tokens(args)
     from megatron_mode.quiet import import_quietly
     from megatron_mode.tokens.documents import read_documents
+    from megatron_mode.tokens.mode_tokens import checked
     from megatron_mode.tokens.template import render
 
+    given = None
+    if args.mode_token_placement is not None or args.mode_token_rate is not None:
+        given = checked(args.mode_token_placement or "sporadic", args.mode_token_rate)
     documents = read_documents(args.file)
-    first = next(documents, None)  # A file that cannot be read is told before a model is loaded.
+    first = next(documents, None)  # a file that cannot be read is reported before a model loads
     if first is None:
         raise DataError(
-            f"{args.file} holds no documents: accepted are lines like "
-            '{"text": "..."} or {"messages": [...]}; name another file'
+            f"{args.file} holds no documents; name a file with lines like "
+            '{"text": "..."} or {"messages": [...]}'
         )
     score = import_quietly("megatron_mode.score", args.threads)
     scorer: Scorer = score.Scorer(args.checkpoint)
@@ -104,35 +102,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def given_mode_tokens(args: argparse.Namespace) -> ModeTokens | None:
-    """Return what the options say of true mode tokens; None leaves it to the run's data."""
-    from megatron_mode.tokens.mode_tokens import checked
-
-    if args.mode_token_placement is None and args.mode_token_rate is None:
-        return None
-    return checked(args.mode_token_placement or "sporadic", args.mode_token_rate)
-
-
 def arrangement(
     setting: Setting, given: ModeTokens | None, scorer: Scorer
 ) -> Callable[[Document, Rendered], Rendered]:
     """Return the function that puts mode tokens into a rendered document.
 
-    Raises ConfigError when there is nothing to exchange.
+    `given` is what the options say of true ones; None leaves it to the run's data. Raises
+    ConfigError when there is nothing to exchange.
     """
     from megatron_mode.tokens.mode_tokens import ModeTokens, Reading, read_order, rearrange
     from megatron_mode.tokens.prepare.request import draw, mode_token_key
 
+    if given is None and setting == "strip":
+        given = ModeTokens()
     if given is not None:
         tokens, seed = Reading(given, PLACES_SEED)
-    elif setting == "strip":
-        tokens, seed = Reading(ModeTokens(), PLACES_SEED)
     else:
         tokens, seed = read_order(scorer.manifest.order, PLACES_SEED)
     if setting == "swap" and tokens.placement == "none":
         raise ConfigError(
-            "--mode-tokens is swap, but the run's data has no mode tokens; accepted is a run that "
-            "has them, so give --mode-token-placement to put them in"
+            "--mode-tokens is swap, but the run's data has no mode tokens; give "
+            "--mode-token-placement to put them in"
         )
 
     def arrange(document: Document, rendered: Rendered) -> Rendered:
@@ -156,48 +146,38 @@ def summarise(
     from megatron_mode.tokens.mode_tokens import MODE_PIECES
 
     scores: TokenScores = scorer.score(ids)
+    nll, logit = scores.nll_N.tolist(), scores.mode_logit_N.tolist()
+    probability = scores.mode_logit_N.sigmoid().tolist()
+    mode_ids = {scorer.tokenizer.control[piece] for piece in MODE_PIECES}
     content = [index for index, flag in enumerate(flags) if not flag & CONTROL]
-    logits = scores.mode_logit_N[content]
-    control = scorer.tokenizer.control
-    mode_ids = {control[piece] for piece in MODE_PIECES}
-    learnt = [index for index, flag in enumerate(flags) if not flag & NO_LM_LOSS]
-    predicted = [index for index in learnt if index and ids[index] not in mode_ids]
+    learnt = [index for index, flag in enumerate(flags) if index and not flag & NO_LM_LOSS]
     result: dict[str, Any] = {
         "id": document.id,
         "source": document.source,
         "tokens": len(ids),
-        "nll_mean": _mean(scores.nll_N[predicted].tolist()),
-        "nll_content_mean": _mean(scores.nll_N[sorted({*content} & {*learnt})].tolist()),
-        "mode_logit_mean": _mean(logits.tolist()),
-        "mode_probability_mean": _mean(logits.sigmoid().tolist()),
+        "nll_mean": _mean(nll[index] for index in learnt if ids[index] not in mode_ids),
+        "nll_content_mean": _mean(nll[index] for index in learnt if not flags[index] & CONTROL),
+        "mode_logit_mean": _mean(logit[index] for index in content),
+        "mode_probability_mean": _mean(probability[index] for index in content),
     }
     if per_token:
+        columns = (scorer.tokenizer.pieces(ids), nll, logit, probability, flags)
         result["per_token"] = [
             {
                 "token": text,
-                "nll": None if math.isnan(nll) else nll,
-                "mode_logit": logit,
-                "mode_probability": probability,
+                "nll": None if math.isnan(nll_of) else nll_of,
+                "mode_logit": logit_of,
+                "mode_probability": probability_of,
                 "control": bool(flag & CONTROL),
             }
-            for text, nll, logit, probability, flag in zip(
-                scorer.tokenizer.pieces(ids),
-                scores.nll_N.tolist(),
-                scores.mode_logit_N.tolist(),
-                scores.mode_logit_N.sigmoid().tolist(),
-                flags,
-                strict=True,
-            )
+            for text, nll_of, logit_of, probability_of, flag in zip(*columns, strict=True)
         ]
     return result
 
 
 def print_row(result: dict[str, Any]) -> None:
-    """Print a document as a line of the table, and its tokens coloured where asked for."""
-    import os
-    import sys
-
-    from megatron_mode.report.heatmap import ansi_token, wants_colour
+    """Print a document as a line of the table, and its tokens coloured if there are any."""
+    from megatron_mode.report.heatmap import print_tokens
 
     numbers = [result[key] for key in ("nll_mean", "mode_logit_mean", "mode_probability_mean")]
     nll, logit, probability = ("-" if value is None else f"{value:.3f}" for value in numbers)
@@ -205,11 +185,10 @@ def print_row(result: dict[str, Any]) -> None:
         f"{result['id'][:32]:<32} {result['source'][:20]:<20} {result['tokens']:>7} {nll:>7} "
         f"{logit:>11} {probability:>6}"
     )
-    if "per_token" in result:
-        colour = wants_colour(sys.stdout, os.environ)
-        tokens = result["per_token"]
-        print("".join(ansi_token(t["token"], t["mode_probability"], colour=colour) for t in tokens))
+    if tokens := result.get("per_token"):
+        print_tokens((token["token"], token["mode_probability"]) for token in tokens)
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return sum(known) / len(known) if known else None

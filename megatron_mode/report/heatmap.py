@@ -8,7 +8,9 @@ equal steps look equal; both ends are equally light, so neither mode looks weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Literal, TextIO
 
 Rgb = tuple[int, int, int]
@@ -20,6 +22,8 @@ _ANCHORS: dict[Theme, tuple[tuple[float, float, float], ...]] = {
     "light": ((0.80, -0.045, -0.100), (0.96, 0.0, 0.0), (0.80, 0.070, 0.115)),
     "dark": ((0.46, -0.030, -0.115), (0.27, 0.0, 0.0), (0.46, 0.080, 0.090)),
 }
+_PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_PICTURES |= dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}")
 TEXT_COLOUR: dict[Theme, Rgb] = {"light": (20, 22, 26), "dark": (240, 241, 243)}
 
 
@@ -66,20 +70,21 @@ def ansi_legend(*, colour: bool = True) -> str:
 
 
 def wants_colour(stream: TextIO, environment: Mapping[str, str]) -> bool:
-    """Say whether to colour: on a terminal, unless NO_COLOR (no-color.org) is set and not empty."""
+    """Tell whether to colour: on a terminal, unless NO_COLOR (no-color.org) is set to something."""
     return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+
+
+def print_tokens(tokens: Iterable[tuple[str, float]], *, legend: bool = False) -> None:
+    """Print tokens with their probabilities, coloured if the terminal wants it."""
+    colour = wants_colour(sys.stdout, os.environ)
+    if legend:
+        print(ansi_legend(colour=colour))
+    print("".join(ansi_token(text, probability, colour=colour) for text, probability in tokens))
 
 
 def printable(text: str) -> str:
     """Replace control characters other than newline and tab by visible ones."""
-
-    def shown(character: str) -> str:
-        code = ord(character)
-        if character in "\n\t" or 0x20 <= code < 0x7F or code >= 0xA0:
-            return character
-        return chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}"
-
-    return "".join(map(shown, text))
+    return text.translate(_PICTURES)
 
 
 def _oklab_to_srgb(lightness: float, a: float, b: float) -> Rgb:

@@ -20,28 +20,21 @@ HEATMAP_FILE = "heatmap.json"
 CONFIG_FILE = "config.yaml"
 
 
-class Summary(BaseModel, extra="allow"):
-    """State the shape of what the report reads in summary.json, down to its figures."""
-
+# The shapes of what the report reads, down to its figures.
+class _Summary(BaseModel, extra="allow"):
     valid: dict[str, dict[str, Any]] | None = None
     auroc_by_position: dict[str, dict[float, Any]] | None = None
 
 
-class Passage(BaseModel, extra="allow"):
-    """State the shape of a passage in heatmap.json."""
-
+class _Passage(BaseModel, extra="allow"):
     tokens: list[dict[str, Any]]
 
 
-class HeatMap(BaseModel, extra="allow"):
-    """State the shape of heatmap.json."""
-
-    passages: list[Passage] = []
+class _HeatMap(BaseModel, extra="allow"):
+    passages: list[_Passage] = []
 
 
-class Environment(BaseModel, extra="allow"):
-    """State the shape of what the report reads in environment.json."""
-
+class _Environment(BaseModel, extra="allow"):
     packages: dict[str, Any] | None = None
     gpus: list[Any] | None = None
 
@@ -81,49 +74,54 @@ def number(value: object) -> float | None:
         return None
 
 
-def distinct_names(run_dirs: Sequence[Path]) -> list[str]:
-    """Name each folder by as few trailing parts of its path as tell it from the others."""
-    paths = [run_dir.resolve().parts for run_dir in run_dirs]
+def read_runs(run_dirs: Sequence[Path]) -> list[RunFolder]:
+    """Read runs, each named by as few trailing parts of its path as no other run has.
+
+    Raises ConfigError for a folder without metrics.
+    """
+    paths = {run_dir: run_dir.resolve().parts for run_dir in run_dirs}
 
     def name(path: tuple[str, ...]) -> str:
         tails = (path[-count:] for count in range(1, len(path) + 1))
-        others = set(paths) - {path}
+        others = set(paths.values()) - {path}
         return str(Path(*next(t for t in tails if all(o[-len(t) :] != t for o in others))))
 
-    return [name(path) for path in paths]
-
-
-def read_runs(run_dirs: Sequence[Path]) -> list[RunFolder]:
-    """Read runs; raises ConfigError for a folder without metrics."""
-    return [read_run(*pair) for pair in zip(run_dirs, distinct_names(run_dirs), strict=True)]
+    return [read_run(run_dir, name(paths[run_dir])) for run_dir in run_dirs]
 
 
 def read_run(run_dir: Path, name: str) -> RunFolder:
     """Read one run under a name, also one that still trains or has no held-out data.
 
-    Raises ConfigError where there is no such folder or it has no line of metrics.
+    Raises ConfigError if there is no such folder or it has no line of metrics.
     """
-    if not run_dir.is_dir():
-        raise ConfigError(
-            f"RUN {str(run_dir)!r} is not a folder; give the folder a run wrote (its run.dir)."
-        )
     path = run_dir / METRICS_FILE
-    if not path.is_file():
-        raise ConfigError(
-            f"RUN {str(run_dir)!r} has no {METRICS_FILE}; give a run folder whose training began."
-        )
-    columns, last_step, tokens_seen = _read_metrics(path)
-    if not columns:
-        raise ConfigError(f"RUN {str(run_dir)!r} has no step in {METRICS_FILE}; train it first.")
+    if not run_dir.is_dir():
+        fault = "is not a folder; give the folder a run wrote (its run.dir)"
+    elif not path.is_file():
+        fault = f"has no {METRICS_FILE}; give a run folder whose training began"
+    else:
+        columns, last_step, tokens_seen = _read_metrics(path)
+        fault = "" if columns else f"has no step in {METRICS_FILE}; train it first"
+    if fault:
+        raise ConfigError(f"RUN {str(run_dir)!r} {fault}.")
     notes: list[str] = []
-    summary = _read_object(run_dir / SUMMARY_FILE, Summary, "the final figures are left out", notes)
-    heatmap = _read_object(run_dir / HEATMAP_FILE, HeatMap, "the heat map is left out", notes)
-    environment = _read_object(
-        run_dir / ENVIRONMENT_FILE, Environment, "the machine is not named", notes
-    )
+
+    def read(name: str, shape: type[BaseModel], consequence: str) -> dict[str, Any]:
+        try:
+            value: dict[str, Any] = json.loads((run_dir / name).read_bytes())
+            shape.model_validate(value)
+            return value
+        except FileNotFoundError:
+            notes.append(f"no {name}: {consequence}")
+        except (OSError, ValueError, RecursionError):  # pydantic's error is a ValueError
+            notes.append(f"{name} cannot be read: {consequence}")
+        return {}
+
+    summary = read(SUMMARY_FILE, _Summary, "the final figures are left out")
+    heatmap = read(HEATMAP_FILE, _HeatMap, "the heat map is left out")
+    environment = read(ENVIRONMENT_FILE, _Environment, "the machine is not named")
     _add_final_evaluation(columns, summary, tokens_seen, notes)
     config = run_dir / CONFIG_FILE
-    digest = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None
     return RunFolder(
         name=name,
         columns=columns,
@@ -132,7 +130,7 @@ def read_run(run_dir: Path, name: str) -> RunFolder:
         summary=summary,
         environment=environment,
         passages=heatmap.get("passages", []),
-        config_digest=digest,
+        config_digest=hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
         notes=notes,
     )
 
@@ -149,19 +147,19 @@ def _read_metrics(path: Path) -> tuple[dict[str, list[Point]], int, int]:
                 last_step, tokens_seen = int(row["step"]), int(row["tokens_seen"])
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue
-            for key, value in _flat(row):
-                if (finite := number(value)) is not None:
-                    columns.setdefault(key, []).append((tokens_seen, finite))
+            for key, value in _numbers(row):
+                columns.setdefault(key, []).append((tokens_seen, value))
     return columns, last_step, tokens_seen
 
 
-def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a line; those by source under `key/source`."""
+def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the finite numbers of a line; those by source under `key/source`."""
     for key, value in row.items():
-        if isinstance(value, dict):
-            yield from ((f"{key}/{name}", inner) for name, inner in value.items())
-        else:
-            yield key, value
+        nested = value if isinstance(value, dict) else {}
+        values = {f"{key}/{name}": inner for name, inner in nested.items()} or {key: value}
+        for name, inner in values.items():
+            if (finite := number(inner)) is not None:
+                yield name, finite
 
 
 def _add_final_evaluation(
@@ -170,27 +168,9 @@ def _add_final_evaluation(
     """Let held-out curves end in the last evaluation, which only summary.json holds."""
     end = number(summary.get("tokens_seen")) or float(tokens_seen)
     if end < tokens_seen:
-        notes.append(f"{SUMMARY_FILE} was written at {end:,.0f} tokens and the run has gone on")
-    for key, value in _flat(summary):
-        finite = number(value)
-        if key.startswith("valid_") and finite is not None:
+        notes.append(f"{SUMMARY_FILE} was written at {end:,.0f} tokens, before the run continued")
+    for key, value in _numbers(summary):
+        if key.startswith("valid_"):
             points = columns.setdefault(key, [])
             if not points or points[-1][0] < end:
-                points.append((end, finite))
-
-
-def _read_object(
-    path: Path, shape: type[BaseModel], consequence: str, notes: list[str]
-) -> dict[str, Any]:
-    """Return a JSON object of a shape, or {} and a note where the file is missing or damaged."""
-    if not path.is_file():
-        notes.append(f"no {path.name}: {consequence}")
-        return {}
-    try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
-        shape.model_validate(value)
-        return value
-    except (ValueError, RecursionError):  # pydantic's error is a ValueError
-        pass
-    notes.append(f"{path.name} cannot be read: {consequence}")
-    return {}
+                points.append((end, value))
