@@ -15,6 +15,7 @@ from megatron_mode.evaluate.valid import valid_summary
 from megatron_mode.mix.corpus import Corpus, build_reader
 from megatron_mode.process.stopping import Reason
 from megatron_mode.report.page import build_page
+from megatron_mode.report.run_folder import read_runs
 from megatron_mode.report.writers import METRICS_FILE, SUMMARY_FILE, write_json
 from megatron_mode.tokens.flags import CONTROL
 from megatron_mode.tokens.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def finish_run(
         summary["report"] = str(report)
         write_whole(folder / "heatmap.json", json.dumps({"passages": coloured}))
         write_json(folder / SUMMARY_FILE, summary)
-        write_whole(report, build_page([folder]))
+        write_whole(report, build_page(read_runs([folder])))
     return summary, Reason.NONE
 
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page and say where; raises ConfigError for what cannot be read or written."""
     from megatron_mode.atomic import write_whole
-    from megatron_mode.report.page import head_figures, render_page
+    from megatron_mode.report.page import build_page, head_figures
     from megatron_mode.report.run_folder import read_runs
 
     if args.out is None and len(args.runs) > 1:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     runs = read_runs(args.runs)
     out = args.out or args.runs[0] / REPORT_FILE
     try:
-        write_whole(out, render_page(runs))
+        write_whole(out, build_page(runs))
     except OSError as error:
         raise ConfigError(
             f"--out {str(out)!r} cannot be written ({error.strerror}); name a file in a folder "

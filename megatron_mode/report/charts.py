@@ -21,6 +21,7 @@ from megatron_mode.report.svg import (
     Point,
     percent,
     short_number,
+    stretches,
     thin,
 )
 
@@ -127,14 +128,11 @@ def _shares(run: RunFolder, name: str, place: int) -> Iterator[Line]:
 
 def in_windows(run: RunFolder, key: str) -> list[Point]:
     """Return the share of rows in each of at most WINDOWS stretches of the run."""
-    points = run.curve(key)
     totals: Counter[float] = Counter()
     for name in _sources(run, "rows_by_source"):
         totals.update(dict(run.curve(f"rows_by_source/{name}")))
     found = []
-    count = min(WINDOWS, len(points))
-    for window in range(count):
-        part = points[window * len(points) // count : (window + 1) * len(points) // count]
+    for part in stretches(run.curve(key), WINDOWS):
         if rows := sum(totals[at] for at, _ in part):
             middle = sum(at for at, _ in part) / len(part)
             found.append((middle, sum(value for _, value in part) / rows))
@@ -157,10 +155,7 @@ def _style(place: int) -> tuple[int, Dash]:
 def _figure(title: str, lines: Sequence[Line], axes: Axes, runs: Runs) -> Figure:
     if len(runs) == 1:
         return one_run_figure(title, lines, axes)
-    legend = [
-        Entry("", run.name, f"c{index % COLOURS}", "solid", markers=False)
-        for index, run in enumerate(runs)
-    ]
+    legend = [Entry("", run.name, f"c{index % COLOURS}") for index, run in enumerate(runs)]
     kinds = {line.label: line for line in reversed(lines)}
     if len(kinds) > 1:
         for label, line in reversed(kinds.items()):
@@ -171,15 +166,9 @@ def _figure(title: str, lines: Sequence[Line], axes: Axes, runs: Runs) -> Figure
 
 def one_run_figure(title: str, lines: Sequence[Line], axes: Axes) -> Figure:
     """Return a figure whose legend has one entry for each named curve, with its last value."""
-    legend = [
-        Entry(
-            line.label,
-            axes[1].text(float(f"{line.points[-1][1]:.4g}")),
-            f"c{line.colour}",
-            line.dash,
-            line.markers,
-        )
-        for line in lines
-        if line.label
-    ]
+    legend = []
+    for line in lines:
+        if line.label:
+            last = axes[1].text(float(f"{line.points[-1][1]:.4g}"))
+            legend.append(Entry(line.label, last, f"c{line.colour}", line.dash, line.markers))
     return Figure(title, lines, *axes, legend)

@@ -177,16 +177,11 @@ class TokenStatistics:
 
 def _sums_of(output: TokenOutputs) -> _Sums[Tensor]:
     batch, loss = output
+    of_loss = (loss.nll_BT, loss.bce_BT, loss.mode_logit_BT)
     # Flat, so that a sum takes the tokens in one order whatever the strides are.
     nll_N, bce_N, logit_N, lm_weight_N, mode_weight_N = (
         tensor.detach().reshape(-1).to(torch.float64)
-        for tensor in (
-            loss.nll_BT,
-            loss.bce_BT,
-            loss.mode_logit_BT,
-            batch.lm_weight_BT,
-            batch.mode_weight_BT,
-        )
+        for tensor in (*of_loss, batch.lm_weight_BT, batch.mode_weight_BT)
     )
     mode2_N = batch.mode_label_BT.reshape(-1) >= 0.5
     scored_N = mode_weight_N > 0

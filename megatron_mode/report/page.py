@@ -6,14 +6,13 @@ Sections, top to bottom: head figures, curves, held-out figures by source, heat 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_mode.report.charts import charts
 from megatron_mode.report.heatmap import level_of, printable
 from megatron_mode.report.registry import title
 from megatron_mode.report.render import render
-from megatron_mode.report.run_folder import RunFolder, number, read_runs
+from megatron_mode.report.run_folder import RunFolder, number
 from megatron_mode.report.svg import CURVE_POINTS, percent, short_number
 
 
@@ -25,20 +24,7 @@ class HeadFigure(NamedTuple):
     note: str
 
 
-class Token(NamedTuple):
-    """Hold a token of the heat map: its CSS classes, what hovering shows, and its text."""
-
-    classes: str
-    title: str
-    text: str
-
-
-def build_page(run_dirs: Sequence[Path]) -> str:
-    """Return the page for these run folders; raises ConfigError for one that cannot be read."""
-    return render_page(read_runs(run_dirs))
-
-
-def render_page(runs: Sequence[RunFolder]) -> str:
+def build_page(runs: Sequence[RunFolder]) -> str:
     """Return the page; what a run lacks is left out and named at the end."""
     return render(
         "page.html",
@@ -63,9 +49,8 @@ def head_figures(run: RunFolder) -> list[HeadFigure]:
 
     planned, realised = (_mean(run, f"mode2_fraction_{kind}") for kind in ("planned", "realised"))
     share_note = f"planned {_shown(planned, percent)} over the run"
-    if (
-        off_plan := number(run.summary.get("mode2_rows_planned_minus_realised_max_abs"))
-    ) is not None:
+    off_plan = number(run.summary.get("mode2_rows_planned_minus_realised_max_abs"))
+    if off_plan is not None:
         share_note += f"; at most {off_plan:.3g} rows off"
     return [
         HeadFigure(
@@ -138,7 +123,8 @@ def _describe(passage: Mapping[str, Any]) -> str:
     return f"{mean}{len(tokens)} tokens from {passage.get('source', 'an unnamed source')}"
 
 
-def _token(token: Mapping[str, Any]) -> Token:
+def _token(token: Mapping[str, Any]) -> dict[str, str]:
+    """Return the CSS classes of a token in the heat map, what hovering shows, and its text."""
     text, probability = printable(str(token.get("text", ""))), number(token.get("probability"))
     classes, facts = [], [text.replace("\n", "\u21b5")]
     if probability is not None:
@@ -150,7 +136,7 @@ def _token(token: Mapping[str, Any]) -> Token:
         classes.append("k")
     if "\n" in text and not text.strip():
         classes.append("n")
-    return Token(" ".join(classes), " · ".join(facts), text)
+    return {"classes": " ".join(classes), "title": " · ".join(facts), "text": text}
 
 
 def _origin(run: RunFolder) -> str:

@@ -26,10 +26,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Metric:
-    """Describe one key of metrics.jsonl, and its curve if a chart draws it.
-
-    Colour 0 is Mode 1 and 1 is Mode 2, as in the heat map.
-    """
+    """Describe a key of metrics.jsonl and its curve; colour 0 is Mode 1 and 1 is Mode 2."""
 
     key: str
     unit: str
@@ -68,13 +65,7 @@ _ENTRIES = (
     Metric("mode_loss", NATS, "mode loss before blocking", MODE_LOSS, "train"),
     Metric("mode_accuracy", "share", "tokens whose mode is called right at p = 0.5"),
     Metric("mode_auroc", "", "AUROC of the mode logit over tokens", AUROC, "train"),
-    Metric(
-        "mode_recall_at_fpr01",
-        "share",
-        "Mode 2 tokens found when 1 % of Mode 1 tokens are called Mode 2",
-        RECALL,
-        "train",
-    ),
+    Metric("mode_recall_at_fpr01", "share", "Mode 2 found at 1 % false positives", RECALL, "train"),
     Metric("mode_recall_at_fpr05", "share", "the same at 5 %"),
     Metric(
         "mode2_fraction_realised", "share", "rows taken from Mode 2", SHARE, "rows, realised", 1
@@ -123,12 +114,7 @@ _ENTRIES = (
         "valid_mode_auroc_chat", "", "AUROC over tokens, chat", AUROC, "held out, chat", 4, "dashed"
     ),
     Metric(
-        "valid_mode_recall_at_fpr01",
-        "share",
-        "recall at 1 % false positives, plain",
-        RECALL,
-        "held out, plain",
-        3,
+        "valid_mode_recall_at_fpr01", "share", "Mode 2 found, plain", RECALL, "held out, plain", 3
     ),
     Metric("valid_mode_recall_at_fpr05", "share", "the same at 5 %"),
 )

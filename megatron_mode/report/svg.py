@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 Point = tuple[float, float]
@@ -16,20 +17,14 @@ CURVE_POINTS = 160  # about one a pixel pair at the width of a phone
 
 @dataclass(frozen=True)
 class Line:
-    """Hold one curve; `band` gives (x, lowest, highest) of the values behind each point."""
+    """Hold one curve; `band` is the outline of the values behind the points."""
 
     label: str
     points: Sequence[Point]
     colour: int = 0
     dash: Dash = "solid"
     markers: bool = False
-    band: Sequence[tuple[float, float, float]] = ()
-
-    @property
-    def outline(self) -> list[Point]:
-        """Return the corners of the band."""
-        upper = [(x, high) for x, _, high in self.band]
-        return upper + [(x, low) for x, low, _ in reversed(self.band)]
+    band: Sequence[Point] = ()
 
 
 @dataclass(frozen=True)
@@ -44,13 +39,13 @@ class Axis:
 
 
 class Entry(NamedTuple):
-    """Hold an entry of a legend: a sample of a curve, a label and a value or a name in bold."""
+    """Hold an entry of a legend: a label, a value or a name in bold, and a sample of a curve."""
 
     label: str
     strong: str
     colour: str
-    dash: Dash
-    markers: bool
+    dash: Dash = "solid"
+    markers: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,11 +104,6 @@ class Scale:
             high += margin
         return cls(axis, low, high, *pixels)
 
-    @property
-    def middle(self) -> float:
-        """Return the pixel in the middle."""
-        return (self.first + self.last) / 2
-
     def __call__(self, value: float) -> float:
         """Return the pixel of a value; what is outside stands at the end."""
         value = math.log2(value) if self.axis.log2 else value
@@ -147,14 +137,21 @@ def thin(points: Sequence[Point], most: int = CURVE_POINTS) -> Line:
     """
     if len(points) <= most:
         return Line("", points)
-    kept, band = [], []
-    for index in range(most):
-        part = points[index * len(points) // most : (index + 1) * len(points) // most]
+    kept, upper, lower = [], [], []
+    for part in stretches(points, most):
         x = sum(point[0] for point in part) / len(part)
         values = [point[1] for point in part]
         kept.append((x, sum(values) / len(values)))
-        band.append((x, min(values), max(values)))
-    return Line("", kept, band=band)
+        upper.append((x, max(values)))
+        lower.append((x, min(values)))
+    return Line("", kept, band=upper + lower[::-1])
+
+
+def stretches(points: Sequence[Point], most: int) -> list[Sequence[Point]]:
+    """Cut points into at most `most` runs of neighbours."""
+    count = min(most, len(points))
+    ends = [index * len(points) // count for index in range(count + 1)] if count else []
+    return [points[begin:end] for begin, end in pairwise(ends)]
 
 
 def short_number(value: float) -> str:

@@ -59,8 +59,8 @@ def silence_tensorboard() -> None:
 class RunLog:
     """Append one line a step to metrics.jsonl and the same numbers to TensorBoard; move the bar.
 
-    On ranks that do not report it does nothing. Floats keep their last bit; NaN and infinity,
-    which JSON lacks, are written as null. A line reaches the file before `write` returns.
+    On ranks that do not report it does nothing. Floats keep their last bit; NaN and infinity are
+    null in JSON. A line reaches the file before `write` returns.
     """
 
     def __init__(self, run_dir: Path, steps: int, first_step: int, *, reports: bool = True) -> None:
@@ -89,11 +89,11 @@ class RunLog:
         assert not unknown, f"report/registry.py has no entry for {sorted(unknown)}"
         self._lines.write(_to_json(line) + "\n")
         self._lines.flush()
-        for name, value in _scalars(line):
-            if name != "step":
-                held_out = METRICS[name.partition("/")[0]].is_held_out
-                tag = f"valid/{name.removeprefix('valid_')}" if held_out else f"train/{name}"
-                self._tensorboard.add_scalar(tag, value, line["step"])
+        for key, value in line.items():
+            tag = key.replace("valid_", "valid/", 1) if METRICS[key].is_held_out else f"train/{key}"
+            if key != "step":
+                for name, number in _scalars(tag, value):
+                    self._tensorboard.add_scalar(name, number, line["step"])
         shown = {"loss": f"{line['loss']:.3f}", "auroc": line.get("mode_auroc")}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
@@ -216,9 +216,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _scalars(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and math.isfinite(value):
-            yield f"{prefix}{key}", float(value)
+def _scalars(tag: str, value: object) -> Iterator[tuple[str, float]]:
+    """Yield a finite number with its tag, or those of an object by source."""
+    if isinstance(value, Mapping):
+        for source, number in value.items():
+            yield from _scalars(f"{tag}/{source}", number)
+    elif isinstance(value, int | float) and math.isfinite(value):
+        yield tag, float(value)

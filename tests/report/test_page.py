@@ -13,7 +13,13 @@ import pytest
 from megatron_mode.__main__ import run_verb
 from megatron_mode.command_line import exit_status
 from megatron_mode.errors import ConfigError
-from megatron_mode.report.page import build_page
+from megatron_mode.report import page as report_page
+from megatron_mode.report.run_folder import read_runs
+
+
+def build_page(run_dirs):
+    return report_page.build_page(read_runs(run_dirs))
+
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

@@ -40,10 +40,11 @@ def test_thinning_keeps_the_mean_and_the_range(values, most):
     line = thin(points, most)
     assert len(line.points) == min(len(values), most)
     if line.band:
-        assert min(low for _, low, _ in line.band) == min(values)
-        assert max(high for _, _, high in line.band) == max(values)
-        for (x, y), (band_x, low, high) in zip(line.points, line.band, strict=True):
-            assert x == band_x
+        upper, lower = line.band[:most], line.band[: most - 1 : -1]
+        assert min(low for _, low in lower) == min(values)
+        assert max(high for _, high in upper) == max(values)
+        for (x, y), (low_x, low), (high_x, high) in zip(line.points, lower, upper, strict=True):
+            assert x == low_x == high_x
             assert low - 1e-9 <= y <= high + 1e-9
 
 
