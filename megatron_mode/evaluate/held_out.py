@@ -69,7 +69,7 @@ def evaluate_source(
         TokenStatistics.of([*map(_middle_windows, outputs)], EVALUATION_BITS).vector,
         position_histogram(outputs).reshape(-1),
     )
-    summed = engine.sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+    summed = torch.split(engine.sum_over_ranks(torch.cat(parts)), [len(part) for part in parts])
     tokens, windows = map(TokenStatistics, summed[:2])
     found: list[Piece] = []
     targets: Counter[int] = Counter()

@@ -14,7 +14,12 @@ from typing import assert_never
 import numpy as np
 
 from megatron_mode.evaluate.held_out import EVALUATION_BITS, SourceResult
-from megatron_mode.report.metrics import TokenStatistics, auroc, auroc_by_position
+from megatron_mode.report.metrics import (
+    TokenStatistics,
+    auroc,
+    auroc_by_position,
+    position_histogram,
+)
 from megatron_mode.tokens.template import Rendering
 
 Results = Sequence[SourceResult]
@@ -48,7 +53,7 @@ def valid_summary(results: Results) -> dict[str, object]:
         summary[f"valid_mode_auroc_window_means{suffix}"] = _piece_auroc(group, from_start=False)
         summary[f"valid_mode_auroc_windows{suffix}"] = windows.metrics()["mode_auroc"]
     summary["auroc_by_position"] = {
-        name: auroc_by_position(sum(r.positions_K2B for r in group)) if group else {}
+        name: auroc_by_position(sum((r.positions_K2B for r in group), position_histogram([])))
         for name, group in (("plain", plain), ("chat", chat))
     }
     summary["valid"] = {result.name: _source_summary(result, results) for result in results}
