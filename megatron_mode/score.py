@@ -68,9 +68,10 @@ class Scorer:
                 f"{folder} lacks {TOKENIZER_NAME}: copy it there from the data folder of the run"
             )
         self.tokenizer = Tokenizer.load(tokenizer)
-        if self.tokenizer.padded_vocab_size != self.config.model.vocab_size:
+        padded_vocab_size = self.tokenizer.vocabulary.padded_vocab_size
+        if padded_vocab_size != self.config.model.vocab_size:
             raise CheckpointError(
-                f"{tokenizer} has {self.tokenizer.padded_vocab_size} pieces with padding, the "
+                f"{tokenizer} has {padded_vocab_size} pieces with padding, the "
                 f"model {self.config.model.vocab_size}: copy the run's own tokenizer there"
             )
         self.mode_loss = ModeLoss(LossConfig(), self.tokenizer.vocab_size)

@@ -110,13 +110,13 @@ def arrangement(
     `given` is what the options say of true ones; None leaves it to the run's data. Raises
     ConfigError when there is nothing to exchange.
     """
-    from megatron_mode.tokens.mode_tokens import ModeTokens, Reading, read_order, rearrange
+    from megatron_mode.tokens.mode_tokens import ModeTokens, read_order, rearrange
     from megatron_mode.tokens.prepare.request import draw, mode_token_key
 
     if given is None and setting == "strip":
         given = ModeTokens()
     if given is not None:
-        tokens, seed = Reading(given, PLACES_SEED)
+        tokens, seed = given, PLACES_SEED
     else:
         tokens, seed = read_order(scorer.manifest.order, PLACES_SEED)
     if setting == "swap" and tokens.placement == "none":

@@ -139,26 +139,11 @@ def bad_line_error(path: str | Path, number: int, reason: str) -> DataError:
     return DataError(f"{path}:{number}: {reason}; mend or remove the line.")
 
 
-def read_documents(
-    path: str | Path, mode: int | None = None, max_bad_lines: int = 0
-) -> Iterator[Document]:
-    """Stream the documents of one file, skipping up to max_bad_lines bad lines.
-
-    mode 1 or 2 refuses lines of the other mode. Raises DataError naming file and line.
-    """
-    path = Path(path)
-    bad_lines = 0
+def read_documents(path: Path) -> Iterator[Document]:
+    """Stream the documents of one file; raise DataError naming file and line of a bad one."""
     with open_reader(path) as lines:
         for number, line in lines:
             try:
-                document = parse_line(line, file_stem(path), number)
-                if mode is not None and document.mode != mode:
-                    raise BadLineError(
-                        f"the line is Mode {document.mode}; only Mode {mode} is accepted"
-                    )
+                yield parse_line(line, file_stem(path), number)
             except BadLineError as reason:
-                bad_lines += 1
-                if bad_lines > max_bad_lines:
-                    raise bad_line_error(path, number, str(reason)) from None
-                continue
-            yield document
+                raise bad_line_error(path, number, str(reason)) from None

@@ -12,9 +12,10 @@ mode loss on them measures little but that the token was read. Whether predictin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, assert_never
+from typing import Any, Literal, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,9 +52,7 @@ class ModeTokens:
                 content = content_positions(flags)
                 # The raw stream is fixed for good, which that of a Generator's methods is not.
                 raw = np.random.PCG64(key).random_raw(len(content))
-                uniform = (raw >> np.uint64(11)) * 2.0**-53
-                chosen: list[int] = content[uniform < self.rate].tolist()
-                return chosen
+                return list(content[(raw >> np.uint64(11)) * 2.0**-53 < self.rate].tolist())
         assert_never(self.placement)
 
     def insert(self, rendered: Rendered, control: Mapping[str, int], key: int) -> Rendered:
@@ -71,13 +70,6 @@ class ModeTokens:
             return None
         found: dict[str, Any] = {"placement": self.placement, "train": self.train, "seed": seed}
         return {**found, "rate": self.rate} if self.placement == "sporadic" else found
-
-
-class Reading(NamedTuple):
-    """Say how a run's data had mode tokens, with the seed of the places."""
-
-    tokens: ModeTokens
-    seed: int
 
 
 def content_positions(flags: bytes) -> NDArray[np.int64]:
@@ -101,18 +93,15 @@ def with_piece(
     ids, flags = rendered
     new_ids: list[int] = []
     new_flags = bytearray()
-    begin = 0
-    for place in places:
-        new_ids += [*ids[begin:place], piece]
-        new_flags += flags[begin:place]
+    for begin, place in itertools.pairwise([0, *places]):
         taken = flags[place + side] & (MODE2 | ROLE_MASK)
         if flags[place + side] & NO_LM_LOSS:  # a turn that is not trained
             taken = taken & MODE2 | NO_LM_LOSS
+        new_ids += [*ids[begin:place], piece]
+        new_flags += flags[begin:place]
         new_flags.append(CONTROL | NO_MODE_LOSS | bits | taken)
-        begin = place
-    new_ids += ids[begin:]
-    new_flags += flags[begin:]
-    return new_ids, bytes(new_flags)
+    end = places[-1] if places else 0
+    return [*new_ids, *ids[end:]], bytes(new_flags + flags[end:])
 
 
 def rearrange(
@@ -127,9 +116,9 @@ def rearrange(
     if setting == "strip":
         return rendered
     mode = true_mode(rendered[1])
+    false_piece = control[MODE_PIECES[2 - mode]]
     if setting == "swap":
-        other = {MODE_PIECES[mode - 1]: control[MODE_PIECES[2 - mode]]}
-        return tokens.insert(rendered, {**control, **other}, keys[0])
+        return tokens.insert(rendered, {**control, MODE_PIECES[mode - 1]: false_piece}, keys[0])
     kept = tokens.insert(rendered, control, keys[0])
     content = content_positions(kept[1])
     if setting == "keep" or not len(content):
@@ -137,30 +126,27 @@ def rearrange(
     begin = len(content) // 4
     middle = content[begin : max(begin + 1, len(content) * 3 // 4)]
     place = int(middle[keys[1] % len(middle)])
-    return with_piece(kept, [place], control[MODE_PIECES[2 - mode]], NO_LM_LOSS, 0)
+    return with_piece(kept, [place], false_piece, NO_LM_LOSS, 0)
 
 
-def read_order(order: Mapping[str, Any], default_seed: int) -> Reading:
-    """Return what the training sources of a run had, by the `order` of its manifest.
+def read_order(order: Mapping[str, Any], default_seed: int) -> tuple[ModeTokens, int]:
+    """Return the mode tokens and their seed in a run's training sources, by its manifest's `order`.
 
-    Raises ConfigError when they differ, since a document does not tell which of them it is like.
+    Raises ConfigError when they differ, since a document does not show which of them it is like.
     """
     found = {}
     for mode in (1, 2):
         for name in order.get(f"mix.mode{mode}.sources", ()):
             record = order.get(f"mix.mode{mode}.sources.{name}.mode_tokens") or {}
-            tokens = ModeTokens(
-                record.get("placement", "none"), record.get("rate", 0.0), record.get("train", False)
-            )
-            found[name] = Reading(tokens, record.get("seed", default_seed))
-    settings = {(reading.tokens.placement, reading.tokens.rate) for reading in found.values()}
-    if len(settings) > 1:
-        named = ", ".join(f"{name}: {reading.tokens.placement}" for name, reading in found.items())
+            given = {key: record[key] for key in ("placement", "rate", "train") if key in record}
+            found[name] = ModeTokens(**given), record.get("seed", default_seed)
+    if len({(tokens.placement, tokens.rate) for tokens, _ in found.values()}) > 1:
+        named = ", ".join(f"{name}: {tokens.placement}" for name, (tokens, _) in found.items())
         raise ConfigError(
             f"the sources of the run differ in their mode tokens ({named}); give "
             "--mode-token-placement"
         )
-    return next(iter(found.values()), Reading(ModeTokens(), default_seed))
+    return next(iter(found.values()), (ModeTokens(), default_seed))
 
 
 def checked(placement: Placement, rate: float | None, *, train: bool = False) -> ModeTokens:
@@ -168,8 +154,8 @@ def checked(placement: Placement, rate: float | None, *, train: bool = False) ->
     if placement == "sporadic" and not (rate is not None and 0 < rate <= 1):
         given = "missing" if rate is None else rate
         raise ConfigError(
-            f"--mode-token-rate is {given}; accepted with sporadic is more than 0, up to 1, so "
-            "give such a share of the tokens"
+            f"--mode-token-rate is {given}; with sporadic give a share of the tokens above 0, up "
+            "to 1"
         )
     if placement != "sporadic" and rate is not None:
         raise ConfigError(

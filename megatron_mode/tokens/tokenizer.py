@@ -14,21 +14,19 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.vocabulary import (
     CONTROL_PIECES,
     INFO_FILE,
+    MODEL_FILE,
     Vocabulary,
     check_digest,
     padded,
     read_vocabulary,
 )
 from megatron_mode.tokens.words import SPACE_MARK, WordEncoder, keeps_words_apart
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
 
 UNKNOWN_DISPLAY = "\u2047"
 PROBE_TEXT = "  a\n\n\tb  <|doc|>\u00e9\u2581 \u2160\r\n "
@@ -42,18 +40,30 @@ TRAINING_THREADS = 2
 class Tokenizer:
     """Encode and decode with one SentencePiece model that holds our control pieces."""
 
-    def __init__(self, processor: SentencePieceProcessor, digest: str, origin: str) -> None:
-        self._processor = processor
-        self._byte_ids = tuple(processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        self._space_mark_ids = [self._byte_ids[byte] for byte in SPACE_MARK.encode()]
-        self._words: WordEncoder | None = None
+    def __init__(self, model: bytes, origin: str) -> None:
+        """Load a model from memory; origin names it in errors.
+
+        Raises DataError when it is foreign.
+        """
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise DataError(
+                f"Tokenizer {origin} is not a SentencePiece model; name the tokenizer.model that "
+                "`megatron-mode prepare` wrote."
+            ) from None
+        id_of, size = self._processor.piece_to_id, self._processor.get_piece_size()
+        self._byte_ids = tuple(id_of(f"<0x{byte:02X}>") for byte in range(256))
         self._bytes_by_id = {index: byte for byte, index in enumerate(self._byte_ids)}
-        size = processor.get_piece_size()
-        control = {piece: processor.piece_to_id(piece) for piece in CONTROL_PIECES}
+        control = {piece: id_of(piece) for piece in CONTROL_PIECES}
+        digest = hashlib.sha256(model).hexdigest()
         self.vocabulary = Vocabulary(digest, size, padded(size), control)
+        self._words: WordEncoder | None = None
         self._check(origin)
-        if keeps_words_apart(processor):
-            self._words = WordEncoder(processor, self._byte_ids)
+        if keeps_words_apart(self._processor):
+            self._words = WordEncoder(self._processor, self._byte_ids)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -63,30 +73,15 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            model = path.read_bytes()
+            tokenizer = cls(path.read_bytes(), str(path))
         except OSError as error:
             raise DataError(
                 f"Tokenizer {path} cannot be read ({error.strerror}); name the tokenizer.model "
                 "that `megatron-mode prepare` wrote."
             ) from None
-        tokenizer = cls.from_bytes(model, str(path))
-        if path.name == "tokenizer.model" and (path.parent / INFO_FILE).exists():
-            check_digest(path, tokenizer.digest, read_vocabulary(path.parent))
+        if path.name == MODEL_FILE and (path.parent / INFO_FILE).exists():
+            check_digest(path, tokenizer.vocabulary.digest, read_vocabulary(path.parent))
         return tokenizer
-
-    @classmethod
-    def from_bytes(cls, model: bytes, origin: str) -> Tokenizer:
-        """Load a model from memory; origin names it in errors."""
-        import sentencepiece
-
-        try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
-            raise DataError(
-                f"Tokenizer {origin} is not a SentencePiece model; name the tokenizer.model that "
-                "`megatron-mode prepare` wrote."
-            ) from None
-        return cls(processor, hashlib.sha256(model).hexdigest(), origin)
 
     def _check(self, origin: str) -> None:
         """Refuse a model without control or byte pieces, or one that changes text."""
@@ -105,19 +100,9 @@ class Tokenizer:
             )
 
     @property
-    def digest(self) -> str:
-        """Return the SHA-256 of the model file."""
-        return self.vocabulary.digest
-
-    @property
     def vocab_size(self) -> int:
         """Return the number of ids in use."""
         return self.vocabulary.vocab_size
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Return vocab_size rounded up to a multiple of 128."""
-        return self.vocabulary.padded_vocab_size
 
     @property
     def control(self) -> dict[str, int]:
@@ -132,24 +117,17 @@ class Tokenizer:
         """Return the ids of each text, on one thread."""
         if self._words is not None:
             return self._words.encode_batch(texts)
-        ids_by_text = self._processor.encode(list(texts), num_threads=1)
-        for index, text in enumerate(texts):
-            if SPACE_MARK in text:
-                ids_by_text[index] = self._encode_space_marks(text)
-        return [array("i", ids) for ids in ids_by_text]
+        return [array("i", self._encode(text)) for text in texts]
 
-    def _encode_space_marks(self, text: str) -> list[int]:
-        first, *others = self._processor.encode(text.split(SPACE_MARK), num_threads=1)
-        ids = list(first)
-        for other in others:
-            ids += self._space_mark_ids
-            ids += other
-        return ids
+    def _encode(self, text: str) -> Iterator[int]:
+        for number, part in enumerate(text.split(SPACE_MARK)):
+            if number:
+                yield from (self._byte_ids[byte] for byte in SPACE_MARK.encode())
+            yield from self._processor.encode(part, num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; control pieces and padding add nothing to it."""
-        pieces = [int(i) for i in ids if i < self.vocab_size]
-        text: str = self._processor.decode(pieces)
+        text: str = self._processor.decode([int(i) for i in ids if i < self.vocab_size])
         return text
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
@@ -187,7 +165,7 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + TRAINING_LINE_CHARACTERS]
 
 
-def train_tokenizer(texts: Iterable[str], out_path: str | Path, vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], out_path: Path, vocab_size: int) -> Tokenizer:
     """Train a model on texts, write it to out_path, and load it.
 
     vocab_size counts control and byte pieces; the model gets fewer ids when the texts do not hold
@@ -195,11 +173,9 @@ def train_tokenizer(texts: Iterable[str], out_path: str | Path, vocab_size: int)
     """
     import sentencepiece
 
-    lines = training_lines(texts)
     buffer = io.BytesIO()
     options: dict[str, Any] = {
         "model_type": "bpe",
-        "vocab_size": vocab_size,
         "hard_vocab_limit": False,
         "byte_fallback": True,
         "character_coverage": 0.9999,
@@ -219,19 +195,20 @@ def train_tokenizer(texts: Iterable[str], out_path: str | Path, vocab_size: int)
     }
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=buffer, **options
+            sentence_iterator=training_lines(texts),
+            model_writer=buffer,
+            vocab_size=vocab_size,
+            **options,
         )
     except RuntimeError as error:
-        raise training_error(error, vocab_size) from None
-    Path(out_path).write_bytes(buffer.getvalue())
-    return Tokenizer.from_bytes(buffer.getvalue(), str(out_path))
+        raise training_error(str(error), vocab_size) from None
+    out_path.write_bytes(buffer.getvalue())
+    return Tokenizer(buffer.getvalue(), str(out_path))
 
 
-def training_error(error: RuntimeError, vocab_size: int) -> DataError:
+def training_error(reason: str, vocab_size: int) -> DataError:
     """Translate what SentencePiece's trainer says into one sentence."""
-    reason = str(error)
-    needed = re.search(r"required_chars\.\s*\d+ vs (\d+)", reason)
-    if needed:
+    if needed := re.search(r"required_chars\.\s*\d+ vs (\d+)", reason):
         return DataError(
             f"--vocab-size {vocab_size} is too small for the characters of this text; at least "
             f"{needed[1]} is accepted, so raise it."

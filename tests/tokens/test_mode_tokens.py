@@ -197,9 +197,9 @@ def test_prepared_documents(
 @pytest.mark.parametrize(
     ("words", "fragment"),
     [
-        (["sporadic"], "--mode-token-rate is missing; accepted with sporadic is more than 0"),
-        (["sporadic", "--mode-token-rate", "1.5"], "--mode-token-rate is 1.5; accepted"),
-        (["sporadic", "--mode-token-rate", "0"], "--mode-token-rate is 0.0; accepted"),
+        (["sporadic"], "--mode-token-rate is missing; with sporadic give a share"),
+        (["sporadic", "--mode-token-rate", "1.5"], "--mode-token-rate is 1.5; with sporadic"),
+        (["sporadic", "--mode-token-rate", "0"], "--mode-token-rate is 0.0; with sporadic"),
         (["start", "--mode-token-rate", "0.5"], "is 0.5 but the placement is start"),
     ],
 )

@@ -20,13 +20,16 @@ GOOD = b'{"text": "a"}\n'
 PROGRAM = r"""
 import json, re, sys
 from pathlib import Path
-from megatron_mode.tokens.documents import read_documents
+from megatron_mode.tokens.read.lines import RefusedLine
+from megatron_mode.tokens.read.readers import open_reader
 def peak():
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 import megatron_mode.tokens.read.columns
 before = peak()
-texts = [d.text[:9] for d in read_documents(Path(sys.argv[1]), max_bad_lines=int(sys.argv[2]))]
-print(json.dumps([len(texts), (peak() - before) // 1024]))
+with open_reader(Path(sys.argv[1])) as reader:
+    refused = [isinstance(line, RefusedLine) for _, line in reader]
+assert sum(refused) == int(sys.argv[2]), refused
+print(json.dumps([len(refused) - sum(refused), (peak() - before) // 1024]))
 """
 
 

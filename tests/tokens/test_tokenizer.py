@@ -80,9 +80,9 @@ def test_a_broken_byte_sequence_is_shown_as_such(tokenizer: Tokenizer) -> None:
 def test_sizes_digest_and_control_ids(tokenizer: Tokenizer, model_path: Path) -> None:
     assert list(tokenizer.control) == list(CONTROL_PIECES)
     assert len(set(tokenizer.control.values())) == len(CONTROL_PIECES)
-    assert tokenizer.padded_vocab_size % 128 == 0
-    assert 0 <= tokenizer.padded_vocab_size - tokenizer.vocab_size < 128
-    assert tokenizer.digest == hashlib.sha256(model_path.read_bytes()).hexdigest()
+    assert tokenizer.vocabulary.padded_vocab_size % 128 == 0
+    assert 0 <= tokenizer.vocabulary.padded_vocab_size - tokenizer.vocab_size < 128
+    assert tokenizer.vocabulary.digest == hashlib.sha256(model_path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1, 128), (128, 128), (129, 256), (2048, 2048)])

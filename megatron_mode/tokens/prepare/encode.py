@@ -162,7 +162,7 @@ def numbered(identifier: str) -> tuple[str, int]:
 @functools.lru_cache(maxsize=1)
 def load_once(model_path: Path) -> Tokenizer:
     """Load a tokenizer once in each worker."""
-    return Tokenizer.from_bytes(model_path.read_bytes(), str(model_path))
+    return Tokenizer(model_path.read_bytes(), str(model_path))
 
 
 def encode_in_worker(model_path: Path, split: Split, batch: LineBatch) -> EncodedBatch:

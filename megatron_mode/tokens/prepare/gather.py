@@ -62,9 +62,9 @@ def gather_sources(
     outputs = {source: [s["name"] for s in found] for source, found in by_source.items()}
     sources = [summary for summaries in by_source.values() for summary in summaries]
     return {
-        "tokenizer": tokenizer.digest,
+        "tokenizer": tokenizer.vocabulary.digest,
         "vocab_size": tokenizer.vocab_size,
-        "padded_vocab_size": tokenizer.padded_vocab_size,
+        "padded_vocab_size": tokenizer.vocabulary.padded_vocab_size,
         **facts,
         "sources": sorted(sources, key=lambda summary: str(summary["name"])),
         "modes": totals_by_mode(by_source),

@@ -49,7 +49,7 @@ def prepare(plan: Preparation, *, show_progress: bool) -> dict[str, Any]:
     given = None if plan.tokenizer is None else Tokenizer.load(plan.tokenizer)
     suffix = f"-{plan.shard}-of-{plan.shards}" if plan.is_shard else ""
     with WorkFolder(plan.out, suffix) as work, Workers(plan.workers) as workers:
-        described = plan.description(given.digest if given else None)
+        described = plan.description(given.vocabulary.digest if given else None)
         continues = work.begin(described)
         tokenizer = given or trained_tokenizer(plan, work.path / MODEL_FILE, show_progress)
         if given:
@@ -72,7 +72,7 @@ def prepare(plan: Preparation, *, show_progress: bool) -> dict[str, Any]:
 def trained_tokenizer(plan: Preparation, model: Path, show_progress: bool) -> Tokenizer:
     """Train a tokenizer on a sample of the documents, unless an earlier run did."""
     if model.exists():
-        return Tokenizer.from_bytes(model.read_bytes(), str(model))
+        return Tokenizer(model.read_bytes(), str(model))
     total_bytes = sum(map(size_bytes, plan.inputs))
     with progress_bar("sample", total_bytes, show_progress) as bar:
         texts = sample_texts(plan.inputs, plan.split, plan.max_bad_lines, bar.update)
