@@ -1,11 +1,40 @@
-"""Replace files and folders at once, so that a crash leaves the old or the new; lock files."""
+"""Replace files and folders at once, so that a crash leaves the old or the new; hash, lock."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import io
 import os
 from pathlib import Path
+from typing import Any
+
+
+class HashedFile(io.BufferedWriter):
+    """Write a new file and hash it on the way."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.path = path
+        self._hash, self._bytes = hashlib.sha256(), 0
+
+    def write(self, data: Any, /) -> int:
+        """Append all of a buffer."""
+        self._hash.update(data)
+        self._bytes += memoryview(data).nbytes
+        return super().write(data)
+
+    def sync(self) -> None:
+        """Flush the file to the disk, and drop it from memory: what reads it back asks the disk."""
+        self.flush()
+        os.fsync(self.fileno())
+        os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Return the size and the SHA-256 of what was written so far."""
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
 def write_whole(path: Path, text: str) -> Path:

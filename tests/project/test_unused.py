@@ -24,7 +24,6 @@ ALLOWED = {
     "megatron_mode/report/registry.py::metrics_table": "make docs",
     "megatron_mode/report/svg.py::ticks": "templates/figure.html",
     "megatron_mode/streams.py::writable": "io.BufferedWriter",
-    "megatron_mode/tokens/source/hashed_file.py::closed": "pyarrow",
 }
 
 

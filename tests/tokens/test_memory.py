@@ -11,10 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-
-from megatron_mode.tokens.source.index import CHUNK_DOCUMENTS, SpooledLengths
 
 WriteLines = Callable[[Path, list[Any]], Path]
 
@@ -114,17 +111,3 @@ def repeat(path: Path, folder: Path, times: int) -> Path:
                     copy["messages"] = [{**first, "content": content}, *others]
                 stream.write(json.dumps(copy, ensure_ascii=False) + "\n")
     return target
-
-
-def test_lengths_spill(tmp_path: Path) -> None:
-    lengths = SpooledLengths(tmp_path / "lengths")
-    expected = np.arange(CHUNK_DOCUMENTS + 5, dtype=np.int32)
-    for length in expected.tolist():
-        lengths.append(length)
-    assert len(lengths) == len(expected)
-    assert np.array_equal(lengths[:], expected)
-    assert np.array_equal(lengths[CHUNK_DOCUMENTS - 2 : 10**9], expected[CHUNK_DOCUMENTS - 2 :])
-    lengths.append(7)
-    assert lengths[len(expected) :].tolist() == [7]
-    lengths.remove()
-    assert list(tmp_path.iterdir()) == []

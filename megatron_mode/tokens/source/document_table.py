@@ -12,16 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.source.hashed_file import HashedFile
 
 BATCH_DOCUMENTS = 1 << 14
 SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("rendering", pa.string()),
-        ("first_token", pa.int64()),
-    ]
+    [(name, pa.string()) for name in ("id", "source", "rendering")] + [("first_token", pa.int64())]
 )
 
 
@@ -37,7 +31,7 @@ class DocumentRow(NamedTuple):
 class DocumentTableWriter:
     """Append rows to an open file; `close` writes the footer and leaves the file open."""
 
-    def __init__(self, stream: HashedFile) -> None:
+    def __init__(self, stream: Any) -> None:
         self._writer = pa.ipc.new_file(stream, SCHEMA)
         self._rows: list[DocumentRow] = []
 
@@ -54,11 +48,7 @@ class DocumentTableWriter:
         self._writer.close()
 
     def _flush(self) -> None:
-        columns = [
-            pa.array(column, field.type)
-            for column, field in zip(zip(*self._rows, strict=True), SCHEMA, strict=True)
-        ]
-        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        self._writer.write_batch(pa.record_batch(list(zip(*self._rows, strict=True)), SCHEMA))
         self._rows.clear()
 
 
@@ -75,8 +65,10 @@ class DocumentTable:
 
     def find(self, id: str) -> int | None:
         """Return the first document with this id, None where there is none."""
-        if not id.isprintable() and any("\ud800" <= c <= "\udfff" for c in id):
-            return None  # no UTF-8 text holds half of a surrogate pair
+        try:
+            id.encode()
+        except UnicodeEncodeError:  # no UTF-8 text holds half of a surrogate pair
+            return None
         for number in range(self._reader.num_record_batches):
             within = pc.index(self._reader.get_batch(number).column(0), id).as_py()
             if within >= 0:

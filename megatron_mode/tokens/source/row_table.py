@@ -4,36 +4,42 @@ r"""Write and read NAME.rows.T.bin: which pieces of documents stand in which row
     i64[5]    T, R rows, P pieces, documents split, tokens of padding
     i64[R+1]  first piece of each row, and P at the end
     i64[P]    first token of each piece
-    i32[P]    tokens of each piece; negative where its document goes on after it
+    i32[P]    tokens of each piece; negative where its document continues after it
 
-A row holds whole documents; a document longer than T is cut into rows of T and a rest. Numbers are
+A row holds complete documents; one longer than T is cut into rows of T and a rest. Numbers are
 little-endian. The reader maps the file, so opening costs nothing however large it is.
+
+Best-fit decreasing after Ding et al. (2024), "Fewer Truncations Improve Language Modeling": each
+piece goes to the open row that it leaves the least space in. A window holds a fixed number of
+pieces, so memory does not grow with the source and the result depends on its documents alone.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import itertools
-import json
-import os
+import shutil
 import struct
+import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mode.atomic import write_whole
+from megatron_mode.atomic import HashedFile
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.source.best_fit import WINDOW_PIECES, best_fit, split_documents
-from megatron_mode.tokens.source.seal import read_info
+from megatron_mode.tokens.source.index import map_file
+from megatron_mode.tokens.source.seal import read_info, write_info
 from megatron_mode.tokens.source.shards import Source
 
 MAGIC = b"MMROWS\x00\x01"
 HEADER = struct.Struct("<8s5q")
-HASHED_BYTES = 1 << 22
+COPIED_BYTES = 1 << 22
+WINDOW_PIECES = 1 << 18
+Longs = NDArray[np.int64]
 
 
 class Piece(NamedTuple):
@@ -52,25 +58,15 @@ class RowTable:
 
     def __init__(self, path: Path, seq_len: int) -> None:
         fix = pack_hint(path.parent, path.name.partition(".rows.")[0], seq_len)
-        try:
-            size_bytes = path.stat().st_size
-            with path.open("rb") as stream:
-                header = stream.read(HEADER.size)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}); {fix}.") from None
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise DataError(f"{path} is not a row table; {fix}.")
-        _, given, self.rows, self.pieces_count, self.split_documents, self.padding_tokens = (
-            HEADER.unpack(header)
-        )
+        numbers, buffer = map_file(path, MAGIC, HEADER, "a row table", fix)
+        given, self.rows, self.pieces_count, self.split_documents, self.padding_tokens = numbers
         expected_bytes = HEADER.size + 8 * (self.rows + 1) + 12 * self.pieces_count
-        if given != seq_len or size_bytes != expected_bytes:
+        if given != seq_len or len(buffer) != expected_bytes:
             raise DataError(
-                f"{path} has {size_bytes} bytes for rows of {given} tokens, {expected_bytes} bytes "
-                f"for rows of {seq_len} are accepted; {fix}."
+                f"{path} has {len(buffer)} bytes for rows of {given} tokens, {expected_bytes} "
+                f"bytes for rows of {seq_len} are accepted; {fix}."
             )
         self.seq_len = seq_len
-        buffer = np.memmap(path, mode="r")
         at = HEADER.size
         self._first = np.frombuffer(buffer, "<i8", self.rows + 1, at)
         at += 8 * (self.rows + 1)
@@ -142,41 +138,51 @@ def write_table(
     Memory stays bounded: columns are spilled to files beside the target while rows are packed.
     """
     path = table_path(source.root, source.name, seq_len)
-    parts = [path.with_name(f".{path.name}.{column}") for column in ("first", "begin", "length")]
-    try:
-        with parts[0].open("wb") as first, parts[1].open("wb") as begin, parts[2].open("wb") as n:
-            totals = _pack(source, seq_len, (first, begin, n), report_progress)
-        entry = _join(path, parts, seq_len, totals)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with contextlib.ExitStack() as stack:
+        stack.callback(partial.unlink, missing_ok=True)
+        new_file = tempfile.TemporaryFile
+        columns = [stack.enter_context(new_file(dir=path.parent)) for _ in range(3)]
+        totals = _pack(source, seq_len, columns, report_progress)
+        table = stack.enter_context(HashedFile(partial))
+        table.write(HEADER.pack(MAGIC, seq_len, *totals.values()))
+        for column in columns:
+            column.seek(0)
+            shutil.copyfileobj(column, table, COPIED_BYTES)
+        table.close()
+        partial.replace(path)
+    tokens = totals["rows"] * seq_len
+    entry = {
+        **totals,
+        "padding_share": round(totals["padding_tokens"] / tokens, 6) if tokens else 0.0,
+        "sha256": table.description["sha256"],
+    }
     if source.info:
         # Another pack, for another T, may have added its own entry meanwhile.
         info = read_info(source.root, source.name)
         info.setdefault("row_tables", {})[str(seq_len)] = entry
         source.info.update(info)
-        text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-        write_whole(source.root / f"{source.name}.json", text)
+        write_info(source.root, source.name, info)
     return entry
 
 
 def _pack(
     source: Source,
     seq_len: int,
-    columns: tuple[IO[bytes], IO[bytes], IO[bytes]],
+    columns: Sequence[IO[bytes]],
     report_progress: Callable[[int], object],
 ) -> dict[str, int]:
     totals = {"rows": 0, "pieces": 0, "split_documents": 0, "padding_tokens": 0}
-    for documents, (begin_P, length_P, goes_on_P) in _windows(source, seq_len):
-        totals["split_documents"] += int(np.count_nonzero(goes_on_P[1:] < goes_on_P[:-1]))
+    for documents, (begin_P, length_P, continues_P) in _windows(source, seq_len):
+        totals["split_documents"] += int(np.count_nonzero(continues_P[1:] < continues_P[:-1]))
         first, order = array("q"), array("q")
         for row in best_fit(length_P, seq_len):
             first.append(totals["pieces"] + len(order))
             order.extend(row)
         picked = np.frombuffer(order, np.int64)
+        signed = np.where(continues_P[picked] == 1, -length_P[picked], length_P[picked])
         columns[0].write(first.tobytes())
         columns[1].write(begin_P[picked].astype("<i8").tobytes())
-        signed = np.where(goes_on_P[picked] == 1, -length_P[picked], length_P[picked])
         columns[2].write(signed.astype("<i4").tobytes())
         totals["rows"] += len(first)
         totals["pieces"] += len(order)
@@ -186,7 +192,7 @@ def _pack(
     return totals
 
 
-def _windows(source: Source, seq_len: int) -> Iterator[tuple[int, tuple[NDArray[np.int64], ...]]]:
+def _windows(source: Source, seq_len: int) -> Iterator[tuple[int, tuple[Longs, ...]]]:
     """Yield (documents, their pieces), about WINDOW_PIECES pieces at a time."""
     for document in range(0, source.documents, WINDOW_PIECES):
         end = min(document + WINDOW_PIECES, source.documents)
@@ -198,23 +204,44 @@ def _windows(source: Source, seq_len: int) -> Iterator[tuple[int, tuple[NDArray[
             yield high - low, split_documents(begin_D[low:high], length_D[low:high], seq_len)
 
 
-def _join(path: Path, parts: list[Path], seq_len: int, totals: dict[str, int]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.partial")
-    numbers = (totals[key] for key in ("rows", "pieces", "split_documents", "padding_tokens"))
-    with temporary.open("wb") as out:
-        head = HEADER.pack(MAGIC, seq_len, *numbers)
-        out.write(head)
-        digest.update(head)
-        for part in parts:
-            with part.open("rb") as column:
-                while data := column.read(HASHED_BYTES):
-                    out.write(data)
-                    digest.update(data)
-    os.replace(temporary, path)
-    tokens = totals["rows"] * seq_len
-    return {
-        **totals,
-        "padding_share": round(totals["padding_tokens"] / tokens, 6) if tokens else 0.0,
-        "sha256": digest.hexdigest(),
-    }
+def split_documents(begin_D: Longs, length_D: Longs, seq_len: int) -> tuple[Longs, ...]:
+    """Cut documents into pieces of at most `seq_len` tokens.
+
+    Returns (first token, tokens, 1 where the document continues) of each piece, in order. Inputs of
+    pieces do not meet; a row reads one token more to predict, the overlap of the design.
+    """
+    count_D = np.maximum(-(-length_D // seq_len), 0)
+    document_P = np.repeat(np.arange(len(length_D)), count_D)
+    number_P = np.arange(len(document_P)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
+    begin_P = begin_D[document_P] + number_P * seq_len
+    left_P = length_D[document_P] - number_P * seq_len
+    return begin_P, np.minimum(left_P, seq_len), (left_P > seq_len).astype(np.int64)
+
+
+def best_fit(length_P: Longs, seq_len: int) -> Iterator[list[int]]:
+    """Yield the pieces of each row; lengths are 1 to `seq_len`.
+
+    Ties go to the earlier piece and to the row opened last among those of one space.
+    """
+    order = np.argsort(-length_P, kind="stable").tolist()
+    lengths = length_P.tolist()
+    rows: list[list[int]] = []
+    open_by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    spaces = 0  # bit s is set where a row with s free tokens is open: the least fit is a bit scan
+    for piece in order:
+        length = lengths[piece]
+        fitting = spaces >> length
+        if fitting:
+            space = (fitting & -fitting).bit_length() - 1 + length
+            row = open_by_space[space].pop()
+            if not open_by_space[space]:
+                spaces &= ~(1 << space)
+            rows[row].append(piece)
+        else:
+            space, row = seq_len, len(rows)
+            rows.append([piece])
+        space -= length
+        if space:
+            open_by_space[space].append(row)
+            spaces |= 1 << space
+    yield from rows

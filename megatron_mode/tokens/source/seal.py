@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mode.atomic import write_whole
 from megatron_mode.errors import DataError
 
 FORMAT_VERSION = 1
@@ -43,10 +44,12 @@ def read_info(root: Path, name: str) -> dict[str, Any]:
     given = info.get("format") if isinstance(info, dict) else None
     if given != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format {given}; accepted is {FORMAT_VERSION}, so prepare the source again."
+            f"{path} has format {given}; only {FORMAT_VERSION} can be read, so prepare the source "
+            "again."
         )
     wrong = [key for key, kind in REQUIRED.items() if not isinstance(info.get(key), kind)]
-    if not wrong and not all(map(_is_described, map(info["files"].get, SEALED_SUFFIXES))):
+    files = [] if wrong else map(info["files"].get, SEALED_SUFFIXES)
+    if not all(isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in files):
         wrong = ["files"]
     if wrong:
         raise DataError(
@@ -56,8 +59,9 @@ def read_info(root: Path, name: str) -> dict[str, Any]:
     return info
 
 
-def _is_described(file: Any) -> bool:
-    return isinstance(file, dict) and {"bytes", "sha256"} <= file.keys()
+def write_info(root: Path, name: str, info: dict[str, Any]) -> None:
+    """Replace NAME.json."""
+    write_whole(root / f"{name}.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_sizes(root: Path, name: str, tokens: int, width: int, info: dict[str, Any]) -> None:
@@ -92,17 +96,22 @@ def check_ids(
     )
 
 
-def sampled_digest(paths: Sequence[Path]) -> str:
-    """Hash sizes and SAMPLES blocks of each file, evenly spaced: what can be known without a seal.
+def sample_places(size: int) -> list[int]:
+    """Return where the SAMPLES blocks of SAMPLE_BYTES begin, evenly spaced from start to end."""
+    return [max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1) for number in range(SAMPLES)]
 
-    A change between the blocks is not seen.
+
+def sampled_digest(paths: Sequence[Path]) -> str:
+    """Hash sizes and samples of each file: what can be known without a seal.
+
+    A change between the samples is not seen.
     """
     digest = hashlib.sha256()
     for path in paths:
         size_bytes = path.stat().st_size
         digest.update(str(size_bytes).encode())
         with path.open("rb") as stream:
-            for number in range(SAMPLES):
-                stream.seek(max(size_bytes - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
+            for place in sample_places(size_bytes):
+                stream.seek(place)
                 digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()

@@ -7,8 +7,8 @@ NAME.bin and NAME.idx are megatron-core's IndexedDataset; NAME.flags.bin has one
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mode.atomic import HashedFile
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.flags import MODE2, counts_by_flag
 from megatron_mode.tokens.source.document_table import (
@@ -23,18 +24,18 @@ from megatron_mode.tokens.source.document_table import (
     DocumentTable,
     DocumentTableWriter,
 )
-from megatron_mode.tokens.source.hashed_file import HashedFile
-from megatron_mode.tokens.source.index import Index, SpooledLengths, index_chunks
+from megatron_mode.tokens.source.index import Index, index_chunks
 from megatron_mode.tokens.source.seal import (
     FORMAT_VERSION,
     SAMPLE_BYTES,
-    SAMPLES,
     SEALED_SUFFIXES,
     check_ids,
     check_present,
     check_sizes,
     read_info,
+    sample_places,
     sampled_digest,
+    write_info,
 )
 from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, read_vocabulary
 
@@ -57,20 +58,19 @@ class SourceWriter:
         self.info: dict[str, Any] = {"rendering": "plain" if mode == 1 else "chat", **info}
         self._vocabulary = vocabulary
         self._dtype = np.dtype(vocabulary.token_dtype)
-        self._tokens = 0
+        self._documents = self._tokens = self._held_tokens = 0
         self._histogram = np.zeros(256, np.int64)
-        self._ids_buffer: list[NDArray[Any]] = []
-        self._flags_buffer: list[bytes] = []
-        self._buffered_tokens = 0
+        self._held_ids: list[NDArray[Any]] = []
+        self._held_flags: list[bytes] = []
         self._files: dict[str, HashedFile] = {}
-        self._lengths = SpooledLengths(self._root / f".{name}.lengths.partial")
-        try:
+        with contextlib.ExitStack() as stack:
+            self._lengths = stack.enter_context(tempfile.TemporaryFile(dir=self._root, buffering=0))
             for suffix in SEALED_SUFFIXES:
-                self._files[suffix] = HashedFile(self._root / f"{name}{suffix}")
+                file = HashedFile(self._root / f".{name}{suffix}.partial")
+                stack.callback(remove_partial, file)
+                self._files[suffix] = file
             self._table = DocumentTableWriter(self._files[".docs.arrow"])
-        except OSError:
-            self.discard()
-            raise
+            self._open = stack.pop_all()
 
     def add(
         self,
@@ -83,37 +83,38 @@ class SourceWriter:
     ) -> None:
         """Append one document: its ids, and a flag byte for each."""
         assert len(ids) == len(flags), "a flag byte for each token"
-        self._ids_buffer.append(np.asarray(ids, self._dtype))
-        self._flags_buffer.append(flags)
-        row = DocumentRow(
-            id, source or self._name, rendering or self.info["rendering"], self._tokens
-        )
-        self._table.add(row)
-        self._lengths.append(len(flags))
+        rendering = rendering or self.info["rendering"]
+        self._table.add(DocumentRow(id, source or self._name, rendering, self._tokens))
+        self._held_ids.append(np.asarray(ids, self._dtype))
+        self._held_flags.append(flags)
         self._tokens += len(flags)
-        self._buffered_tokens += len(flags)
-        if self._buffered_tokens >= FLUSH_BYTES or len(self._flags_buffer) >= FLUSH_DOCUMENTS:
+        self._held_tokens += len(flags)
+        if self._held_tokens >= FLUSH_BYTES or len(self._held_flags) >= FLUSH_DOCUMENTS:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._ids_buffer:
+        if not self._held_ids:
             return
-        ids = np.concatenate(self._ids_buffer)
-        flags = b"".join(self._flags_buffer)
+        ids = np.concatenate(self._held_ids)
+        flags = b"".join(self._held_flags)
         limit = self._vocabulary.padded_vocab_size
         assert ids.size == 0 or ids.max() < limit, "ids lie inside the vocabulary"
-        self._files[".bin"].write(ids.tobytes())
+        self._files[".bin"].write(ids)
         self._files[".flags.bin"].write(flags)
+        self._lengths.write(np.array(list(map(len, self._held_flags)), "<i4").tobytes())
         self._histogram += np.bincount(np.frombuffer(flags, np.uint8), minlength=256)
-        self._ids_buffer.clear()
-        self._flags_buffer.clear()
-        self._buffered_tokens = 0
+        self._documents += len(self._held_flags)
+        self._held_tokens = 0
+        self._held_ids.clear()
+        self._held_flags.clear()
 
-    def finish(self) -> dict[str, Any]:
-        """Complete the files, give them their names (NAME.json last) and return NAME.json."""
+    def _finish(self) -> None:
+        """Complete the files and give them their names, NAME.json last."""
         self._flush()
         self._table.close()
-        for chunk in index_chunks(self._lengths, self._dtype.name):
+        # An empty file cannot be mapped.
+        lengths = np.memmap(self._lengths, "<i4", "r") if self._documents else np.empty(0, "<i4")
+        for chunk in index_chunks(lengths, self._dtype.name):
             self._files[".idx"].write(chunk)
         for file in self._files.values():
             file.close()
@@ -124,42 +125,30 @@ class SourceWriter:
             "tokenizer": self._vocabulary.digest,
             "vocab_size": self._vocabulary.vocab_size,
             "padded_vocab_size": self._vocabulary.padded_vocab_size,
-            "documents": len(self._lengths),
+            "documents": self._documents,
             "tokens": self._tokens,
             "flags": counts_by_flag(self._histogram),
             **self.info,
-            "files": {suffix: file.description() for suffix, file in self._files.items()},
+            "files": {suffix: file.description for suffix, file in self._files.items()},
         }
-        seal = HashedFile(self._root / f"{self._name}.json")
-        self._files[".json"] = seal
-        seal.write((json.dumps(self.info, indent=2, ensure_ascii=False) + "\n").encode())
-        seal.close()
-        for file in self._files.values():
-            os.replace(file.temporary, file.path)
-        self._lengths.remove()
-        return self.info
-
-    def discard(self) -> None:
-        """Remove what was written so far."""
-        for file in self._files.values():
-            # A full disk refuses the last buffer; the file goes anyway.
-            with contextlib.suppress(OSError):
-                file.close()
-            file.temporary.unlink(missing_ok=True)
-        self._lengths.remove()
+        for suffix, file in self._files.items():
+            file.path.replace(self._root / f"{self._name}{suffix}")
+        write_info(self._root, self._name, self.info)
 
     def __enter__(self) -> SourceWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            self.discard()
-            return
-        try:
-            self.finish()
-        except BaseException:
-            self.discard()
-            raise
+        with self._open:
+            if kind is None:
+                self._finish()
+
+
+def remove_partial(file: HashedFile) -> None:
+    """Remove a file that has no name of its own yet, even if a full disk refuses its last bytes."""
+    with contextlib.suppress(OSError):
+        file.close()
+    file.path.unlink(missing_ok=True)
 
 
 class Source:
@@ -174,8 +163,11 @@ class Source:
         self.tokens, self.documents = self._index.tokens, self._index.documents
         check_sizes(root, name, self.tokens, self._index.dtype.itemsize, info)
         self._ids = self._map(".bin", self._index.dtype)
-        self._flags = self._map(".flags.bin", np.dtype(np.uint8)) if self.has_flags else None
-        self._table: DocumentTable | None = None
+        self._flags = self._map(".flags.bin", np.dtype(np.uint8)) if info else None
+
+    @functools.cached_property
+    def _table(self) -> DocumentTable | None:
+        return DocumentTable(self._path(".docs.arrow")) if self.info else None
 
     @classmethod
     def open(cls, root: str | Path, name: str, mode: int | None = None) -> Source:
@@ -208,17 +200,12 @@ class Source:
         return cls(root, name, info["mode"], info)
 
     @property
-    def has_flags(self) -> bool:
-        """Tell whether a flags file stands beside the tokens."""
-        return bool(self.info)
-
-    @property
     def content_digests(self) -> dict[str, str]:
         """Return the SHA-256 of each content file as recorded at preparation, by suffix.
 
         Without a record, one digest of samples (`seal.sampled_digest`) under SAMPLED.
         """
-        if not self.has_flags:
+        if not self.info:
             return {SAMPLED: sampled_digest([self._path(".bin"), self._path(".idx")])}
         return {suffix: file["sha256"] for suffix, file in self.info.get("files", {}).items()}
 
@@ -249,13 +236,12 @@ class Source:
     def limit_ids(self, vocab_size: int) -> None:
         """Refuse ids outside of the vocabulary: here in samples, later in all that is read."""
         self.vocab_size = vocab_size
-        for number in range(SAMPLES):
-            begin = max(self.tokens - SAMPLE_BYTES, 0) * number // (SAMPLES - 1)
+        for begin in sample_places(self.tokens):
             self.read(begin, begin + SAMPLE_BYTES)
 
     def verify_index(self) -> None:
         """Read the complete index; raise DataError where it is wrong."""
-        self._index.verify(self._path(".idx"))
+        self._index.verify()
 
     def document_starts(self, begin_token: int, end_token: int) -> NDArray[np.int64]:
         """Return the first tokens of the documents that start in [begin_token, end_token)."""
@@ -271,21 +257,18 @@ class Source:
 
     def find_document(self, id: str) -> int | None:
         """Return the index of the document of an id, None where there is none: a scan of ids."""
-        if not self.has_flags:
-            stem, _, number = id.rpartition(":")
-            found = stem == self.name and number.isdecimal() and int(number) < self.documents
-            return int(number) if found else None
-        return DocumentTable(self._path(".docs.arrow")).find(id)
+        if self._table is not None:
+            return self._table.find(id)
+        stem, _, number = id.rpartition(":")
+        found = stem == self.name and number.isdecimal() and int(number) < self.documents
+        return int(number) if found else None
 
     def document(self, index: int) -> tuple[NDArray[Any], NDArray[Any], str, str, str]:
         """Return ids, flags, id, source and rendering of one document."""
-        ids, flags = self.read(
-            self._index.document_start(index), self._index.document_start(index + 1)
-        )
-        if not self.has_flags:
-            return ids, flags, f"{self.name}:{index}", self.name, "plain"
+        (begin,), (length,) = self.document_spans(index, index + 1)
+        ids, flags = self.read(int(begin), int(begin + length))
         if self._table is None:
-            self._table = DocumentTable(self._path(".docs.arrow"))
+            return ids, flags, f"{self.name}:{index}", self.name, "plain"
         row = self._table.row(index)
         return ids, flags, row.id, row.source, row.rendering
 
