@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_mode.command_line import whole
 from megatron_mode.errors import ConfigError
-from megatron_mode.tokens.convert.formats import FORMATS
+from megatron_mode.tokens.convert import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

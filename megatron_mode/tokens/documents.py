@@ -24,6 +24,8 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # "tokenizer" is the corpus' own file; the others would meet files of a source with a shorter name.
 RESERVED_NAME = re.compile(r"tokenizer|.*\.(flags|docs|rows\.\d+)")
 
+HALF_A_PAIR = "a string holds half of a \\uD800 surrogate pair; write both halves"
+
 
 class Message(NamedTuple):
     """Hold one turn of a dialogue; is_trained says whether its tokens carry LM loss."""
@@ -58,11 +60,14 @@ def parse_line(line: bytes, default_source: str, number: int) -> Document:
     """Turn one JSON line into a Document; raise BadLineError with the reason when it is none."""
     try:
         document = document_of(parse_json(line), default_source, number)
+        # Only an escape can bring a lone surrogate in, and few lines hold one.
+        if b"\\ud" in line or b"\\uD" in line:
+            texts = [document.id, document.text, compact_json(document.tools)]
+            "".join([*texts, *(message.content for message in document.messages)]).encode()
     except RecursionError:
         raise BadLineError("malformed JSON (nested too deep)") from None
-    # Only an escape can bring a lone surrogate in, and few lines hold one.
-    if b"\\ud" in line or b"\\uD" in line:
-        check_surrogates(document)
+    except UnicodeEncodeError:
+        raise BadLineError(HALF_A_PAIR) from None
     return document
 
 
@@ -70,18 +75,16 @@ def document_of(value: Any, default_source: str, number: int) -> Document:
     """Check the object of a line; raise BadLineError naming what is wrong in it."""
     if not isinstance(value, dict):
         raise BadLineError(f"the line is a JSON {type(value).__name__}; it must be an object")
-    source = value.get("source")
+    source, identifier, text, messages = map(value.get, ("source", "id", "text", "messages"))
     source = default_source if source is None else source
     if not isinstance(source, str) or not is_safe_name(source):
         raise BadLineError(
             f"source is {show(source)}; accepted are up to 100 letters, digits, '.', '_', '-' "
             "(not 'tokenizer', not ending in .flags, .docs or .rows.N), as it names files"
         )
-    identifier = value.get("id")
     identifier = f"{default_source}:{number}" if identifier is None else identifier
     if not isinstance(identifier, str | int) or isinstance(identifier, bool):
         raise BadLineError(f"id is {show(identifier)}; accepted are strings and whole numbers")
-    text, messages = value.get("text"), value.get("messages")
     if text is not None and messages is not None:
         raise BadLineError(
             "the line has both text and messages; keep text (Mode 1) or messages (2)"
@@ -120,18 +123,6 @@ def parse_messages(messages: Any, tools: Any) -> tuple[tuple[Message, ...], tupl
         parts += [compact_json([call.given for call in turn.calls])] if turn.calls else []
         found.append(Message(turn.role, BLANK_LINE.join(parts), turn.is_trained))
     return tuple(found), tuple(name for turn in turns for name in turn.ignored)
-
-
-def check_surrogates(document: Document) -> None:
-    """Raise BadLineError when a text holds half of a surrogate pair, which no UTF-8 file can."""
-    parts = [document.id, document.text, compact_json(document.tools)]
-    parts += [message.content for message in document.messages]
-    try:
-        "".join(parts).encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadLineError(
-            "a string holds half of a \\uD800 surrogate pair; write both halves"
-        ) from None
 
 
 def bad_line_error(path: str | Path, number: int, reason: str) -> DataError:

@@ -6,7 +6,6 @@ JSON lines, such nulls stand in tool schemas and in the arguments of calls.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -117,15 +116,17 @@ def parse_tools(tools: Any) -> Any:
         return None
     if not isinstance(tools, list | dict):
         raise BadLineError(f"tools is {show(tools)}; use a list of tool schemas")
-    level: list[Any] = [tools]
-    for _ in range(TOOLS_LEVELS):
-        held = [
-            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
-        ]
-        level = list(itertools.chain.from_iterable(held))
-        if not level:
-            return meant_schemas(tools)
-    raise BadLineError(f"tools is nested deeper than {TOOLS_LEVELS} levels; flatten the schemas")
+    if levels(tools) > TOOLS_LEVELS:
+        raise BadLineError(
+            f"tools is nested deeper than {TOOLS_LEVELS} levels; flatten the schemas"
+        )
+    return meant_schemas(tools)
+
+
+def levels(value: Any) -> int:
+    """Count how deep lists and objects stand in each other."""
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(levels, inner), default=0) if isinstance(value, dict | list) else 0
 
 
 def meant_schemas(schema: Any, *, by_name: bool = False) -> Any:
@@ -146,10 +147,8 @@ def meant_schemas(schema: Any, *, by_name: bool = False) -> Any:
 
 def parameters_by_name(tools: Any) -> dict[str, Any]:
     """Return the schema of the arguments of each tool."""
-    listed = [
-        tool for tool in (tools if isinstance(tools, list) else [tools]) if isinstance(tool, dict)
-    ]
-    functions = [tool.get("function", tool) for tool in listed]
+    listed = tools if isinstance(tools, list) else [tools]
+    functions = [one.get("function", one) for one in listed if isinstance(one, dict)]
     return {str(f.get("name")): f.get("parameters") for f in functions if isinstance(f, dict)}
 
 
@@ -160,8 +159,8 @@ def meant_values(value: Any, schema: Any) -> Any:
         return [meant_values(inner, schema.get("items")) for inner in value]
     if not isinstance(value, dict):
         return value
-    named = schema.get("properties", schema)
-    named = named if isinstance(named, dict) else {}
+    given = schema.get("properties", schema)
+    named = given if isinstance(given, dict) else {}
     return {
         key: meant_values(inner, named.get(key))
         for key, inner in value.items()

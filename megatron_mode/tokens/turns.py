@@ -185,24 +185,18 @@ def is_padded(turn: Any, meant: Collection[str] = ("content",)) -> bool:
     return isinstance(turn, dict) and any(v is None and n not in meant for n, v in turn.items())
 
 
-def unpadded(call: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what a table padded a call with; schemas are those of arguments, by tool."""
-    function = call.get("function", call)
-    schema = schemas.get(str(function.get("name"))) if isinstance(function, dict) else None
-    fields = {"arguments": schema, "parameters": schema}
-    kept: dict[str, Any] = meant_values(
-        call, {"properties": {**fields, "function": {"properties": fields}}}
-    )
-    return kept
-
-
 def without_padded_calls(turns: Iterable[Turn], tools: Any) -> list[Turn]:
     """Return turns without what a table padded their calls with."""
     schemas = parameters_by_name(tools)
-    return [
-        turn._replace(calls=[c._replace(given=unpadded(c.given, schemas)) for c in turn.calls])
-        for turn in turns
-    ]
+
+    def unpadded(call: Call) -> Call:
+        function = call.given.get("function", call.given)
+        schema = schemas.get(str(function.get("name"))) if isinstance(function, dict) else None
+        fields = {"arguments": schema, "parameters": schema}
+        kinds = {"properties": {**fields, "function": {"properties": fields}}}
+        return call._replace(given=meant_values(call.given, kinds))
+
+    return [turn._replace(calls=list(map(unpadded, turn.calls))) for turn in turns]
 
 
 def in_call_order(turns: Iterable[Turn], *, is_strict: bool = False) -> list[Turn]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from written_formats import TEXT
 
-from megatron_mode.tokens.convert.formats import FORMATS
+from megatron_mode.tokens.convert import FORMATS
 from megatron_mode.tokens.documents import BadLineError, Document, parse_line
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mode.tokens.convert.formats import FORMATS
+from megatron_mode.tokens.convert import FORMATS
 from megatron_mode.tokens.documents import BadLineError, Document, parse_line
 
 CALL = {"name": "get_price", "arguments": {"of": "tea"}}

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_mode.command_line import CommandParser
 from megatron_mode.commands import convert as convert_verb
-from megatron_mode.tokens.convert.formats import openai as convert
+from megatron_mode.tokens.convert.chats import openai as convert
 from megatron_mode.tokens.documents import BadLineError, Message, parse_line, read_documents
 from megatron_mode.tokens.flags import NO_LM_LOSS
 from megatron_mode.tokens.source.shards import Source

@@ -2,6 +2,20 @@
 
     one record -> turns -> {"messages": [{"role", "content", "tool_calls"?}], "tools"?}
 
-`formats` names the formats, most of which only map their fields to turns (`tokens.turns`);
-`dialogue` checks and writes the turns of all; `convert` reads and writes files.
+A format maps its fields to turns (`tokens.turns`), which `chats` checks and writes; `convert` reads
+and writes files.
 """
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_mode.tokens.convert.agent_log import agent_log
+from megatron_mode.tokens.convert.chats import openai, sharegpt
+from megatron_mode.tokens.convert.function_call import function_call
+
+FORMATS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "sharegpt": sharegpt,
+    "openai": openai,
+    "function-call": function_call,
+    "agent-log": agent_log,
+}

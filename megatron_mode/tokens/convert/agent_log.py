@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megatron_mode.tokens.convert.dialogue import dialogue, turns_in
+from megatron_mode.tokens.convert.chats import dialogue, turns_in
 from megatron_mode.tokens.json_values import (
     BadLineError,
     meant_values,

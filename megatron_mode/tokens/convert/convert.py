@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_mode.errors import ConfigError, DataError
+from megatron_mode.tokens.convert import FORMATS
 from megatron_mode.tokens.convert.agent_log import run_of
-from megatron_mode.tokens.convert.formats import FORMATS
-from megatron_mode.tokens.documents import file_stem, is_safe_name, parse_line
+from megatron_mode.tokens.documents import HALF_A_PAIR, file_stem, is_safe_name, parse_line
 from megatron_mode.tokens.json_values import BadLineError, parse_json
 from megatron_mode.tokens.prepare.output import progress_bar
 from megatron_mode.tokens.prepare.verdicts import BadLines
@@ -134,9 +134,7 @@ def converted(value: Any, form: str, names: dict[str, str]) -> tuple[bytes, list
         ignored = dialogue.pop("ignored", [])
         line = compact_json(dialogue).encode("utf-8")
     except UnicodeEncodeError:
-        raise BadLineError(
-            "a string holds half of a \\uD800 surrogate pair; write both halves"
-        ) from None
+        raise BadLineError(HALF_A_PAIR) from None
     except RecursionError:
         raise BadLineError("the record is nested too deep; flatten it") from None
     if len(line) > MAX_LINE_BYTES:

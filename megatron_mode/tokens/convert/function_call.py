@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_mode.tokens.convert.dialogue import calls_in, dialogue
+from megatron_mode.tokens.convert.chats import calls_in, dialogue
 from megatron_mode.tokens.json_values import STRICT, BadLineError, parse_tools, parsed, show
 from megatron_mode.tokens.turns import (
     Call,

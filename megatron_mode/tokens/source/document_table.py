@@ -1,15 +1,14 @@
 """Write and read NAME.docs.arrow: id, source, rendering and first token of every document.
 
-An Arrow IPC file in batches of equal size, memory-mapped, so that one row costs one batch lookup.
+An Arrow IPC file in batches of equal size, which is memory-mapped.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from megatron_mode.errors import DataError
 
@@ -19,25 +18,16 @@ SCHEMA = pa.schema(
 )
 
 
-class DocumentRow(NamedTuple):
-    """Say where a document came from and where its tokens begin."""
-
-    id: str
-    source: str
-    rendering: str
-    first_token: int
-
-
 class DocumentTableWriter:
     """Append rows to an open file; `close` writes the footer and leaves the file open."""
 
     def __init__(self, stream: Any) -> None:
         self._writer = pa.ipc.new_file(stream, SCHEMA)
-        self._rows: list[DocumentRow] = []
+        self._rows: list[tuple[str, str, str, int]] = []
 
-    def add(self, row: DocumentRow) -> None:
+    def add(self, id: str, source: str, rendering: str, first_token: int) -> None:
         """Append one row."""
-        self._rows.append(row)
+        self._rows.append((id, source, rendering, first_token))
         if len(self._rows) == BATCH_DOCUMENTS:
             self._flush()
 
@@ -52,31 +42,11 @@ class DocumentTableWriter:
         self._rows.clear()
 
 
-class DocumentTable:
-    """Read rows of a memory-mapped table."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._reader: Any = pa.ipc.open_file(pa.memory_map(str(path)))
-        except (OSError, pa.ArrowInvalid):
-            raise DataError(
-                f"{path} is missing or cut off; prepare or copy the source again."
-            ) from None
-
-    def find(self, id: str) -> int | None:
-        """Return the first document with this id, None where there is none."""
-        try:
-            id.encode()
-        except UnicodeEncodeError:  # no UTF-8 text holds half of a surrogate pair
-            return None
-        for number in range(self._reader.num_record_batches):
-            within = pc.index(self._reader.get_batch(number).column(0), id).as_py()
-            if within >= 0:
-                return int(number * BATCH_DOCUMENTS + within)
-        return None
-
-    def row(self, document: int) -> DocumentRow:
-        """Return one row."""
-        batch = self._reader.get_batch(document // BATCH_DOCUMENTS)
-        within = document % BATCH_DOCUMENTS
-        return DocumentRow(*(column[within].as_py() for column in batch.columns))
+def read_document_table(path: Path) -> Any:
+    """Map a table; raise DataError when it is missing or cut off."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid):
+        raise DataError(
+            f"{path} is missing or cut off; prepare or copy the source again."
+        ) from None

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from megatron_mode.atomic import HashedFile
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.flags import MODE2, counts_by_flag
-from megatron_mode.tokens.source.document_table import (
-    DocumentRow,
-    DocumentTable,
-    DocumentTableWriter,
-)
+from megatron_mode.tokens.source.document_table import DocumentTableWriter, read_document_table
 from megatron_mode.tokens.source.index import Index, index_chunks
 from megatron_mode.tokens.source.seal import (
     FORMAT_VERSION,
@@ -84,7 +81,7 @@ class SourceWriter:
         """Append one document: its ids, and a flag byte for each."""
         assert len(ids) == len(flags), "a flag byte for each token"
         rendering = rendering or self.info["rendering"]
-        self._table.add(DocumentRow(id, source or self._name, rendering, self._tokens))
+        self._table.add(id, source or self._name, rendering, self._tokens)
         self._held_ids.append(np.asarray(ids, self._dtype))
         self._held_flags.append(flags)
         self._tokens += len(flags)
@@ -166,8 +163,8 @@ class Source:
         self._flags = self._map(".flags.bin", np.dtype(np.uint8)) if info else None
 
     @functools.cached_property
-    def _table(self) -> DocumentTable | None:
-        return DocumentTable(self._path(".docs.arrow")) if self.info else None
+    def _table(self) -> Any:
+        return read_document_table(self._path(".docs.arrow"))
 
     @classmethod
     def open(cls, root: str | Path, name: str, mode: int | None = None) -> Source:
@@ -257,8 +254,10 @@ class Source:
 
     def find_document(self, id: str) -> int | None:
         """Return the index of the document of an id, None where there is none: a scan of ids."""
-        if self._table is not None:
-            return self._table.find(id)
+        if self.info:
+            is_text = not any("\ud800" <= c <= "\udfff" for c in id)  # as all in a UTF-8 file is
+            at = pc.index(self._table["id"], id).as_py() if is_text else -1
+            return None if at < 0 else int(at)
         stem, _, number = id.rpartition(":")
         found = stem == self.name and number.isdecimal() and int(number) < self.documents
         return int(number) if found else None
@@ -267,10 +266,10 @@ class Source:
         """Return ids, flags, id, source and rendering of one document."""
         (begin,), (length,) = self.document_spans(index, index + 1)
         ids, flags = self.read(int(begin), int(begin + length))
-        if self._table is None:
+        if not self.info:
             return ids, flags, f"{self.name}:{index}", self.name, "plain"
-        row = self._table.row(index)
-        return ids, flags, row.id, row.source, row.rendering
+        (row,) = self._table.slice(index, 1).to_pylist()
+        return ids, flags, row["id"], row["source"], row["rendering"]
 
     def _path(self, suffix: str) -> Path:
         return self.root / f"{self.name}{suffix}"

@@ -1,4 +1,10 @@
-"""Write turns as one dialogue, and refuse what no dialogue can hold.
+"""Read formats that are lists of turns, and write the turns of every format as one dialogue.
+
+    openai      {"messages": [{"role", "content", ...}], "tools"?}, as `tokens.turns` parses them
+    sharegpt    {"conversations": [{"from": "human", "value": "..."}, ...], "system"?, "tools"?}
+
+Turns of ShareGPT may also be keyed `role` and `content`; its `function_call` turn holds {"name",
+"arguments"} or a list of them as JSON, its `observation` turn what the tool returned.
 
 A call is written as {"name", "arguments"}, its arguments as an object; ids only tie results to
 calls, so they are left out, and the results of a turn are put in the order of its calls.
@@ -6,11 +12,64 @@ calls, so they are left out, and the results of a turn are put in the order of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megatron_mode.tokens.json_values import BadLineError, parsed, show
-from megatron_mode.tokens.turns import Call, Turn, in_call_order, object_of, written_call
+from megatron_mode.tokens.json_values import BadLineError, parse_tools, parsed, show
+from megatron_mode.tokens.turns import (
+    Call,
+    Turn,
+    in_call_order,
+    marked,
+    object_of,
+    one_of,
+    parse_turns,
+    text_of,
+    tools_of,
+    written_call,
+)
+
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+
+
+def openai(record: Any) -> dict[str, Any]:
+    """Turn one record of OpenAI's chats into one dialogue."""
+    field, messages = turns_in(object_of(record, "the record"), "messages")
+    tools = tools_of(record)
+    return dialogue(parse_turns(messages, field, tools), tools)
+
+
+def sharegpt(record: Any) -> dict[str, Any]:
+    """Turn one record of ShareGPT into one dialogue."""
+    record = object_of(record, "the record")
+    for name in MEDIA:
+        if record.get(name):
+            raise BadLineError(f"{name} is {show(record[name])}; only text content can be mapped")
+    return dialogue(spoken_turns(record), parse_tools(record.get("tools")), calls_in_text=True)
+
+
+def spoken_turns(record: dict[str, Any]) -> Iterator[Turn]:
+    """Yield the turns of a record of ShareGPT."""
+    field, spoken = turns_in(record, "conversations", "conversation", "messages")
+    if record.get("system"):
+        yield Turn("system", "system", text_of(record["system"], "system"))
+    for index, message in enumerate(spoken):
+        place = f"{field}[{index}]"
+        message = object_of(message, place)
+        by, holds = ("from", "value") if "from" in message else ("role", "content")
+        role = one_of(SPEAKERS, message.get(by), f"{place}.{by}")
+        turn = Turn(place, role, text_of(message.get(holds), f"{place}.{holds}"))
+        if role == "call":
+            calls = calls_in(turn.content, f"{place}.{holds}")
+            turn = turn._replace(role="assistant", content="", calls=calls)
+        yield marked(turn, message, (by, holds))
 
 
 def dialogue(turns: Iterable[Turn], tools: Any, *, calls_in_text: bool = False) -> dict[str, Any]:
