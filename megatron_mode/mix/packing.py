@@ -65,7 +65,7 @@ class PackedSource(NamedTuple):
         begin, end = span_of(self.source, document)
         end = end if tokens is None else min(end, begin + tokens)
         if self.table is not None:
-            return self.table.rows_of(document, begin, end)
+            return self.table.rows_of(begin, end)
         last = min((end - 1) // self.seq_len, self.rows - 1) if end > begin else -1
         return list(range(begin // self.seq_len, last + 1))
 

@@ -70,7 +70,7 @@ def test_every_token_stands_once(
                 for r in range(table.rows)
                 if any(begin <= piece.begin < end for piece in table.pieces(r))
             ]
-            assert table.rows_of(0, begin, end) == held
+            assert table.rows_of(begin, end) == held
 
 
 def test_packing_is_tight_and_the_same_each_time() -> None:

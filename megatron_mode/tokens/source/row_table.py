@@ -88,7 +88,7 @@ class RowTable:
             )
         ]
 
-    def rows_of(self, document: int, begin_token: int, end_token: int) -> list[int]:
+    def rows_of(self, begin_token: int, end_token: int) -> list[int]:
         """Return the rows that hold a piece starting in [begin_token, end_token), ascending.
 
         Pieces never reach over a document's border, so for a document these are all its rows.
