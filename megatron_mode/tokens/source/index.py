@@ -76,7 +76,7 @@ class Index:
         fix = "name a source that `megatron-mode prepare` or Megatron's preprocess_data.py wrote"
         numbers, buffer = map_file(path, MAGIC, HEADER, "an IndexedDataset index", fix)
         version, code, self.sequences, boundaries = numbers
-        self._path = path
+        self._index_path = path
         if version != 1 or code not in TOKEN_TYPES:
             raise DataError(
                 f"{path} has version {version} and token type {code}; accepted are version 1 and "
@@ -103,17 +103,17 @@ class Index:
             self.tokens = last_begin + int(self._lengths[-1])
 
     def _check_ends(self) -> None:
-        """Refuse a document table that does not cover the sequences; `verify` checks the rest."""
+        """Refuse a document table whose ends are wrong; `verify_index` checks the rest."""
         ends = self._boundaries[[0, -1]].tolist() if len(self._boundaries) else None
         if ends != [0, self.sequences]:
             found = f"runs from {ends[0]} to {ends[1]}" if ends else "is empty"
             raise DataError(
-                f"{self._path} has a document table that {found}; it must run from 0 to "
+                f"{self._index_path} has a document table that {found}; it must run from 0 to "
                 f"{self.sequences}, the number of sequences, so build the index again: training "
                 "would attend across documents."
             )
 
-    def verify(self) -> None:
+    def verify_index(self) -> None:
         """Read the complete index; raise DataError where a border falls or a pointer is wrong."""
         width, offset_bytes = self.dtype.itemsize, 0
         for first in range(0, self.sequences, CHUNK_DOCUMENTS):
@@ -123,7 +123,7 @@ class Index:
             if (wrong | (lengths < 0)).any():
                 at = first + int(np.argmax(wrong | (lengths < 0)))
                 raise DataError(
-                    f"{self._path} places sequence {at} ({self._lengths[at]} tokens) at byte "
+                    f"{self._index_path} places sequence {at} ({self._lengths[at]} tokens) at byte "
                     f"{self._pointers[at]}; it must be where the sequence before it ends, so "
                     "build the index again."
                 )
@@ -133,7 +133,7 @@ class Index:
             if falls.any():
                 at = first + int(np.argmax(falls))
                 raise DataError(
-                    f"{self._path} ends document {at} before it begins (sequence "
+                    f"{self._index_path} ends document {at} before it begins (sequence "
                     f"{self._boundaries[at]} to {self._boundaries[at + 1]}); accepted are borders "
                     "that never fall, so build the index again."
                 )

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mode.atomic import write_whole
 from megatron_mode.errors import DataError
@@ -62,38 +59,6 @@ def read_info(root: Path, name: str) -> dict[str, Any]:
 def write_info(root: Path, name: str, info: dict[str, Any]) -> None:
     """Replace NAME.json."""
     write_whole(root / f"{name}.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
-
-
-def check_sizes(root: Path, name: str, tokens: int, width: int, info: dict[str, Any]) -> None:
-    """Compare file sizes with the index and NAME.json; raise DataError naming the file."""
-    expected = {".bin": tokens * width}
-    if info:
-        expected[".flags.bin"] = tokens
-        expected |= {s: info["files"][s]["bytes"] for s in (".idx", ".docs.arrow")}
-    for suffix, size_bytes in expected.items():
-        path = root / f"{name}{suffix}"
-        found = path.stat().st_size if path.exists() else None
-        if found != size_bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise DataError(
-                f"{path} {state} where {size_bytes} bytes are expected; prepare or copy the "
-                "source again."
-            )
-
-
-def check_ids(
-    source: Path, ids: NDArray[np.int64], vocab_size: int, document_of: Callable[[int], int]
-) -> None:
-    """Raise DataError for an id that the model has no row for; document_of knows its document."""
-    # One comparison: as unsigned numbers negative ids are the largest.
-    if not len(ids) or ids.view(np.uint64).max() < vocab_size:
-        return
-    at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
-    raise DataError(
-        f"Source {source} has the id {ids[at]} in document {document_of(at)}; accepted are ids "
-        f"from 0 to {vocab_size - 1} (model.vocab_size is {vocab_size}), so set it to the padded "
-        "vocabulary of the tokenizer, or prepare or copy the source again."
-    )
 
 
 def sample_places(size: int) -> list[int]:

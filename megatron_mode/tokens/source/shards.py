@@ -26,9 +26,7 @@ from megatron_mode.tokens.source.seal import (
     FORMAT_VERSION,
     SAMPLE_BYTES,
     SEALED_SUFFIXES,
-    check_ids,
     check_present,
-    check_sizes,
     read_info,
     sample_places,
     sampled_digest,
@@ -148,19 +146,35 @@ def remove_partial(file: HashedFile) -> None:
     file.path.unlink(missing_ok=True)
 
 
-class Source:
-    """Read one prepared source through memory maps."""
+class Source(Index):
+    """Read a prepared source through memory maps: the index of its documents, and their tokens."""
 
     vocab_size: int | None = None
     """All ids are below it; None checks nothing."""
 
     def __init__(self, root: Path, name: str, mode: int, info: dict[str, Any]) -> None:
         self.root, self.name, self.mode, self.info = root, name, mode, info
-        self._index = Index(self._path(".idx"))
-        self.tokens, self.documents = self._index.tokens, self._index.documents
-        check_sizes(root, name, self.tokens, self._index.dtype.itemsize, info)
-        self._ids = self._map(".bin", self._index.dtype)
+        super().__init__(self._path(".idx"))
+        self._check_sizes()
+        self._ids = self._map(".bin", self.dtype)
         self._flags = self._map(".flags.bin", np.dtype(np.uint8)) if info else None
+
+    def _check_sizes(self) -> None:
+        """Compare file sizes with the index and NAME.json."""
+        expected = {".bin": self.tokens * self.dtype.itemsize}
+        if self.info:
+            files = self.info["files"]
+            expected[".flags.bin"] = self.tokens
+            expected |= {suffix: files[suffix]["bytes"] for suffix in (".idx", ".docs.arrow")}
+        for suffix, size_bytes in expected.items():
+            path = self._path(suffix)
+            found = path.stat().st_size if path.exists() else None
+            if found != size_bytes:
+                state = "is missing" if found is None else f"has {found} bytes"
+                raise DataError(
+                    f"{path} {state} where {size_bytes} bytes are expected; prepare or copy the "
+                    "source again."
+                )
 
     @functools.cached_property
     def _table(self) -> Any:
@@ -223,9 +237,15 @@ class Source:
         Raises DataError for an id outside of the vocabulary.
         """
         ids = self._ids[begin_token:end_token].astype(np.int64)
-        if self.vocab_size is not None:
-            where, begin = self.root / self.name, begin_token
-            check_ids(where, ids, self.vocab_size, lambda at: self.document_of(begin + at))
+        # One comparison: as unsigned numbers negative ids are the largest.
+        if self.vocab_size and len(ids) and ids.view(np.uint64).max() >= self.vocab_size:
+            at = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
+            raise DataError(
+                f"Source {self.root / self.name} has the id {ids[at]} in document "
+                f"{self.document_of(begin_token + at)}; accepted are ids from 0 to "
+                f"{self.vocab_size - 1} (model.vocab_size is {self.vocab_size}), so set it to the "
+                "padded vocabulary of the tokenizer, or prepare or copy the source again."
+            )
         if self._flags is not None:
             return ids, np.array(self._flags[begin_token:end_token])
         return ids, np.full(len(ids), MODE2 if self.mode == 2 else 0, np.uint8)
@@ -235,22 +255,6 @@ class Source:
         self.vocab_size = vocab_size
         for begin in sample_places(self.tokens):
             self.read(begin, begin + SAMPLE_BYTES)
-
-    def verify_index(self) -> None:
-        """Read the complete index; raise DataError where it is wrong."""
-        self._index.verify()
-
-    def document_starts(self, begin_token: int, end_token: int) -> NDArray[np.int64]:
-        """Return the first tokens of the documents that start in [begin_token, end_token)."""
-        return self._index.document_starts(begin_token, end_token)
-
-    def document_of(self, token: int) -> int:
-        """Return the document that a token belongs to."""
-        return self._index.document_of(token)
-
-    def document_spans(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the first token and the length in tokens of documents begin .. end - 1."""
-        return self._index.document_spans(begin, end)
 
     def find_document(self, id: str) -> int | None:
         """Return the index of the document of an id, None where there is none: a scan of ids."""
