@@ -38,13 +38,8 @@ def role_of(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def counts_by_flag(histogram: NDArray[np.int64]) -> dict[str, int]:
     """Sum a 256-bin histogram of flag bytes into one count (tokens) by flag and by role."""
-    values = range(256)
-    named = {"mode2": MODE2, "no_lm_loss": NO_LM_LOSS, "no_mode_loss": NO_MODE_LOSS}
-    counts = {
-        name: sum(int(histogram[v]) for v in values if v & bit)
-        for name, bit in {**named, "control": CONTROL}.items()
-    }
-    for index, role in enumerate(ROLES):
-        bits = index << ROLE_SHIFT
-        counts[f"role_{role}"] = sum(int(histogram[v]) for v in values if v & ROLE_MASK == bits)
-    return counts
+    flags = np.arange(256, dtype=np.uint8)
+    bits = {"mode2": MODE2, "no_lm_loss": NO_LM_LOSS, "no_mode_loss": NO_MODE_LOSS}
+    chosen = {name: flags & bit != 0 for name, bit in {**bits, "control": CONTROL}.items()}
+    chosen |= {f"role_{role}": flags & ROLE_MASK == role_bits(role) for role in ROLES}
+    return {name: int(histogram[where].sum()) for name, where in chosen.items()}

@@ -33,8 +33,26 @@ PROBE_TEXT = "  a\n\n\tb  <|doc|>\u00e9\u2581 \u2160\r\n "
 # SentencePiece skips training sentences that hold these, and no piece spans a line break.
 TRAINING_BREAKS = re.compile("[\n\r\t\x00\u2581\u2585]+")
 TRAINING_LINE_CHARACTERS = 4000
-# Fixed, because the model file records it; BPE merges use one thread anyway.
-TRAINING_THREADS = 2
+TRAINING_OPTIONS: dict[str, Any] = {
+    "model_type": "bpe",
+    "hard_vocab_limit": False,
+    "byte_fallback": True,
+    "character_coverage": 0.9999,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "max_sentence_length": 8 * TRAINING_LINE_CHARACTERS,
+    "control_symbols": list(CONTROL_PIECES),
+    "unk_id": 0,
+    "bos_id": -1,
+    "eos_id": -1,
+    "pad_id": -1,
+    # Fixed, because the model file records it; BPE merges use one thread anyway.
+    "num_threads": 2,
+    "minloglevel": 2,
+}
 
 
 class Tokenizer:
@@ -43,27 +61,35 @@ class Tokenizer:
     def __init__(self, model: bytes, origin: str) -> None:
         """Load a model from memory; origin names it in errors.
 
-        Raises DataError when it is foreign.
+        Raises DataError for a model without control or byte pieces, or one that changes text.
         """
         import sentencepiece
 
+        def refusal(reason: str) -> DataError:
+            return DataError(
+                f"Tokenizer {origin} {reason}; accepted are models trained by `megatron-mode "
+                "prepare --vocab-size N`."
+            )
+
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise DataError(
-                f"Tokenizer {origin} is not a SentencePiece model; name the tokenizer.model that "
-                "`megatron-mode prepare` wrote."
-            ) from None
-        id_of, size = self._processor.piece_to_id, self._processor.get_piece_size()
+            raise refusal("is not a SentencePiece model") from None
+        id_of, size = processor.piece_to_id, processor.get_piece_size()
         self._byte_ids = tuple(id_of(f"<0x{byte:02X}>") for byte in range(256))
         self._bytes_by_id = {index: byte for byte, index in enumerate(self._byte_ids)}
         control = {piece: id_of(piece) for piece in CONTROL_PIECES}
         digest = hashlib.sha256(model).hexdigest()
         self.vocabulary = Vocabulary(digest, size, padded(size), control)
         self._words: WordEncoder | None = None
-        self._check(origin)
-        if keeps_words_apart(self._processor):
-            self._words = WordEncoder(self._processor, self._byte_ids)
+        for piece, index in control.items():
+            if not processor.is_control(index):
+                raise refusal(f"lacks the control piece {piece}")
+        is_lossless = all(map(processor.is_byte, self._byte_ids))
+        if not is_lossless or self.decode(self.encode(PROBE_TEXT)) != PROBE_TEXT:
+            raise refusal("changes text (normalisation, added spaces or no byte fallback)")
+        if keeps_words_apart(processor):
+            self._words = WordEncoder(processor, self._byte_ids)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -82,22 +108,6 @@ class Tokenizer:
         if path.name == MODEL_FILE and (path.parent / INFO_FILE).exists():
             check_digest(path, tokenizer.vocabulary.digest, read_vocabulary(path.parent))
         return tokenizer
-
-    def _check(self, origin: str) -> None:
-        """Refuse a model without control or byte pieces, or one that changes text."""
-        processor = self._processor
-        missing = [p for p, index in self.control.items() if not processor.is_control(index)]
-        if missing:
-            raise DataError(
-                f"Tokenizer {origin} lacks the control piece {missing[0]}; accepted are models "
-                "trained by `megatron-mode prepare --vocab-size N`."
-            )
-        lossless = all(map(processor.is_byte, self._byte_ids))
-        if not lossless or self.decode(self.encode(PROBE_TEXT)) != PROBE_TEXT:
-            raise DataError(
-                f"Tokenizer {origin} changes text (normalisation, added spaces or no byte "
-                "fallback); accepted are models trained by `megatron-mode prepare --vocab-size N`."
-            )
 
     @property
     def vocab_size(self) -> int:
@@ -145,16 +155,12 @@ class Tokenizer:
                 continue
             broken = decoder.decode(b"", final=True)
             decoder.reset()
-            shown.append(broken + self._piece(index))
+            is_known = 0 <= index < self.vocab_size and not self._processor.is_unknown(index)
+            piece = self._processor.id_to_piece(index) if is_known else UNKNOWN_DISPLAY
+            shown.append(broken + piece.replace(SPACE_MARK, " "))
         if shown:
             shown[-1] += decoder.decode(b"", final=True)
         return shown
-
-    def _piece(self, index: int) -> str:
-        if not 0 <= index < self.vocab_size or self._processor.is_unknown(index):
-            return UNKNOWN_DISPLAY
-        piece: str = self._processor.id_to_piece(index)
-        return piece.replace(SPACE_MARK, " ")
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -174,48 +180,27 @@ def train_tokenizer(texts: Iterable[str], out_path: Path, vocab_size: int) -> To
     import sentencepiece
 
     buffer = io.BytesIO()
-    options: dict[str, Any] = {
-        "model_type": "bpe",
-        "hard_vocab_limit": False,
-        "byte_fallback": True,
-        "character_coverage": 0.9999,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "add_dummy_prefix": False,
-        "allow_whitespace_only_pieces": True,
-        "split_digits": True,
-        "max_sentence_length": 8 * TRAINING_LINE_CHARACTERS,
-        "control_symbols": list(CONTROL_PIECES),
-        "unk_id": 0,
-        "bos_id": -1,
-        "eos_id": -1,
-        "pad_id": -1,
-        "num_threads": TRAINING_THREADS,
-        "minloglevel": 2,
-    }
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=training_lines(texts),
             model_writer=buffer,
             vocab_size=vocab_size,
-            **options,
+            **TRAINING_OPTIONS,
         )
     except RuntimeError as error:
-        raise training_error(str(error), vocab_size) from None
+        reason = str(error)
+        if needed := re.search(r"required_chars\.\s*\d+ vs (\d+)", reason):
+            raise DataError(
+                f"--vocab-size {vocab_size} is too small for the characters of this text; at "
+                f"least {needed[1]} is accepted, so raise it."
+            ) from None
+        if "empty" in reason.lower():
+            raise DataError(
+                "The input holds no text to train a tokenizer on; add documents."
+            ) from None
+        raise DataError(
+            f"No tokenizer could be trained with --vocab-size {vocab_size} ({reason.strip()}); "
+            "give more text or another --vocab-size."
+        ) from None
     out_path.write_bytes(buffer.getvalue())
     return Tokenizer(buffer.getvalue(), str(out_path))
-
-
-def training_error(reason: str, vocab_size: int) -> DataError:
-    """Translate what SentencePiece's trainer says into one sentence."""
-    if needed := re.search(r"required_chars\.\s*\d+ vs (\d+)", reason):
-        return DataError(
-            f"--vocab-size {vocab_size} is too small for the characters of this text; at least "
-            f"{needed[1]} is accepted, so raise it."
-        )
-    if "empty" in reason.lower():
-        return DataError("The input holds no text to train a tokenizer on; add documents.")
-    return DataError(
-        f"No tokenizer could be trained with --vocab-size {vocab_size} ({reason.strip()}); "
-        "give more text or another --vocab-size."
-    )

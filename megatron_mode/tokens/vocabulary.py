@@ -58,7 +58,9 @@ def read_vocabulary(root: Path) -> Vocabulary:
     path = root / INFO_FILE
     try:
         vocabulary = Vocabulary(**json.loads(path.read_text(encoding="utf-8")))
-        _check_kinds(vocabulary)
+        sizes = (vocabulary.vocab_size, vocabulary.padded_vocab_size, *vocabulary.control.values())
+        if not isinstance(vocabulary.digest, str) or any(type(size) is not int for size in sizes):
+            raise TypeError("the digest is no text, or a size or piece no integer")
     except FileNotFoundError:
         raise DataError(
             f"{path} does not exist; data.root must be a folder written by "
@@ -72,13 +74,6 @@ def read_vocabulary(root: Path) -> Vocabulary:
     if model.exists():
         check_digest(model, hashlib.sha256(model.read_bytes()).hexdigest(), vocabulary)
     return vocabulary
-
-
-def _check_kinds(vocabulary: Vocabulary) -> None:
-    """Raise TypeError for a field of another kind than `Vocabulary.write` gives it."""
-    sizes = (vocabulary.vocab_size, vocabulary.padded_vocab_size, *vocabulary.control.values())
-    if not isinstance(vocabulary.digest, str) or any(type(size) is not int for size in sizes):
-        raise TypeError("the digest is no text, or a size or piece no integer")
 
 
 def check_digest(model: Path, digest: str, vocabulary: Vocabulary) -> None:
