@@ -180,7 +180,7 @@ def test_nulls_that_pad_a_table_of_calls_are_no_text() -> None:
     events = [
         {"type": "user", **fields, "content": "Oslo?"},
         {"type": "action", **fields, "tool": "weather", "arguments": padded},
-        {"type": "observation", **fields, "content": {"sky": "fog", "error": None}},
+        {"type": "observation", **fields, "content": {"sky": "fog", "error": None}, "tool": [1]},
     ]
     expected = [("user", "Oslo?"), ("assistant", kept), ("tool", '{"sky":"fog"}')]
     assert told("agent-log", {"events": events, "tools": schemas}) == expected

@@ -57,8 +57,9 @@ def agent_log(record: Any) -> dict[str, Any]:
     turns = read_events(events, field)
     if any(is_padded(event, ("run", *FIELDS[event["type"]])) for event in events):
         schemas = parameters_by_name(tools)
-        meant = [{"properties": {"arguments": schemas.get(event.get("tool"))}} for event in events]
-        turns = read_events(list(map(meant_values, events, meant)), field)
+        arguments = [{"arguments": schemas.get(str(event.get("tool")))} for event in events]
+        meant = [meant_values(e, {"properties": a}) for e, a in zip(events, arguments, strict=True)]
+        turns = read_events(meant, field)
     return dialogue(joined_turns(turns), tools)
 
 
