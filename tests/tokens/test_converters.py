@@ -180,7 +180,7 @@ def test_nulls_that_pad_a_table_of_calls_are_no_text() -> None:
     events = [
         {"type": "user", **fields, "content": "Oslo?"},
         {"type": "action", **fields, "tool": "weather", "arguments": padded},
-        {"type": "observation", **fields, "content": {"sky": "fog", "error": None}, "tool": [1]},
+        {"type": "observation", **fields, "content": {"sky": "fog", "error": None}},
     ]
     expected = [("user", "Oslo?"), ("assistant", kept), ("tool", '{"sky":"fog"}')]
     assert told("agent-log", {"events": events, "tools": schemas}) == expected
@@ -245,6 +245,10 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ("agent-log", [{"type": "observation", "content": "a"}], "without a call"),
         ("agent-log", [{"type": "action", "arguments": {}}], "events[0].tool is missing"),
         ("agent-log", [{"type": "user"}], "events[0].content is missing"),
+        ("agent-log", [{"type": "user", "content": "a", "id": None},
+                       {"type": "action", "tool": "f"},
+                       {"type": "observation", "content": "b", "tool": [1]}],
+         "events[2] is the result of call [1]"),
         ("agent-log", {"events": "a"}, 'events is "a"'),
     ],
 )  # fmt: skip
