@@ -14,7 +14,8 @@ from hypothesis import settings
 # A suite under nohup ignores it, and so would the runs that tests start and hang up on.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # the modules beside this file
 
 # The suite has a process for each core. Two threads in each wait for each other: the fp64 oracle of
 # the equality tests took 13.7 s of CPU with two, 0.9 s with one.
@@ -27,6 +28,16 @@ if not os.path.exists("/dev/nvidiactl"):
 # A shared machine may stall any example: what takes too long in all is pytest-timeout's to say.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
+
+
+# Processes that take the files in this order end at about the same time.
+LONGEST_FIRST = ("slurm", "distributed", "commands", "kernels", "tokens")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders that take longest first; within one, the order stays."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.parent, len(places)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,6 +8,7 @@ elsewhere it may err as much as the plain loop does, judged by the fp64 oracle.
 from __future__ import annotations
 
 import functools
+import math
 
 import bf16_rank
 import equality_rank
@@ -19,8 +20,8 @@ import torch
 
 BF16 = {"run": {"precision": "bf16"}}
 # bf16 sums of 16 micro-batches are off by half a percent; the oracle is slow, and takes 4.
-VARIANTS = [(16, False, BF16), (4, True, BF16), (4, False, BF16)]
-MANY, *FEW = range(len(VARIANTS))
+VARIANTS = [(4, True, BF16), (4, False, BF16), (16, False, BF16)]
+*FEW, MANY = range(len(VARIANTS))
 PLAIN_SUMS, ALL_AXES = (1, 2, 2), (2, 2, 2)
 
 
@@ -69,13 +70,13 @@ def distance(value, truth):
 
 @functools.cache
 def results_of(layout):
-    """Run both variants in one world."""
-    size = layout[0] * layout[1] * layout[2]
-    return gloo_world.run_world(size, bf16_rank.three_steps, layout, VARIANTS)
+    """Run the variants in one world; the oracle judges all axes, and takes few micro-batches."""
+    variants = VARIANTS if layout == PLAIN_SUMS else VARIANTS[:MANY]
+    return gloo_world.run_world(math.prod(layout), bf16_rank.three_steps, layout, variants)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("variant", [MANY, *FEW])
+@pytest.mark.parametrize("variant", [*FEW, MANY])
 def test_gradients_are_fp32_sums_of_bf16_gradients(variant, alone):
     accumulation, tied, _ = VARIANTS[variant]
     exact, rounded = truths(accumulation, tied, PLAIN_SUMS[2])
@@ -116,7 +117,7 @@ def test_losses_follow_the_fp64_oracle(layout):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("variant", [MANY, *FEW])
+@pytest.mark.parametrize("variant", [*FEW, MANY])
 def test_master_weights_take_steps_that_bf16_cannot_tell_apart(variant):
     """The first step of AdamW is learning_rate * g / (|g| + epsilon) beside the decay."""
     from megatron_mode.model.init import draw

@@ -1,11 +1,12 @@
-"""Killed at any moment, a run goes on from a whole checkpoint and ends in the same bits.
+"""Killed at any moment, a run resumes from an intact checkpoint and ends in the same bits.
 
-The run is TP 2 PP 2, saves after every step, and is killed with SIGKILL after a time drawn
-at random, one rank first and the others a moment later, until enough kills have hit it.
+The run is TP 2 PP 2, saves after every step, and is killed with SIGKILL at a time drawn at random,
+one rank first and the others a moment later, until enough kills have hit it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -20,17 +21,15 @@ import resume_rank
 import torch
 from run_files import metrics
 
-STEPS = 30
 
-
-def make_config(corpus, run):
+def make_config(corpus, run, steps):
     return resume_rank.make_config(
         corpus,
         run,
         run={
             "dir": str(run),
-            "steps": STEPS,
-            "eval_every_steps": 10,
+            "steps": steps,
+            "eval_every_steps": steps // 3,
             "eval_rows": 4,
             "threads": 1,
         },
@@ -40,11 +39,18 @@ def make_config(corpus, run):
 
 @pytest.fixture(scope="module")
 def undisturbed(small_corpus, tmp_path_factory):
-    run = tmp_path_factory.mktemp("whole") / "run"
+    """Return a function: steps to (a run that nobody kills, the seconds it took)."""
     gloo_world.run_world(1, bool)  # the server's own start, which later worlds do not wait for
-    begin = time.monotonic()
-    gloo_world.run_world(4, resume_rank.run_training, make_config(small_corpus, run))
-    return run, time.monotonic() - begin
+
+    @functools.cache
+    def train(steps):
+        run = tmp_path_factory.mktemp("whole") / "run"
+        begin = time.monotonic()
+        config = make_config(small_corpus, run, steps)
+        gloo_world.run_world(4, resume_rank.run_training, config)
+        return run, time.monotonic() - begin
+
+    return train
 
 
 def is_good(folder):
@@ -76,11 +82,22 @@ def check_left(run):
     return newest, [name for name in folders if name not in finished]
 
 
-def kill_once(config, draw, longest_seconds):
-    """Start the run and kill it after a drawn time; return whether it was still going."""
+def last_step(run):
+    lines = metrics(run)
+    return lines[-1]["step"] if lines else 0
+
+
+def kill_once(config, run, draw, step, seconds):
+    """Start the run; once it took a step, kill it at a drawn time; return whether that hit it."""
     workers, folder = gloo_world.start_world(4, resume_rank.run_training, config)
-    deadline = time.monotonic() + draw.uniform(0.2, longest_seconds)
-    while time.monotonic() < deadline and any(worker.is_alive() for worker in workers):
+
+    def are_alive():
+        return any(worker.is_alive() for worker in workers)
+
+    while last_step(run) < step and are_alive():
+        time.sleep(0.01)
+    deadline = time.monotonic() + draw.uniform(*seconds)
+    while time.monotonic() < deadline and are_alive():
         time.sleep(0.002)
     was_alive = all(worker.is_alive() for worker in workers)
     order = draw.sample(workers, k=4)
@@ -98,36 +115,19 @@ def kill_once(config, draw, longest_seconds):
     return was_alive
 
 
-def kill_until(kills, undisturbed, corpus, folder, seed):
-    """Kill runs until `kills` have hit; end each, and compare it with the undisturbed one."""
-    whole, seconds = undisturbed
-    draw = random.Random(seed)
-    hit = runs = during_saves = resumed = 0
-    while hit < kills:
-        config = make_config(corpus, folder / f"run-{runs}")
-        run = folder / f"run-{runs}"
-        for _ in range(min(8, kills - hit)):
-            was_alive = kill_once(config, draw, seconds)
-            newest, lying_about = check_left(run)
-            hit += was_alive
-            during_saves += bool(lying_about)
-            resumed += newest > 0
-            if not was_alive:
-                break
-        newest, _ = check_left(run)
-        first_step = newest if newest < STEPS else None
-        taken = gloo_world.run_world(4, resume_rank.run_training, config)
-        assert taken == [first_step] * 4, "from the newest whole checkpoint"
-        assert metrics(run) == metrics(whole)
-        same_weights(run, whole)
-        assert check_left(run) == (STEPS, [])
-        runs += 1
-    print(f"{hit} kills of {runs} runs, {during_saves} during saves, {resumed} left a checkpoint")
-    return during_saves, resumed
+def check_the_rest(config, run, steps, whole):
+    """Let a killed run end, and compare it with the undisturbed one."""
+    newest, _ = check_left(run)
+    first_step = newest if newest < steps else None
+    taken = gloo_world.run_world(4, resume_rank.run_training, config)
+    assert taken == [first_step] * 4, "from the newest whole checkpoint"
+    assert metrics(run) == metrics(whole)
+    same_weights(run, whole, steps)
+    assert check_left(run) == (steps, [])
 
 
-def same_weights(run, whole):
-    name = f"checkpoints/step-{STEPS:08d}"
+def same_weights(run, whole, steps):
+    name = f"checkpoints/step-{steps:08d}"
     for path in sorted((whole / name).glob("layer_*")):
         one, other = (torch.load(p, weights_only=True) for p in (path, run / name / path.name))
         for key, tensor in one.items():
@@ -136,8 +136,15 @@ def same_weights(run, whole):
 
 @pytest.mark.distributed
 def test_a_run_killed_a_few_times_ends_alike(undisturbed, small_corpus, tmp_path):
-    _, resumed = kill_until(4, undisturbed, small_corpus, tmp_path, seed=1)
-    assert resumed > 0
+    """Soon after a step of its own, and once while it starts."""
+    steps, draw, run = 12, random.Random(1), tmp_path / "run"
+    config = make_config(small_corpus, run, steps)
+    for steps_before in (3, 0, 2):
+        newest, _ = check_left(run)
+        assert kill_once(config, run, draw, newest + steps_before, (0, 0.2))
+        assert check_left(run)[0] >= newest
+    assert check_left(run)[0] > 0
+    check_the_rest(config, run, steps, undisturbed(steps)[0])
 
 
 @pytest.mark.slow
@@ -146,8 +153,23 @@ def test_a_run_killed_a_few_times_ends_alike(undisturbed, small_corpus, tmp_path
 @pytest.mark.timeout(3600)
 def test_many_kills(undisturbed, small_corpus, tmp_path):
     """KILLS=200 does as many as are asked for."""
-    kills = int(os.environ.get("KILLS", "60"))
-    seed = int(os.environ.get("SEED", "2"))
-    during_saves, resumed = kill_until(kills, undisturbed, small_corpus, tmp_path, seed)
+    kills, steps = int(os.environ.get("KILLS", "60")), 30
+    draw = random.Random(int(os.environ.get("SEED", "2")))
+    whole, seconds = undisturbed(steps)
+    hit = runs = during_saves = resumed = 0
+    while hit < kills:
+        run = tmp_path / f"run-{runs}"
+        config = make_config(small_corpus, run, steps)
+        for _ in range(min(8, kills - hit)):
+            was_alive = kill_once(config, run, draw, 0, (0.2, seconds))
+            newest, left_over = check_left(run)
+            hit += was_alive
+            during_saves += bool(left_over)
+            resumed += newest > 0
+            if not was_alive:
+                break
+        check_the_rest(config, run, steps, whole)
+        runs += 1
+    print(f"{hit} kills of {runs} runs, {during_saves} during saves, {resumed} left a checkpoint")
     assert during_saves > kills // 20
     assert resumed > kills // 2

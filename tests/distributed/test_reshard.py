@@ -1,4 +1,4 @@
-"""A checkpoint of one layout goes on at another: same state to the bit, same losses."""
+"""A checkpoint of one layout resumes at another: same state to the bit, same losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ LAYOUTS = [
     (1, 4, 1),
     (4, 1, 1),
 ]
-SAMPLE = ([(2, 2, 1), (1, 1, 2)], [(1, 2, 2), (4, 1, 1), (1, 4, 1)])
+SOURCES = A, B = [(2, 2, 1), (1, 1, 2)]
+TIED, UNTIED, BF16 = VARIANTS
+# Half the pairs: each target meets each source and each variant, each of a source's goes somewhere.
+SAMPLE = {
+    (1, 2, 2): [(A, TIED), (A, UNTIED), (B, BF16)],
+    (4, 1, 1): [(B, TIED), (B, UNTIED), (A, BF16)],
+    (1, 4, 1): [(B, TIED), (A, UNTIED), (A, BF16)],
+}
 # bf16 rounds every activation, and in other places in other layouts.
 RELATIVE_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
 STATES = {"fp32", "exp_avg", "exp_avg_sq", "weight"}
@@ -109,12 +116,11 @@ def whole_state(ranks):
     return full, counts
 
 
-def check_targets(sources, froms, target, **changes):
-    """Load every source of `froms` at `target`: state to the bit, losses of the next steps.
+def check_target(sources, cases, target, **changes):
+    """Load each (layout, variant) at `target`: state to the bit, losses of the next steps.
 
     `changes` are what the target's variants have otherwise.
     """
-    cases = [(sizes, variant) for sizes in froms for variant in sources.variants]
     expected = [sources[sizes][variant] for sizes, variant in cases]
     folders = [
         (variant._replace(**changes), sources.universal[sizes, variant]) for sizes, variant in cases
@@ -135,9 +141,9 @@ def check_targets(sources, froms, target, **changes):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("target", SAMPLE[1], ids=str)
-def test_a_checkpoint_goes_on_at_another_layout(sources, target):
-    check_targets(sources, SAMPLE[0], target)
+@pytest.mark.parametrize("target", SAMPLE, ids=str)
+def test_a_checkpoint_resumes_at_another_layout(sources, target):
+    check_target(sources, SAMPLE[target], target)
 
 
 @pytest.mark.distributed
@@ -151,18 +157,19 @@ def test_a_checkpoint_goes_on_at_another_layout(sources, target):
         pytest.param("dualpipev", "dualpipev", (2, 2, 1), (1, 2, 1), marks=pytest.mark.slow),
     ],
 )
-def test_a_checkpoint_goes_on_under_another_schedule(schedule, other, sizes, target, tmp_path):
+def test_a_checkpoint_resumes_under_another_schedule(schedule, other, sizes, target, tmp_path):
     """DualPipeV's ranks hold a stage from each end; a rank holds a tied matrix once."""
     variants = [reshard_rank.Variant(tied, "fp32", schedule) for tied in (True, False)]
-    check_targets(Sources(tmp_path, variants), [sizes], target, schedule=other)
+    cases = [(sizes, variant) for variant in variants]
+    check_target(Sources(tmp_path, variants), cases, target, schedule=other)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("target", [*LAYOUTS, (1, 1, 4)], ids=str)
-def test_every_layout_goes_on_at_every_other(sources, target):
-    check_targets(sources, LAYOUTS, target)
+def test_every_layout_resumes_at_every_other(sources, target):
+    check_target(sources, list(itertools.product(LAYOUTS, VARIANTS)), target)
 
 
 @pytest.mark.distributed
@@ -194,7 +201,7 @@ def test_the_folder_is_the_one_that_deepspeed_makes(sources, variant, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("sizes", SAMPLE[0], ids=str)
+@pytest.mark.parametrize("sizes", SOURCES, ids=str)
 def test_a_parameter_that_the_checkpoint_lacks_is_refused(sources, sizes, monkeypatch):
     """The rules come from the model: one that gains a parameter needs no list to be changed."""
     from megatron_mode.errors import CheckpointError
