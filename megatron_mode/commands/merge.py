@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge; raise ConfigError or DataError with one sentence."""
-    from megatron_mode.tokens.prepare.merge import merge
+    from megatron_mode.tokens.prepare.prepare import merge
 
     with stoppable(args.out):
         started_seconds = time.monotonic()

@@ -7,6 +7,7 @@ optional, other keys of a line are ignored.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,18 @@ class Document:
     tools: Any = None
     ignored: tuple[str, ...] = ()
     """Fields of its turns that change no text, once for each turn."""
+
+    @functools.cached_property
+    def dialogue(self) -> tuple[Message, ...]:
+        """Return the messages with the tools as JSON at the head of a leading system message."""
+        if not self.tools:
+            return self.messages
+        schema = compact_json(self.tools)
+        first, *others = self.messages
+        if first.role == "system":
+            merged = f"{schema}{BLANK_LINE}{first.content}" if first.content else schema
+            return (Message("system", merged, first.is_trained), *others)
+        return (Message("system", schema), *self.messages)
 
 
 def file_stem(path: Path) -> str:

@@ -6,6 +6,7 @@ JSON lines, such nulls stand in tool schemas and in the arguments of calls.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -116,17 +117,17 @@ def parse_tools(tools: Any) -> Any:
         return None
     if not isinstance(tools, list | dict):
         raise BadLineError(f"tools is {show(tools)}; use a list of tool schemas")
-    if levels(tools) > TOOLS_LEVELS:
-        raise BadLineError(
-            f"tools is nested deeper than {TOOLS_LEVELS} levels; flatten the schemas"
-        )
-    return meant_schemas(tools)
-
-
-def levels(value: Any) -> int:
-    """Count how deep lists and objects stand in each other."""
-    inner = value.values() if isinstance(value, dict) else value
-    return 1 + max(map(levels, inner), default=0) if isinstance(value, dict | list) else 0
+    level: list[Any] = [tools]
+    has_nulls = False
+    for _ in range(TOOLS_LEVELS):
+        held = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        ]
+        level = list(itertools.chain.from_iterable(held))
+        if not level:
+            return meant_schemas(tools) if has_nulls else tools
+        has_nulls |= None in level
+    raise BadLineError(f"tools is nested deeper than {TOOLS_LEVELS} levels; flatten the schemas")
 
 
 def meant_schemas(schema: Any, *, by_name: bool = False) -> Any:

@@ -14,9 +14,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from megatron_mode.tokens.documents import Document, Message
+from megatron_mode.tokens.documents import Document
 from megatron_mode.tokens.flags import CONTROL, MODE2, NO_LM_LOSS, role_bits
-from megatron_mode.tokens.read.lines import compact_json
 from megatron_mode.tokens.tokenizer import Tokenizer
 from megatron_mode.tokens.turns import BLANK_LINE
 
@@ -32,24 +31,12 @@ class Part(NamedTuple):
     is_trained: bool = True
 
 
-def dialogue(document: Document) -> tuple[Message, ...]:
-    """Return the messages with the tools as JSON at the head of a leading system message."""
-    if not document.tools:
-        return document.messages
-    schema = compact_json(document.tools)
-    first, *others = document.messages
-    if first.role == "system":
-        merged = f"{schema}{BLANK_LINE}{first.content}" if first.content else schema
-        return (Message("system", merged, first.is_trained), *others)
-    return (Message("system", schema), *document.messages)
-
-
 def parts(document: Document, rendering: Rendering) -> list[Part]:
     """Return what a document is made of, in order, starting with <|doc|>."""
     result = [Part("<|doc|>", "none", True)]
     if document.mode == 1:
         return [*result, Part(document.text, "none", False)]
-    messages = dialogue(document)
+    messages = document.dialogue
     for index, (role, content, is_trained) in enumerate(messages):
         if rendering == "chat":
             result.append(Part(f"<|{role}|>", role, True, is_trained))
@@ -76,7 +63,7 @@ def content_bytes(document: Document) -> list[bytes]:
         return [document.text.encode()]
     return [
         part.encode()
-        for role, content, is_trained in dialogue(document)
+        for role, content, is_trained in document.dialogue
         for part in (role if is_trained else f"{role} untrained", content)
     ]
 

@@ -39,6 +39,9 @@ KEPT_WORDS = 1 << 18
 # Longer words (base64, lines without spaces) hardly come twice.
 KEPT_WORD_CHARACTERS = 32
 SEARCHED_CHARACTERS = 1 << 18
+# Twice the longest word; a text without spaces may have as many words as a third of its characters.
+STRETCH_CHARACTERS = 1 << 18
+WORDS_AT_ONCE = 1 << 16
 ID_TYPE = np.dtype(np.int32)
 
 
@@ -52,6 +55,19 @@ def keeps_words_apart(processor: SentencePieceProcessor) -> bool:
         if not any(kind(index) for kind in never_from_text)
     )
     return not any(map(CROSSING.search, texts))
+
+
+def stretches(text: str) -> Iterator[list[str]]:
+    """Cut a text into words, some STRETCH_CHARACTERS at a time."""
+    begin = 0
+    while begin < len(text):
+        end = begin + STRETCH_CHARACTERS
+        words = WORD.findall(text, begin, end)
+        if end < len(text):
+            del words[-1]  # the end of the stretch may have cut it
+            end = begin + sum(map(len, words))
+        yield words
+        begin = end
 
 
 def pieces(words: list[str]) -> Iterator[list[str]]:
@@ -82,21 +98,33 @@ class WordEncoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[array[int]]:
         """Return the ids of each text."""
-        words_by_text = [WORD.findall(text) for text in texts]
-        used = set().union(*words_by_text)
+        found = [array("i") for _ in texts]
+        parts: list[tuple[array[int], list[str]]] = []
+        count = 0
+        for ids, text in zip(found, texts, strict=True):
+            for words in stretches(text):
+                parts.append((ids, words))
+                count += len(words)
+                if count >= WORDS_AT_ONCE:
+                    self._encode(parts)
+                    parts, count = [], 0
+        self._encode(parts)
+        return found
+
+    def _encode(self, parts: list[tuple[array[int], list[str]]]) -> None:
+        """Append the ids of words to the array beside them."""
+        used = set().union(*(words for _, words in parts))
         new = [word for word in used if word not in self._ids_of]
         if len(self._ids_of) + len(new) > KEPT_WORDS:
             self._ids_of = dict(self._fixed)
             new = [word for word in used if word not in self._ids_of]
-        if new:
-            for words in pieces(new):
-                self._ids_of.update(zip(words, self._search(words), strict=True))
-        ids_of = self._ids_of.__getitem__
-        found = [array("i", b"".join(map(ids_of, words))) for words in words_by_text]
+        for words in pieces(new):
+            self._ids_of.update(zip(words, self._search(words), strict=True))
+        for ids, words in parts:
+            ids.frombytes(b"".join(map(self._ids_of.__getitem__, words)))
         for word in new:
             if len(word) > KEPT_WORD_CHARACTERS:
                 del self._ids_of[word]
-        return found
 
     def _search(self, words: list[str]) -> list[bytes]:
         """Encode words with one call: a line break between two keeps them apart."""

@@ -17,7 +17,7 @@ from megatron_mode.commands.prepare import SAMPLE_FOLDER
 from megatron_mode.errors import ConfigError, DataError
 from megatron_mode.tokens.documents import read_documents
 from megatron_mode.tokens.flags import CONTROL, MODE2
-from megatron_mode.tokens.prepare.encode import encode_in_worker, line_batches
+from megatron_mode.tokens.prepare.encode import encode_batch, line_batches
 from megatron_mode.tokens.prepare.request import Split
 from megatron_mode.tokens.prepare.workers import Workers
 from megatron_mode.tokens.source.shards import Source
@@ -133,7 +133,7 @@ def test_many_batches_come_back_in_order(
     for workers in (1, 2):
         batches = line_batches([(0, path)], lambda read_bytes: None)
         with Workers(workers) as pool:
-            encode = functools.partial(encode_in_worker, model_path, split)
+            encode = functools.partial(encode_batch, model_path, split)
             encoded = list(pool.map(encode, batches))
         blocks = [block for batch in encoded for block in batch.blocks.values()]
         results.append([id for block in blocks for _, _, id in block.documents("uint16")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import random
 from typing import Any, cast
@@ -93,3 +94,32 @@ def test_words_are_searched_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.M
     encoder = WordEncoder(cast(Any, Watched()), tokenizer._byte_ids)
     assert encoder.encode_batch([text])[0].tolist() == whole(tokenizer, text)
     assert max(sizes) < 150
+
+
+def test_a_text_without_spaces_is_cut_into_stretches(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base64 has a word every third character: a long text must not hold them all at once."""
+    drawn = random.Random(1)
+    text = base64.b64encode(drawn.randbytes(300_000)).decode() + "\u00e9 sea" * 9
+    assert tokenizer.encode(text) == whole(tokenizer, text)
+    encoder, held = WordEncoder(tokenizer._processor, tokenizer._byte_ids), []
+    encode = encoder._encode
+    monkeypatch.setattr(
+        encoder, "_encode", lambda p: held.append(sum(len(w) for _, w in p)) or encode(p)
+    )
+    encoder.encode_batch([text, "sea"])
+    assert len(held) > 1
+    assert max(held) < words.STRETCH_CHARACTERS
+
+
+@given(st.lists(st.text(st.sampled_from(ALPHABET), max_size=90), max_size=4))
+def test_stretches_leave_no_trace(tokenizer: Tokenizer, texts: list[str]) -> None:
+    encoder = WordEncoder(tokenizer._processor, tokenizer._byte_ids)
+    with pytest.MonkeyPatch.context() as patch:
+        # No word of these texts is longer than half a stretch.
+        patch.setattr(words, "STRETCH_CHARACTERS", 200)
+        patch.setattr(words, "WORDS_AT_ONCE", 3)
+        joined = [text * 5 for text in texts]
+        found = [ids.tolist() for ids in encoder.encode_batch(joined)]
+    assert found == [whole(tokenizer, text) for text in joined]

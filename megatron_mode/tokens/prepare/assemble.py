@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.prepare import buckets
@@ -26,8 +25,6 @@ from megatron_mode.tokens.prepare.units import (
     Block,
     Records,
     Unit,
-    codes,
-    positions,
     primary,
     without_copies,
 )
@@ -97,7 +94,7 @@ def collect_identifiers(
         records = primary(records[order])
         copies += dropped
         count += len(records)
-        held_out += int((codes(records) >= HELD_OUT_CHAT).sum())
+        held_out += int((records["code"] >= HELD_OUT_CHAT).sum())
         identifiers.add(records)
     if assembly.refuses_repeated_ids:
         for first, second, *_ in identifiers.repeats():
@@ -114,7 +111,7 @@ def repeated_id_error(assembly: Assembly, documents: Buckets, *found: int) -> Da
         document[2]
         for block in map(documents.take, range(documents.count))
         for at, document in zip(
-            positions(block.records), block.documents(assembly.vocabulary.token_dtype), strict=True
+            block.records["at"], block.documents(assembly.vocabulary.token_dtype), strict=True
         )
         if at == found[0]
     )
@@ -131,32 +128,27 @@ class Output:
 
     writer: SourceWriter
     counts: Counter[str] = field(default_factory=Counter)
-    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(32, np.int64))
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Documents of 2**k to 2**(k+1)-1 tokens, by k."""
 
     def count(self, records: Records) -> None:
         """Count documents."""
-        lengths = records["tokens"].astype(np.int64)
-        self.counts["documents"] += len(records)
-        self.counts["tokens"] += int(lengths.sum())
-        self.counts["text_bytes"] += int(records["text_bytes"].sum(dtype=np.int64))
-        self.counts["plain"] += int((codes(records) & 1).sum())
-        bins = np.log2(lengths).astype(np.int64)
-        self.lengths += np.bincount(bins, minlength=len(self.lengths))
+        self.lengths.update(np.log2(records["tokens"]).astype(np.int64).tolist())
+        for key in ("tokens", "text_bytes"):
+            self.counts[key] += int(records[key].sum(dtype=np.int64))
+        self.counts["plain"] += int((records["code"] & 1).sum())
 
     def facts(self) -> dict[str, Any]:
-        """Return the entries of NAME.json.
-
-        Bin k of lengths_log2 counts the documents of 2**k to 2**(k+1)-1 tokens.
-        """
+        """Return the entries of NAME.json."""
         plain, text_bytes = self.counts["plain"], self.counts["text_bytes"]
-        is_mixed = 0 < plain < self.counts["documents"]
+        is_mixed = 0 < plain < self.lengths.total()
         return {
             "rendering": "mixed" if is_mixed else RENDERINGS[plain > 0],
             "plain_documents": plain,
             "repeated_ids": self.counts["renamed"],
             "text_bytes": text_bytes,
             "tokens_per_byte": round(self.counts["tokens"] / max(1, text_bytes), 6),
-            "lengths_log2": np.trim_zeros(self.lengths, "b").tolist(),
+            "lengths_log2": [self.lengths[k] for k in range(max(self.lengths) + 1)],
         }
 
 
@@ -170,7 +162,7 @@ def write_outputs(
             block = documents.take(bucket)
             block = block.take(without_copies(block.records)[0])
             numbers = identifiers.numbers_of(bucket, block.records)
-            code_of = codes(block.records)
+            code_of = block.records["code"]
             for code in np.unique(code_of).tolist():
                 name = assembly.output_name(code)
                 if name not in outputs:
@@ -195,7 +187,7 @@ def write_block(
     """Write documents to the outputs by code; a number makes a repeated id unique."""
     documents = block.documents(assembly.vocabulary.token_dtype)
     for code, number, document in zip(
-        codes(block.records).tolist(), numbers, documents, strict=True
+        block.records["code"].tolist(), numbers, documents, strict=True
     ):
         ids, flags, identifier = document
         output = outputs[assembly.output_name(code)]

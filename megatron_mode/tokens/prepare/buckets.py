@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mode.tokens.prepare.units import Block, Records, as_rows, positions
+from megatron_mode.tokens.prepare.units import Block, Records
 
 BUCKET_BYTES = 4 << 20
 """Size of a bucket, on average."""
@@ -32,7 +32,7 @@ NUMBER = np.dtype([("prefix", "S8"), ("position", ">u8"), ("number", ">u8")])
 class Buckets:
     """Append sorted rows, and the payload where rows are records, to one file a bucket."""
 
-    def __init__(self, folder: Path, count: int, row: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, count: int, row: Any) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
         folder.mkdir(parents=True)
         self._folder, self._row, self.count = folder, row, count
@@ -40,7 +40,7 @@ class Buckets:
 
     def add(self, rows: NDArray[Any], payload: bytes = b"") -> None:
         """Take sorted rows; with a payload their `size` says how much of it is of each."""
-        prefixes = np.ascontiguousarray(as_rows(rows)[:, :8]).view(">u8").ravel().astype("u8")
+        prefixes = rows[self._row.names[0]].astype("S8").view(">u8").astype("u8")
         cuts = [*np.searchsorted(prefixes, self._borders).tolist(), len(rows)]
         ends = [0, *np.cumsum(rows["size"], dtype=np.int64).tolist()] if payload else []
         for bucket, (begin, end) in enumerate(itertools.pairwise(cuts)):
@@ -85,13 +85,10 @@ class Identifiers:
         taken = records[records["number"] > 0]
         entries = np.zeros(len(records) + len(taken), ENTRY)
         documents, numbers = entries[: len(records)], entries[len(records) :]
-        documents["name"], documents["prefix"] = records["name"], records["key"].astype("S8")
-        documents["value"] = positions(records)
-        numbers["name"], numbers["value"], numbers["kind"] = (
-            taken["base"],
-            taken["number"],
-            IS_TAKEN,
-        )
+        documents["name"], documents["value"] = records["name"], records["at"]
+        documents["prefix"] = records["digest"].astype("S8")
+        numbers["name"], numbers["value"] = taken["base"], taken["number"]
+        numbers["kind"] = IS_TAKEN
         self._ids.add(in_order(entries))
 
     def repeats(self) -> Iterator[tuple[int, int, bytes, int]]:
@@ -118,7 +115,7 @@ class Identifiers:
         """Return the number of each document of a bucket, 0 where it keeps its id."""
         rows = self._numbers.rows(bucket)
         known = dict(zip(rows["position"].tolist(), rows["number"].tolist(), strict=True))
-        return [known.get(at, 0) for at in positions(records).tolist()]
+        return [known.get(at, 0) for at in records["at"].tolist()]
 
 
 def in_order(entries: NDArray[np.void]) -> NDArray[np.void]:
@@ -129,7 +126,7 @@ def in_order(entries: NDArray[np.void]) -> NDArray[np.void]:
 
 def taken_numbers(entries: NDArray[np.void], like: np.void) -> Iterator[int]:
     """Yield the numbers that are taken behind the id of an entry, in order."""
-    name = like["name"].ljust(ENTRY["name"].itemsize, b"\0")
+    name = bytes(like["name"]).ljust(ENTRY["name"].itemsize, b"\0")
     flat = entries.view(f"S{ENTRY.itemsize}")
     begin, end = (flat.searchsorted(name + bytes([k])) for k in (IS_TAKEN, IS_TAKEN + 1))
     yield from map(int, entries["value"][begin:end])

@@ -21,9 +21,14 @@ import numpy as np
 
 from megatron_mode.tokens.documents import BadLineError, Document, file_stem, parse_line
 from megatron_mode.tokens.flags import CONTROL, MODE2, role_bits
-from megatron_mode.tokens.prepare.request import RENDERINGS, Split, draw, mode_token_key
+from megatron_mode.tokens.prepare.request import (
+    DRAW_RANGE,
+    RENDERINGS,
+    Split,
+    draw,
+    mode_token_key,
+)
 from megatron_mode.tokens.prepare.units import (
-    DIGEST_BYTES,
     LINE_BITS,
     RECORD,
     Block,
@@ -56,13 +61,6 @@ class LineBatch:
     """Batches of the file before this one."""
     numbers: list[int] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
-
-
-def check_readable(paths: Sequence[Path]) -> None:
-    """Raise DataError for a file that cannot be opened, before hours were spent on the others."""
-    for path in paths:
-        with open_reader(path):
-            pass
 
 
 def line_batches(
@@ -99,8 +97,15 @@ def parse_batch(batch: LineBatch) -> tuple[list[tuple[int, Document]], list[tupl
     return documents, bad_lines
 
 
-def encode_batch(batch: LineBatch, tokenizer: Tokenizer, split: Split) -> EncodedBatch:
+@functools.lru_cache(maxsize=1)
+def load_once(model_path: Path) -> Tokenizer:
+    """Load a tokenizer once in each worker."""
+    return Tokenizer(model_path.read_bytes(), str(model_path))
+
+
+def encode_batch(model_path: Path, split: Split, batch: LineBatch) -> EncodedBatch:
     """Parse, render and tokenise a batch."""
+    tokenizer = load_once(model_path)
     documents, bad_lines = parse_batch(batch)
     routed = [
         (document, batch.input_index << LINE_BITS | number, code)
@@ -135,19 +140,18 @@ def record(
 ) -> tuple[Any, ...]:
     """Return the fields of RECORD; size is the bytes of payload."""
     contents = content_bytes(document)
-    digest = split.order_digest(document.source, at, contents)
     # The contents of a dialogue name the role of each turn, which is no text.
     text_bytes = sum(map(len, contents if document.mode == 1 else contents[1::2]))
     base, number = numbered(document.id)
-    names = (id_digest(document.id), id_digest(base) if number else b"", number)
-    key = digest + at.to_bytes(8, "big") + bytes([code])
+    ids = (id_digest(document.id), id_digest(base) if number else b"", number)
+    key = (split.order_digest(document.source, at, contents), at, code)
     trains_assistant = any(flag in flags for flag in TRAINED_ASSISTANT)
-    return key, len(flags), text_bytes, size, *names, trains_assistant
+    return *key, len(flags), text_bytes, size, *ids, trains_assistant
 
 
 def id_digest(identifier: str) -> bytes:
     """Return the digest by which ids of a source are compared."""
-    return hashlib.blake2b(identifier.encode(), digest_size=DIGEST_BYTES).digest()
+    return hashlib.blake2b(identifier.encode(), digest_size=16).digest()
 
 
 def numbered(identifier: str) -> tuple[str, int]:
@@ -159,17 +163,6 @@ def numbered(identifier: str) -> tuple[str, int]:
     return base, int(digits)
 
 
-@functools.lru_cache(maxsize=1)
-def load_once(model_path: Path) -> Tokenizer:
-    """Load a tokenizer once in each worker."""
-    return Tokenizer(model_path.read_bytes(), str(model_path))
-
-
-def encode_in_worker(model_path: Path, split: Split, batch: LineBatch) -> EncodedBatch:
-    """Do encode_batch in a worker."""
-    return encode_batch(batch, load_once(model_path), split)
-
-
 def sample_texts(
     inputs: Sequence[Path], split: Split, max_bad_lines: int, report_progress: ReportProgress
 ) -> list[str]:
@@ -178,33 +171,22 @@ def sample_texts(
     Each document is equally likely to be in it. Held-out documents are left out unless there is
     nothing else.
     """
-    trained, held_out = TextSample(), TextSample()
+    # Negative draw, number in input order, text: those with the smallest draws stay.
+    heap: list[tuple[int, int, str]] = []
+    order, held_bytes = itertools.count(), 0
     bad_lines = BadLines(max_bad_lines)
     for batch in line_batches(list(enumerate(inputs)), report_progress):
         documents, found = parse_batch(batch)
         bad_lines.add(batch.path, found)
         for number, document in documents:
-            names = (document.source, document.id, str(number))
-            sample = held_out if split.is_held_out(document) else trained
-            sample.add(draw(split.seed, "tokenizer", *names), plain_text(document))
-    chosen = sorted(trained.heap or held_out.heap, key=lambda entry: entry[1])
-    if not chosen:
+            drawn = draw(split.seed, "tokenizer", document.source, document.id, str(number))
+            drawn += DRAW_RANGE * split.is_held_out(document)
+            text = plain_text(document)
+            heapq.heappush(heap, (-drawn, next(order), text))
+            held_bytes += len(text.encode())
+            while held_bytes > TOKENIZER_SAMPLE_BYTES and len(heap) > 1:
+                held_bytes -= len(heapq.heappop(heap)[2].encode())
+    if not heap:
         raise empty_corpus(inputs)
-    return [text for _, _, text in chosen]
-
-
-class TextSample:
-    """Keep the texts with the smallest draws whose sum stays within the byte limit."""
-
-    def __init__(self) -> None:
-        self.heap: list[tuple[int, int, str]] = []
-        """Negative draw, number in input order, text."""
-        self._order = itertools.count()
-        self._bytes = 0
-
-    def add(self, drawn: int, text: str) -> None:
-        """Offer a text."""
-        heapq.heappush(self.heap, (-drawn, next(self._order), text))
-        self._bytes += len(text.encode())
-        while self._bytes > TOKENIZER_SAMPLE_BYTES and len(self.heap) > 1:
-            self._bytes -= len(heapq.heappop(self.heap)[2].encode())
+    trained = [entry for entry in heap if -entry[0] < DRAW_RANGE]
+    return [text for _, _, text in sorted(trained or heap, key=lambda entry: entry[1])]

@@ -35,11 +35,11 @@ def gather_sources(
     plan: dict[str, Any],
     units: list[Unit],
     tokenizer: Tokenizer,
-    workers: Workers,
+    workers: int,
     *,
     show_progress: bool,
 ) -> dict[str, Any]:
-    """Write all prepared sources and the tokenizer into the result; return the summary."""
+    """Write all prepared sources and the tokenizer, publish them, and return the summary."""
     check_sources(plan, Catalogue(units).modes)
     facts = unit_facts(units, [entry["name"] for entry in plan["inputs"]])
     if facts["bad_lines"] > plan["max_bad_lines"]:
@@ -51,14 +51,16 @@ def gather_sources(
     assemblies = assemblies_of(plan, units, facts, work, tokenizer)
     by_source: dict[str, list[dict[str, Any]]] = {}
     total = sum(assembly.total("tokens") for assembly in assemblies)
-    with progress_bar("merge", total, show_progress, "tokens") as bar:
-        found = workers.map(assemble_source, assemblies)
+    # New processes: those that tokenised still hold their tables of words.
+    with Workers(workers) as pool, progress_bar("merge", total, show_progress, "tokens") as bar:
+        found = pool.map(assemble_source, assemblies)
         for assembly, infos in zip(assemblies, found, strict=True):
             summaries = [{key: info[key] for key in SUMMARY_KEYS} for info in infos]
             by_source[assembly.source] = summaries
             bar.update(sum(summary["tokens"] for summary in summaries))
     shutil.copyfile(work.path / MODEL_FILE, work.result / MODEL_FILE)
     tokenizer.vocabulary.write(work.result)
+    work.publish()
     outputs = {source: [s["name"] for s in found] for source, found in by_source.items()}
     sources = [summary for summaries in by_source.values() for summary in summaries]
     return {

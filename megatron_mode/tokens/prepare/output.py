@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,17 @@ from typing import Any
 
 from megatron_mode.errors import ExitStatus
 
+# Each with the format of its cells; the name of a source goes to the left.
 COLUMNS = (
-    ("source", 28), ("mode", 5), ("rendering", 10), ("documents", 13), ("tokens", 16),
-    ("text bytes", 17), ("tokens/byte", 12), ("copies", 9), ("held out", 9),
+    ("source", "<28"), ("mode", ">5"), ("rendering", ">10"), ("documents", ">13,"),
+    ("tokens", ">16,"), ("text_bytes", ">17,"), ("tokens_per_byte", ">12.3f"),
+    ("duplicates_dropped", ">9,"), ("held_out_share", ">9.2%"),
 )  # fmt: skip
+TITLES = {
+    "tokens_per_byte": "tokens/byte",
+    "duplicates_dropped": "copies",
+    "held_out_share": "held out",
+}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -69,89 +77,56 @@ def print_summary(summary: dict[str, Any], seconds: float, *, as_json: bool) -> 
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
     elif "shard" in summary:
-        print(shard_line(summary))
+        print(
+            f"shard {summary['shard']} of {summary['out']}: {summary['tokens']:,} tokens in "
+            f"{summary['units']} units, {summary['bad_lines']} bad lines, {summary['seconds']} s; "
+            f"when all shards are there, run `megatron-mode merge --out {summary['out']}`"
+        )
     else:
         print(table(summary))
 
 
-def shard_line(summary: dict[str, Any]) -> str:
-    """Say what became of a shard and what comes next."""
-    return (
-        f"shard {summary['shard']} of {summary['out']}: {summary['tokens']:,} tokens in "
-        f"{summary['units']} units, {summary['bad_lines']} bad lines, {summary['seconds']} s; when "
-        f"all shards are there, run `megatron-mode merge --out {summary['out']}`"
-    )
-
-
 def table(summary: dict[str, Any]) -> str:
     """Lay the summary out for a terminal."""
+    sources = summary["sources"]
+    titles = [(TITLES.get(key, key.replace("_", " ")), form) for key, form in COLUMNS]
     lines = [
         f"{summary['out']}: vocabulary {summary['vocab_size']} "
         f"(padded {summary['padded_vocab_size']}), {summary['bad_lines']} bad lines, "
         f"{summary['seconds']} s",
-        row([name for name, _ in COLUMNS]),
+        "".join(format(title, form.split(".")[0].rstrip(",")) for title, form in titles),
     ]
-    lines += [row(source_cells(source)) for source in summary["sources"]]
-    lines += [mode_line(name, total, summary) for name, total in summary["modes"].items()]
+    for source in sources:
+        cells = {**source, "source": source["name"]}
+        lines.append("".join(format(cells[key], form) for key, form in COLUMNS))
+    for name, total in summary["modes"].items():
+        mode = int(name.removeprefix("mode"))
+        lines.append(mode_line(mode, total, [s for s in sources if s["mode"] == mode]))
     lines += [
         f"bad lines in {name}: {count}" for name, count in summary["bad_lines_by_input"].items()
     ]
     return "\n".join(lines)
 
 
-def source_cells(source: dict[str, Any]) -> list[Any]:
-    """Return the cells of a source's row."""
-    numbers = [f"{source[key]:,}" for key in ("documents", "tokens", "text_bytes")]
-    return [
-        source["name"],
-        source["mode"],
-        source["rendering"],
-        *numbers,
-        f"{source['tokens_per_byte']:.3f}",
-        f"{source['duplicates_dropped']:,}",
-        f"{source['held_out_share']:.2%}",
-    ]
-
-
-def row(cells: list[Any]) -> str:
-    """Align the cells of a row, the first to the left."""
-    first, *others = zip(cells, COLUMNS, strict=True)
-    text = f"{first[0]:<{first[1][1]}}"
-    return text + "".join(f"{cell:>{width}}" for cell, (_, width) in others)
-
-
-def mode_line(name: str, total: dict[str, Any], summary: dict[str, Any]) -> str:
+def mode_line(mode: int, total: dict[str, Any], sources: list[dict[str, Any]]) -> str:
     """Sum a mode up: documents, tokens, tokens by role and the length of its documents."""
-    sources = [s for s in summary["sources"] if f"mode{s['mode']}" == name]
     roles = {role: sum(s["flags"][f"role_{role}"] for s in sources) for role in ROLES}
     spoken = ", ".join(f"{role} {count:,}" for role, count in roles.items() if count)
+    lengths = Counter[int]()
+    for source in sources:
+        lengths.update({2**k: n for k, n in enumerate(source["lengths_log2"]) if n})
+    shown = " ".join(f"{length}:{lengths[length]}" for length in sorted(lengths))
     return (
-        f"Mode {name.removeprefix('mode')}: {total['documents']:,} documents, "
+        f"Mode {mode}: {total['documents']:,} documents, "
         f"{total['tokens']:,} tokens{f' ({spoken})' if spoken else ''}, "
         f"{total['duplicates_dropped']:,} copies dropped, {total['repeated_ids']:,} ids repeated; "
-        f"{lengths_line([s['lengths_log2'] for s in sources])}"
+        f"documents by tokens from {shown}"
     )
-
-
-def lengths_line(histograms: list[list[int]]) -> str:
-    """Show how many documents have at least 1, 2, 4, ... tokens, in bins from 2**k on."""
-    bins = [0] * max(map(len, histograms), default=0)
-    for histogram in histograms:
-        for index, count in enumerate(histogram):
-            bins[index] += count
-    shown = [f"{2**index}:{count}" for index, count in enumerate(bins) if count]
-    return f"documents by tokens from {' '.join(shown)}"
 
 
 def progress_bar(label: str, total: int, show: bool, unit: str = "B") -> Any:
     """Return a bar over bytes or tokens; silent where stderr is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(
-        total=total,
-        desc=label,
-        unit=unit,
-        unit_scale=True,
-        leave=False,
-        disable=None if show else True,
-    )
+    hidden = None if show else True
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=False, disable=hidden)

@@ -35,14 +35,10 @@ SOURCE_SUFFIX = re.compile(r"(\.bin|\.idx|\.flags\.bin|\.docs\.arrow|\.json|\.ro
 KEPT_AFTER = (KeyboardInterrupt, SystemExit, UnfinishedError)
 
 
-def work_parent(target: Path) -> Path:
-    """Return the folder that holds the work folders of a target."""
-    return target if os.path.ismount(target) else target.parent
-
-
-def work_name(target: Path) -> str:
-    """Return the name of a target's work folder."""
-    return f".{target.name}.preparing"
+def work_path(target: Path, suffix: str = "") -> Path:
+    """Return the work folder of a target, or of one of its shards."""
+    parent = target if os.path.ismount(target) else target.parent
+    return parent / f".{target.name}.preparing{suffix}"
 
 
 class WorkFolder:
@@ -53,7 +49,7 @@ class WorkFolder:
 
     def __init__(self, target: Path, suffix: str = "") -> None:
         self.target = Path(os.path.realpath(target))
-        self.path = work_parent(self.target) / f"{work_name(self.target)}{suffix}"
+        self.path = work_path(self.target, suffix)
         self.result = self.path / RESULT_FOLDER
         self.stays = False
         self._made_parents: list[Path] = []
@@ -148,9 +144,8 @@ def locked_folder(path: Path, target: Path) -> int:
 
 def names_in_motion(target: Path) -> set[str]:
     """Return the files that a run killed while it filled the target has or had there."""
-    path = work_parent(target) / work_name(target) / IN_MOTION_FILE
     try:
-        return set(json.loads(path.read_text(encoding="utf-8")))
+        return set(json.loads((work_path(target) / IN_MOTION_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return set()
 

@@ -1,10 +1,10 @@
 """Keep encoded documents in units: files that a killed preparation need not write again.
 
-    record    key (16 bytes order digest, 8 position in the input, 1 output code), sizes, ids
+    record    digest, place in the input, output code (`request`), sizes, ids
     payload   tokens, flags and id of each record, one after the other, in the same order
 
-Sorting by key shuffles, because the digest is a keyed hash of the contents, and it brings copies
-together, the first in input order ahead. Integers in keys are big-endian: they sort as bytes.
+Sorting by digest shuffles, because it is a keyed hash of the contents, and it brings copies
+together, the first in input order ahead.
 
 unit-NNNNNN.npz holds a block of each source and the facts about them. Units follow each other
 through the input; how they are cut has no influence on the prepared sources.
@@ -26,27 +26,28 @@ from numpy.typing import NDArray
 
 from megatron_mode.tokens.prepare.request import HELD_OUT_CHAT
 
-DIGEST_BYTES = 16
 RECORD = np.dtype(
     [
-        ("key", f"S{DIGEST_BYTES + 8 + 1}"),
+        ("digest", "S16"),
+        ("at", "<u8"),
+        ("code", "u1"),
         ("tokens", "<u4"),
         ("text_bytes", "<u4"),
         ("size", "<u4"),  # bytes of payload
-        ("name", f"S{DIGEST_BYTES}"),  # digest of the id
-        ("base", f"S{DIGEST_BYTES}"),  # of an id like "a#2": digest of "a", and number 2
+        ("name", "S16"),  # digest of the id
+        ("base", "S16"),  # of an id like "a#2": digest of "a", and number 2
         ("number", "<u8"),
         ("trains_assistant", "?"),  # whether a token of an assistant's turn carries LM loss
     ]
 )
+UNITS_FOLDER = "units"
 LINE_BITS = 40
-"""A position is the input index above this many bits of the line number."""
+"""`at` is the input index above this many bits of the line number."""
 UNIT_BYTES = 12 << 20
 """Records and payload of a unit; writing one takes about three times as much memory."""
 SHOWN_BAD_LINES = 10
 
 Records = NDArray[np.void]
-Rows = NDArray[np.uint8]
 
 
 @dataclass
@@ -81,43 +82,24 @@ class Block:
         return Block(self.records[order], payload)
 
 
-def as_rows(column: NDArray[Any]) -> Rows:
-    """Return the bytes of each entry as a row."""
-    flat = np.ascontiguousarray(column).view(np.uint8)
-    return flat.reshape(len(column), column.dtype.itemsize)
-
-
-def positions(records: Records) -> NDArray[np.uint64]:
-    """Return the place of each document among the lines of all inputs."""
-    rows = as_rows(records["key"])[:, DIGEST_BYTES : DIGEST_BYTES + 8]
-    return np.ascontiguousarray(rows).view(">u8").ravel().astype(np.uint64)
-
-
-def codes(records: Records) -> Rows:
-    """Return the output code of each record."""
-    return as_rows(records["key"])[:, -1]
-
-
 def primary(records: Records) -> Records:
     """Return one record of each document: a held-out dialogue has two."""
-    found: Records = records[codes(records) != HELD_OUT_CHAT]
+    found: Records = records[records["code"] != HELD_OUT_CHAT]
     return found
 
 
 def without_copies(records: Records) -> tuple[NDArray[np.int64], int]:
     """Return the sorted order of the first document of each digest, and count those left out."""
-    order = np.argsort(records["key"], kind="stable")
+    order = np.lexsort((records["code"], records["at"].astype(np.uint64), records["digest"]))
     records = records[order]
-    digests, at = as_rows(records["key"])[:, :DIGEST_BYTES], positions(records)
     is_new = np.ones(len(records), bool)
-    is_new[1:] = (digests[1:] != digests[:-1]).any(axis=1)
+    is_new[1:] = records["digest"][1:] != records["digest"][:-1]
     first = np.maximum.accumulate(np.where(is_new, np.arange(len(records)), 0))
-    kept = at == at[first]
+    kept = records["at"] == records["at"][first]
     return order[kept], len(primary(records[~kept]))
 
 
-@dataclass
-class EncodedBatch:
+class EncodedBatch(NamedTuple):
     """Hold what became of some lines: rendered documents, and the lines that were bad."""
 
     path: Path
@@ -143,11 +125,16 @@ class Unit(NamedTuple):
             return Block(arrays[f"{source}.records"], arrays[f"{source}.payload"].tobytes())
 
 
+def unit_path(folder: Path, number: int) -> Path:
+    """Return the file of a unit."""
+    return folder / UNITS_FOLDER / f"unit-{number:06d}.npz"
+
+
 def finished_units(folder: Path) -> list[Unit]:
-    """Return the complete units of a folder up to the first one missing."""
+    """Return the complete units in a work folder up to the first one missing."""
     units: list[Unit] = []
     while True:
-        path = folder / f"unit-{len(units):06d}.npz"
+        path = unit_path(folder, len(units))
         try:
             with np.load(path) as arrays:
                 units.append(Unit(path, json.loads(str(arrays["facts"]))))
@@ -160,64 +147,42 @@ def are_complete(units: list[Unit]) -> bool:
     return bool(units) and units[-1].facts["inputs"] is not None
 
 
-class UnitWriter:
-    """Collect batches, and write a unit whenever there is enough."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(exist_ok=True)
-        self.units = finished_units(folder)
-        self.end: tuple[int, int] = (0, 0)
-        """Input index and number of the last line that finished units cover."""
-        if self.units:
-            self.end = tuple(self.units[-1].facts["end"])
-        self._batches: list[EncodedBatch] = []
-        self._size_bytes = 0
-
-    def add(self, batch: EncodedBatch) -> None:
-        """Take the next batch of the input."""
-        self._batches.append(batch)
-        self._size_bytes += sum(block.size_bytes for block in batch.blocks.values())
-        if self._size_bytes >= UNIT_BYTES:
-            self.flush()
-
-    def flush(self, inputs: dict[str, str] | None = None) -> None:
-        """Write what was collected; the digests of the inputs mark the last unit."""
-        batches, self._batches, self._size_bytes = self._batches, [], 0
-        self.end = batches[-1].end if batches else self.end
-        found = [(b.end[0], *bad_line) for b in batches for bad_line in b.bad_lines]
-        arrays: dict[str, Any] = {}
-        sources = {}
-        for source, mode in sorted({key for batch in batches for key in batch.blocks}):
-            blocks = [b.blocks.pop((source, mode)) for b in batches if (source, mode) in b.blocks]
-            records = np.concatenate([block.records for block in blocks])
-            order, copies = without_copies(records)
-            block = Block(records, b"".join(block.payload for block in blocks)).take(order)
-            arrays[f"{source}.records"] = block.records
-            arrays[f"{source}.payload"] = np.frombuffer(block.payload, np.uint8)
-            sources[source] = {
-                "mode": mode,
-                "documents": len(block.records),
-                "tokens": int(block.records["tokens"].sum(dtype=np.int64)),
-                "bytes": block.size_bytes,
-                "copies": copies,
-                "codes": np.unique(codes(block.records)).tolist(),
-                "trains_assistant": bool(block.records["trains_assistant"].any()),
-            }
-        facts = {
-            "end": self.end,
-            "sources": sources,
-            # By input index as text: JSON has no other keys.
-            "bad_lines": dict(Counter(str(index) for index, _, _ in found)),
-            "first_bad_lines": found[:SHOWN_BAD_LINES],
-            "ignored_fields": dict(Counter(n for b in batches for n in b.ignored.elements())),
-            "inputs": inputs,
+def write_unit(
+    path: Path, batches: list[EncodedBatch], inputs: dict[str, str] | None = None
+) -> Unit:
+    """Write batches as a unit; the digests of the inputs mark the last one."""
+    found = [(b.end[0], *bad_line) for b in batches for bad_line in b.bad_lines]
+    arrays: dict[str, Any] = {}
+    sources = {}
+    for source, mode in sorted({key for batch in batches for key in batch.blocks}):
+        blocks = [b.blocks.pop((source, mode)) for b in batches if (source, mode) in b.blocks]
+        records = np.concatenate([block.records for block in blocks])
+        order, copies = without_copies(records)
+        block = Block(records, b"".join(block.payload for block in blocks)).take(order)
+        arrays[f"{source}.records"] = block.records
+        arrays[f"{source}.payload"] = np.frombuffer(block.payload, np.uint8)
+        sources[source] = {
+            "mode": mode,
+            "documents": len(block.records),
+            "tokens": int(block.records["tokens"].sum(dtype=np.int64)),
+            "bytes": block.size_bytes,
+            "copies": copies,
+            "codes": np.unique(block.records["code"]).tolist(),
+            "trains_assistant": bool(block.records["trains_assistant"].any()),
         }
-        path = self._folder / f"unit-{len(self.units):06d}.npz"
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as stream:
-            np.savez(stream, facts=np.array(json.dumps(facts)), **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-        self.units.append(Unit(path, facts))
+    facts = {
+        "end": batches[-1].end if batches else None,
+        "sources": sources,
+        # By input index as text: JSON has no other keys.
+        "bad_lines": dict(Counter(str(index) for index, _, _ in found)),
+        "first_bad_lines": found[:SHOWN_BAD_LINES],
+        "ignored_fields": dict(Counter(n for b in batches for n in b.ignored.elements())),
+        "inputs": inputs,
+    }
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        np.savez(stream, facts=np.array(json.dumps(facts)), **arrays)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+    return Unit(path, facts)

@@ -35,7 +35,7 @@ from megatron_mode.tokens.source.seal import (
 from megatron_mode.tokens.vocabulary import INFO_FILE, Vocabulary, read_vocabulary
 
 SAMPLED = "sampled"
-FLUSH_BYTES = 1 << 22
+FLUSH_BYTES = 1 << 20
 FLUSH_DOCUMENTS = 1 << 14  # Each held takes 250 bytes beside its tokens.
 
 
