@@ -25,11 +25,7 @@ BATCH_WINDOWS = 8
 
 
 class TokenScores(NamedTuple):
-    """Hold a document's scores.
-
-    `nll_N[i]` is that of token i after those before it; `nll_N[0]` is nan, since nothing precedes
-    the first token.
-    """
+    """Hold a document's scores; `nll_N[0]` is nan, since nothing precedes the first token."""
 
     nll_N: Tensor
     mode_logit_N: Tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,9 @@ from megatron_mode.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from megatron_mode.score import Scorer, TokenScores
     from megatron_mode.tokens.documents import Document
-    from megatron_mode.tokens.mode_tokens import ModeTokens, Rendered, Setting
+    from megatron_mode.tokens.mode_tokens import ModeTokens, Setting
 
-# That of `prepare`, for places that no manifest records.
-PLACES_SEED = 1234
+PLACES_SEED = 1234  # that of `prepare`, for places that no manifest records
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     """Score and print; raises MegatronModeError for what cannot be read or done."""
     from megatron_mode.quiet import import_quietly
     from megatron_mode.tokens.documents import read_documents
-    from megatron_mode.tokens.mode_tokens import checked
+    from megatron_mode.tokens.mode_tokens import checked, rearrange
+    from megatron_mode.tokens.prepare.request import draw, mode_token_key
     from megatron_mode.tokens.template import render
 
     given = None
@@ -87,13 +87,16 @@ def run(args: argparse.Namespace) -> int:
             f"{args.file} holds no documents; name a file with lines like "
             '{"text": "..."} or {"messages": [...]}'
         )
-    score = import_quietly("megatron_mode.score", args.threads)
-    scorer: Scorer = score.Scorer(args.checkpoint)
-    arrange = arrangement(args.mode_tokens, given, scorer)
+    scorer: Scorer = import_quietly("megatron_mode.score", args.threads).Scorer(args.checkpoint)
+    true_tokens, seed = reading(args.mode_tokens, given, scorer)
     if not args.json:
         print(f"{'id':<32} {'source':<20} {'tokens':>7} {'nll':>7} {'mode logit':>11} {'p':>6}")
     for document in islice(chain([first], documents), args.limit):
-        ids, flags = arrange(document, render(document, scorer.tokenizer, args.render))
+        rendered = render(document, scorer.tokenizer, args.render)
+        forged = draw(seed, "forge", document.source, document.id)
+        keys = (mode_token_key(seed, document), forged)
+        control = scorer.tokenizer.control
+        ids, flags = rearrange(rendered, args.mode_tokens, true_tokens, control, keys)
         result = summarise(document, scorer, ids, flags, per_token=args.per_token)
         if args.json:
             print(json.dumps(result, ensure_ascii=False))
@@ -102,35 +105,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def arrangement(
-    setting: Setting, given: ModeTokens | None, scorer: Scorer
-) -> Callable[[Document, Rendered], Rendered]:
-    """Return the function that puts mode tokens into a rendered document.
+def reading(setting: Setting, given: ModeTokens | None, scorer: Scorer) -> tuple[ModeTokens, int]:
+    """Return the true mode tokens and the seed of their places.
 
-    `given` is what the options say of true ones; None leaves it to the run's data. Raises
-    ConfigError when there is nothing to exchange.
+    `given` is what the options say of them; None leaves it to the run's data. Raises ConfigError
+    if there is nothing to exchange.
     """
-    from megatron_mode.tokens.mode_tokens import ModeTokens, read_order, rearrange
-    from megatron_mode.tokens.prepare.request import draw, mode_token_key
+    from megatron_mode.tokens.mode_tokens import ModeTokens, read_order
 
-    if given is None and setting == "strip":
-        given = ModeTokens()
-    if given is not None:
-        tokens, seed = given, PLACES_SEED
-    else:
+    tokens, seed = given or ModeTokens(), PLACES_SEED
+    if given is None and setting != "strip":
         tokens, seed = read_order(scorer.manifest.order, PLACES_SEED)
     if setting == "swap" and tokens.placement == "none":
         raise ConfigError(
             "--mode-tokens is swap, but the run's data has no mode tokens; give "
             "--mode-token-placement to put them in"
         )
-
-    def arrange(document: Document, rendered: Rendered) -> Rendered:
-        forged = draw(seed, "forge", document.source, document.id)
-        keys = (mode_token_key(seed, document), forged)
-        return rearrange(rendered, setting, tokens, scorer.tokenizer.control, keys)
-
-    return arrange
+    return tokens, seed
 
 
 def summarise(
@@ -138,9 +129,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Score one document.
 
-    nll_mean (nats) is over all predicted tokens but mode tokens, nll_content_mean and the mode
-    means over tokens that are no control pieces; null where there is none. Turns that are marked as
-    not to be learnt count in the mode means only.
+    nll_mean (nats) is over all predicted tokens but mode tokens, the other means over tokens that
+    are no control pieces; null where there is none. Turns that are marked as not to be learnt count
+    in the mode means only.
     """
     from megatron_mode.tokens.flags import CONTROL, NO_LM_LOSS
     from megatron_mode.tokens.mode_tokens import MODE_PIECES

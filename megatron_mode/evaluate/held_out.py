@@ -30,10 +30,7 @@ HeldOutRendering = Literal["plain", "chat", "mixed"]
 
 
 class Piece(NamedTuple):
-    """Hold the mean mode logit of one document's content tokens in one row.
-
-    `from_start` tells a document seen from its start from a window cut from its middle.
-    """
+    """Hold the mean mode logit of a document's content tokens in a row: its start or a middle."""
 
     mode2: bool
     from_start: bool
@@ -97,14 +94,12 @@ def evaluate_source(
 def evaluate_window(engine: Engine, reader: RowReader, index: int, begin_token: int) -> Tensor:
     """Return the mode logits [T] of the row that starts at `begin_token`, on every rank."""
     rows = engine.config.batch.micro_rows
-    batch = reader.read_windows([index] * rows, [begin_token] * rows)
-    mine = [as_tensors(batch)] if engine.reads_data else []
-    outputs = engine.evaluate(mine, 1)
-    seq_len = reader.seq_len
-    logits = outputs[0].loss.mode_logit_BT[0] if outputs else torch.zeros(seq_len)
-    if engine.at.data != 0:
-        logits = torch.zeros(seq_len)
-    return engine.sum_over_ranks(logits.to(torch.float64))
+    batch = as_tensors(reader.read_windows([index] * rows, [begin_token] * rows))
+    outputs = engine.evaluate([batch] if engine.reads_data else [], 1)
+    logit_T = torch.zeros(reader.seq_len)
+    if outputs and engine.at.data == 0:
+        logit_T = outputs[0].loss.mode_logit_BT[0]
+    return engine.sum_over_ranks(logit_T.to(torch.float64))
 
 
 def _rendering(source: Source) -> HeldOutRendering:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,9 +28,8 @@ _PLAIN_PUNCTUATION = frozenset(".,;:!?-–—'’()")
 _TURNS_WANTED = 6
 
 
-@dataclass(frozen=True)
-class Passage:
-    """Name one passage: `seq_len` tokens of `source` from `begin_token` on."""
+class Passage(NamedTuple):
+    """Name one passage: a row's tokens of `source` from `begin_token` on."""
 
     title: str
     source: str
@@ -38,8 +37,7 @@ class Passage:
     begin_token: int
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     """Hold what the choice depends on.
 
     `turns` are those of the first document, `speeches` quoted runs of three words or more; `quotes`
@@ -72,7 +70,10 @@ def choose_passages(sources: Sequence[Source], tokenizer: Tokenizer, seq_len: in
         chosen.append(Passage("Prose", calm.source, "prose", calm.begin_token))
         prose.remove(calm)
     if dialogues:
-        best = min(dialogues, key=_dialogue_rank)
+        best = min(
+            dialogues,
+            key=lambda w: (not w.plain, max(_TURNS_WANTED - w.turns, 0), w.documents, w.symbols),
+        )
         title = "Dialogue without role markers" if best.plain else "Dialogue"
         chosen.append(Passage(title, best.source, "dialogue", best.begin_token))
     if quoting := [window for window in prose if window.speeches]:
@@ -81,25 +82,17 @@ def choose_passages(sources: Sequence[Source], tokenizer: Tokenizer, seq_len: in
     return chosen
 
 
-def _dialogue_rank(window: _Window) -> tuple[bool, int, int, float]:
-    too_few_turns = max(_TURNS_WANTED - window.turns, 0)
-    return (not window.plain, too_few_turns, window.documents, window.symbols)
-
-
 def _windows(source: Source, tokenizer: Tokenizer, seq_len: int) -> Iterator[_Window]:
     room = source.tokens - seq_len
-    if room < 0:
-        return
     count = min(_PLACES, room // seq_len + 1)
-    seen: set[int] = set()
+    chosen: dict[int, None] = {}  # in the order of the places, each start once
     for index in range(count):
         begin, end = index * room // count, (index + 1) * room // count + 1
         # Only a few rows ahead: a web corpus has millions of starts between two places.
         starts = source.document_starts(begin, min(end, begin + 16 * seq_len)).tolist()
-        for start in starts[:: len(starts) // _STARTS_AT_A_PLACE + 1] or [begin]:
-            if start not in seen:
-                seen.add(start)
-                yield _look_at(source, tokenizer, start, seq_len)
+        chosen |= dict.fromkeys(starts[:: len(starts) // _STARTS_AT_A_PLACE + 1] or [begin])
+    for start in chosen:
+        yield _look_at(source, tokenizer, start, seq_len)
 
 
 def _look_at(source: Source, tokenizer: Tokenizer, begin: int, seq_len: int) -> _Window:

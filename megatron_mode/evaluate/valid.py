@@ -30,9 +30,7 @@ def valid_metrics(results: Results) -> dict[str, object]:
     lm = _token_metrics(_lm_results(results))
     plain = _token_metrics(_rendered(results, "plain"))
     return {
-        "valid_lm_loss": lm["lm_loss"],
-        "valid_lm_loss_mode1": lm["lm_loss_mode1"],
-        "valid_lm_loss_mode2": lm["lm_loss_mode2"],
+        **{f"valid_{key}": lm[key] for key in ("lm_loss", "lm_loss_mode1", "lm_loss_mode2")},
         "valid_mode_loss": plain["mode_loss"],
         "valid_mode_auroc": plain["mode_auroc"],
         "valid_mode_auroc_chat": _token_metrics(_rendered(results, "chat"))["mode_auroc"],
@@ -69,9 +67,7 @@ def _source_summary(result: SourceResult, results: Results) -> dict[str, object]
         "mode": result.mode,
         "rendering": result.rendering,
         "tokens": result.target_counts.total(),
-        "lm_loss": metrics["lm_loss"],
-        "mode_loss": metrics["mode_loss"],
-        "mode_accuracy": metrics["mode_accuracy"],
+        **{key: metrics[key] for key in ("lm_loss", "mode_loss", "mode_accuracy")},
         "mode_auroc": _token_metrics(against)["mode_auroc"],
         "mode_auroc_documents": _piece_auroc(against, from_start=True),
     }

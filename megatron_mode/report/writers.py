@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -26,7 +27,6 @@ METRICS_FILE = "metrics.jsonl"
 HEALTH_FILE = "health.jsonl"
 SUMMARY_FILE = "summary.json"
 ENVIRONMENT_FILE = "environment.json"
-TENSORBOARD_FOLDER = "tb"
 _PACKAGES = (
     "megatron-mode",
     "torch",
@@ -112,7 +112,7 @@ class RunLog:
         _drop_lines_after(self._run_dir / METRICS_FILE, first_step)
         self._lines = (self._run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._tensorboard: SummaryWriter = SummaryWriter(
-            str(self._run_dir / TENSORBOARD_FOLDER), purge_step=first_step + 1, flush_secs=30
+            str(self._run_dir / "tb"), purge_step=first_step + 1, flush_secs=30
         )
 
     def _close(self) -> None:
@@ -189,19 +189,15 @@ def check_writable(run_dir: Path) -> None:
 
 def _drop_lines_after(path: Path, last_step: int) -> None:
     """Keep the complete lines of steps up to `last_step`; a line torn by a crash goes too."""
+
+    def is_kept(line: bytes) -> bool:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return line.endswith(b"\n") and bool(json.loads(line)["step"] <= last_step)
+        return False
+
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= last_step]
-        write_whole(path, b"".join(kept).decode())
-
-
-def _step_of(line: bytes) -> float:
-    if not line.endswith(b"\n"):
-        return math.inf
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        write_whole(path, b"".join(line for line in lines if is_kept(line)).decode())
 
 
 def _to_json(values: Mapping[str, object], indent: int | None = None) -> str:
