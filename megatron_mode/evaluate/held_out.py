@@ -21,7 +21,7 @@ from megatron_mode.errors import DataError
 from megatron_mode.mix.loader import MicroBatch, as_tensors, micro_batch
 from megatron_mode.mix.packing import rows_in_stream
 from megatron_mode.mix.rows import RowReader
-from megatron_mode.report.metrics import POSITION_BUCKETS, TokenStatistics, position_histogram
+from megatron_mode.report.metrics import POSITION_BUCKETS, position_histogram, token_sums
 from megatron_mode.tokens.flags import CONTROL
 from megatron_mode.tokens.source.shards import Source
 
@@ -39,13 +39,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceResult:
-    """Hold what one held-out source gave; `positions_K2B` is its histogram by position."""
+    """Hold what one held-out source gave, with sums of `report.metrics` over its tokens."""
 
     name: str
     mode: int
     rendering: HeldOutRendering
-    tokens: TokenStatistics
-    windows: TokenStatistics
+    tokens_S: Tensor
+    windows_S: Tensor
     positions_K2B: Tensor
     pieces: list[Piece]
     target_counts: Counter[int]
@@ -62,12 +62,11 @@ def evaluate_source(
     assert isinstance(source, Source)
     outputs = _forward(engine, reader, index, rows)
     parts = (
-        TokenStatistics.of(outputs, EVALUATION_BITS).vector,
-        TokenStatistics.of([*map(_middle_windows, outputs)], EVALUATION_BITS).vector,
+        token_sums(outputs, EVALUATION_BITS),
+        token_sums([*map(_middle_windows, outputs)], EVALUATION_BITS),
         position_histogram(outputs).reshape(-1),
     )
     summed = torch.split(engine.sum_over_ranks(torch.cat(parts)), [len(part) for part in parts])
-    tokens, windows = map(TokenStatistics, summed[:2])
     found: list[Piece] = []
     targets: Counter[int] = Counter()
     if engine.computes_loss and engine.at.tensor == 0:
@@ -82,9 +81,9 @@ def evaluate_source(
     return SourceResult(
         name=source.name,
         mode=source.mode,
-        rendering=_rendering(source),
-        tokens=tokens,
-        windows=windows,
+        rendering=rendering_of(source),
+        tokens_S=summed[0],
+        windows_S=summed[1],
         positions_K2B=summed[2].view(POSITION_BUCKETS, 2, -1),
         pieces=found,
         target_counts=targets,
@@ -102,7 +101,7 @@ def evaluate_window(engine: Engine, reader: RowReader, index: int, begin_token: 
     return engine.sum_over_ranks(logit_T.to(torch.float64))
 
 
-def _rendering(source: Source) -> HeldOutRendering:
+def rendering_of(source: Source) -> HeldOutRendering:
     """Return how the source's dialogues are rendered; a corpus without a record counts as plain."""
     found: HeldOutRendering = source.info.get("rendering", "plain")
     if found not in get_args(HeldOutRendering):

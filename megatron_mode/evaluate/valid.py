@@ -15,10 +15,11 @@ import numpy as np
 
 from megatron_mode.evaluate.held_out import EVALUATION_BITS, SourceResult
 from megatron_mode.report.metrics import (
-    TokenStatistics,
     auroc,
     auroc_by_position,
     position_histogram,
+    token_metrics,
+    token_sums,
 )
 from megatron_mode.tokens.template import Rendering
 
@@ -27,16 +28,16 @@ Results = Sequence[SourceResult]
 
 def valid_metrics(results: Results) -> dict[str, object]:
     """Return the flat `valid_` keys of a metrics line; None where a class is absent."""
-    lm = _token_metrics(_lm_results(results))
-    plain = _token_metrics(_rendered(results, "plain"))
+    lm = _merged_metrics(_lm_results(results))
+    plain = _merged_metrics(_rendered(results, "plain"))
     return {
         **{f"valid_{key}": lm[key] for key in ("lm_loss", "lm_loss_mode1", "lm_loss_mode2")},
         "valid_mode_loss": plain["mode_loss"],
         "valid_mode_auroc": plain["mode_auroc"],
-        "valid_mode_auroc_chat": _token_metrics(_rendered(results, "chat"))["mode_auroc"],
+        "valid_mode_auroc_chat": _merged_metrics(_rendered(results, "chat"))["mode_auroc"],
         "valid_mode_recall_at_fpr01": plain["mode_recall_at_fpr01"],
         "valid_mode_recall_at_fpr05": plain["mode_recall_at_fpr05"],
-        "valid_lm_loss_by_source": {r.name: r.tokens.metrics()["lm_loss"] for r in results},
+        "valid_lm_loss_by_source": {r.name: token_metrics(r.tokens_S)["lm_loss"] for r in results},
     }
 
 
@@ -46,10 +47,10 @@ def valid_summary(results: Results) -> dict[str, object]:
     summary = valid_metrics(results)
     summary["unigram_entropy"] = _unigram_entropy(_lm_results(results))
     for suffix, group in (("", plain), ("_chat", chat)):
-        windows = sum((r.windows for r in group), TokenStatistics.of([], EVALUATION_BITS))
+        windows_S = sum((r.windows_S for r in group), token_sums([], EVALUATION_BITS))
         summary[f"valid_mode_auroc_documents{suffix}"] = _piece_auroc(group, from_start=True)
         summary[f"valid_mode_auroc_window_means{suffix}"] = _piece_auroc(group, from_start=False)
-        summary[f"valid_mode_auroc_windows{suffix}"] = windows.metrics()["mode_auroc"]
+        summary[f"valid_mode_auroc_windows{suffix}"] = token_metrics(windows_S)["mode_auroc"]
     summary["auroc_by_position"] = {
         name: auroc_by_position(sum((r.positions_K2B for r in group), position_histogram([])))
         for name, group in (("plain", plain), ("chat", chat))
@@ -62,13 +63,13 @@ def _source_summary(result: SourceResult, results: Results) -> dict[str, object]
     """Return one source's figures; its AUROC is against all sources of the other mode."""
     same = _rendered(results, _group_of(result) if result.mode == 2 else "plain")
     against = [result, *(other for other in same if other.mode != result.mode)]
-    metrics = result.tokens.metrics()
+    metrics = token_metrics(result.tokens_S)
     return {
         "mode": result.mode,
         "rendering": result.rendering,
         "tokens": result.target_counts.total(),
         **{key: metrics[key] for key in ("lm_loss", "mode_loss", "mode_accuracy")},
-        "mode_auroc": _token_metrics(against)["mode_auroc"],
+        "mode_auroc": _merged_metrics(against)["mode_auroc"],
         "mode_auroc_documents": _piece_auroc(against, from_start=True),
     }
 
@@ -94,8 +95,8 @@ def _lm_results(results: Results) -> list[SourceResult]:
     return chat if any(r.mode == 2 for r in chat) else _rendered(results, "plain")
 
 
-def _token_metrics(results: Results) -> dict[str, float | None]:
-    return sum((r.tokens for r in results), TokenStatistics.of([], EVALUATION_BITS)).metrics()
+def _merged_metrics(results: Results) -> dict[str, float | None]:
+    return token_metrics(sum((r.tokens_S for r in results), token_sums([], EVALUATION_BITS)))
 
 
 def _piece_auroc(results: Results, *, from_start: bool) -> float | None:

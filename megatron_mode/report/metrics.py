@@ -11,7 +11,6 @@ half. At 12 bits a bin is at most 12.5 % wide relative to the logit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -130,49 +129,36 @@ class _Sums(NamedTuple, Generic[Value]):
 _SUMS = len(_Sums._fields)
 
 
-@dataclass(frozen=True)
-class TokenStatistics:
-    """Hold sums and logit histograms of a set of tokens; add two to merge their sets.
+def token_sums(outputs: Sequence[TokenOutputs], bits: int = DEFAULT_BITS) -> Tensor:
+    """Sum micro-batches into a float64 vector, exact for counts up to 2**53; vectors add up.
 
-    `vector` is float64, exact for counts up to 2**53: the sums, then the histogram of content
-    tokens as [mode, bin]. Ranks add up their vectors.
+    It holds `_Sums`, then the histogram of content tokens as [mode, bin]. Weights are those before
+    blocking, a token is valid when either weight is positive, and labels >= 0.5 are Mode 2.
     """
+    total = torch.zeros(_SUMS + (2 << bits), dtype=torch.float64)
+    for output in outputs:
+        parts = torch.stack(_sums_of(output)), _histogram(output, bits, group_BT=0, groups=1)
+        total += torch.cat(parts).cpu()
+    return total
 
-    vector: Tensor
 
-    @classmethod
-    def of(cls, outputs: Sequence[TokenOutputs], bits: int = DEFAULT_BITS) -> TokenStatistics:
-        """Sum micro-batches; an empty list gives the statistics of no tokens.
-
-        Weights are those before blocking, and a token is valid when either weight is positive.
-        Labels >= 0.5 are Mode 2.
-        """
-        total = torch.zeros(_SUMS + (2 << bits), dtype=torch.float64)
-        for output in outputs:
-            parts = torch.stack(_sums_of(output)), _histogram(output, bits, group_BT=0, groups=1)
-            total += torch.cat(parts).cpu()
-        return cls(total)
-
-    def __add__(self, other: TokenStatistics) -> TokenStatistics:
-        return TokenStatistics(self.vector + other.vector)
-
-    def metrics(self) -> dict[str, float | None]:
-        """Return the metrics that tokens decide, by their key; None where undefined."""
-        sums = _Sums(*self.vector[:_SUMS].tolist())
-        counts = _counts(self.vector[_SUMS:].view(2, -1))
-        nll = sums.nll_mode1 + sums.nll_mode2
-        return {
-            "lm_loss": _ratio(nll, sums.lm_weight_mode1 + sums.lm_weight_mode2),
-            "lm_loss_mode1": _ratio(sums.nll_mode1, sums.lm_weight_mode1),
-            "lm_loss_mode2": _ratio(sums.nll_mode2, sums.lm_weight_mode2),
-            "mode_loss": _ratio(sums.bce, sums.mode_weight),
-            "mode_accuracy": _ratio(sums.correct_tokens, sums.scored_tokens),
-            "mode_auroc": auroc_of_counts(*counts),
-            "mode_recall_at_fpr01": recall_of_counts(*counts, 0.01),
-            "mode_recall_at_fpr05": recall_of_counts(*counts, 0.05),
-            "mode2_token_fraction_realised": _ratio(sums.valid_tokens_mode2, sums.valid_tokens),
-            "blocked_share": _ratio(sums.blocked_tokens, sums.valid_tokens),
-        }
+def token_metrics(vector: Tensor) -> dict[str, float | None]:
+    """Turn `token_sums` into the metrics that tokens decide, by key; None where undefined."""
+    sums = _Sums(*vector[:_SUMS].tolist())
+    counts = _counts(vector[_SUMS:].view(2, -1))
+    nll = sums.nll_mode1 + sums.nll_mode2
+    return {
+        "lm_loss": _ratio(nll, sums.lm_weight_mode1 + sums.lm_weight_mode2),
+        "lm_loss_mode1": _ratio(sums.nll_mode1, sums.lm_weight_mode1),
+        "lm_loss_mode2": _ratio(sums.nll_mode2, sums.lm_weight_mode2),
+        "mode_loss": _ratio(sums.bce, sums.mode_weight),
+        "mode_accuracy": _ratio(sums.correct_tokens, sums.scored_tokens),
+        "mode_auroc": auroc_of_counts(*counts),
+        "mode_recall_at_fpr01": recall_of_counts(*counts, 0.01),
+        "mode_recall_at_fpr05": recall_of_counts(*counts, 0.05),
+        "mode2_token_fraction_realised": _ratio(sums.valid_tokens_mode2, sums.valid_tokens),
+        "blocked_share": _ratio(sums.blocked_tokens, sums.valid_tokens),
+    }
 
 
 def _sums_of(output: TokenOutputs) -> _Sums[Tensor]:

@@ -94,14 +94,8 @@ def _mean(run: RunFolder, key: str) -> float | None:
 def _source_table(run: RunFolder) -> tuple[list[str], list[list[str]]]:
     """Return titles and rows of the held-out figures, without the columns that no source has."""
     by_source: Mapping[str, Mapping[str, Any]] = run.summary.get("valid") or {}
-    # A dict keeps the order in which the evaluation wrote them.
-    keys = list(
-        dict.fromkeys(
-            key
-            for values in by_source.values()
-            for key, value in values.items()
-            if value is not None
-        )
+    keys = dict.fromkeys(  # in the order in which the evaluation wrote them
+        key for values in by_source.values() for key in values if values[key] is not None
     )
     rows = [
         [source, *(_cell(values.get(key)) for key in keys)] for source, values in by_source.items()
@@ -130,8 +124,6 @@ def _token(token: Mapping[str, Any]) -> dict[str, str]:
     if probability is not None:
         classes.append(f"p{level_of(probability)}")
         facts.append(f"p {probability:.3f}")
-    if token.get("role", "none") != "none":
-        facts.append(str(token["role"]))
     if token.get("control"):
         classes.append("k")
     if "\n" in text and not text.strip():
@@ -140,12 +132,10 @@ def _token(token: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _origin(run: RunFolder) -> str:
-    """Name what the figures come from: folder, config, order, machine."""
+    """Name what the figures come from: folder, config, machine."""
     facts = [f"run folder {run.name}"]
     if run.config_digest:
         facts.append(f"config sha256 {run.config_digest[:16]}")
-    if order_digest := run.summary.get("order_digest"):
-        facts.append(f"order digest {str(order_digest)[:16]}")
     packages = run.environment.get("packages") or {}
     facts += [f"{name} {packages[name]}" for name in ("torch", "deepspeed") if packages.get(name)]
     if gpus := run.environment.get("gpus"):

@@ -16,7 +16,7 @@ from megatron_mode.mix.audit.forecast import labels, planned_rows
 from megatron_mode.mix.loader import StepBatch
 from megatron_mode.mix.order import Order
 from megatron_mode.model.size import training_flops
-from megatron_mode.report.metrics import TokenStatistics
+from megatron_mode.report.metrics import token_metrics, token_sums
 
 
 class StepTimer:
@@ -48,17 +48,16 @@ def metrics_line(
     """
     seconds = timer.step_seconds()
     names = labels(order)
-    tokens = TokenStatistics.of(result.outputs)
-    sums = _source_sums(result.outputs, len(names)).reshape(-1)
-    summed = engine.sum_over_ranks(torch.cat((sums, tokens.vector)))
-    loss_sums = summed[: len(sums)].reshape(-1, 2).tolist()
+    by_source = _source_sums(result.outputs, len(names)).reshape(-1)
+    summed = engine.sum_over_ranks(torch.cat((by_source, token_sums(result.outputs))))
+    loss_sums = summed[: len(by_source)].reshape(-1, 2).tolist()
     losses = [loss / weight if weight else None for loss, weight in loss_sums]
     step_tokens = len(batch.rows) * engine.config.model.seq_len
     return {
         "step": batch.step + 1,
         "tokens_seen": (batch.step + 1) * step_tokens,
         "loss": result.loss,
-        **TokenStatistics(summed[len(sums) :]).metrics(),
+        **token_metrics(summed[len(by_source) :]),
         **_rows(order, batch, names),
         "lm_loss_by_source": dict(zip(names, losses, strict=True)),
         "grad_norm": result.grad_norm,

@@ -95,7 +95,6 @@ def _summary(level: float) -> dict:
         "mode2_rows_planned_minus_realised_max_abs": 0.9375,
         "tokens_per_second": 10987.4,
         "report": "report.html",
-        "order_digest": "9f2c" * 16,
         "valid": {
             "books-held-out": _source(1, "plain", 3.812, 0.9811),
             "web-held-out": _source(1, "plain", 3.954, 0.9622),

@@ -12,12 +12,13 @@ from megatron_mode.engine.step import TokenOutputs
 from megatron_mode.kernels.mode_loss import LossOutput
 from megatron_mode.mix.loader import MicroBatch
 from megatron_mode.report.metrics import (
-    TokenStatistics,
     auroc,
     auroc_by_position,
     logit_bins,
     position_histogram,
     recall_of_counts,
+    token_metrics,
+    token_sums,
 )
 from megatron_mode.tokens.flags import CONTROL, MODE2
 
@@ -79,8 +80,12 @@ def outputs_of(fields):
     return TokenOutputs(MicroBatch(**{**empty, **of_batch}), LossOutput(**of_loss))
 
 
-def statistics_of(fields, bits=12):
-    return TokenStatistics.of([outputs_of(fields)], bits)
+def sums_of(fields, bits=12):
+    return token_sums([outputs_of(fields)], bits)
+
+
+def metrics_of(fields, bits=12):
+    return token_metrics(sums_of(fields, bits))
 
 
 def pairs_of(fields):
@@ -128,7 +133,7 @@ def test_histograms_give_auroc_and_recall_with_ties(pairs):
         mode_weight_N=torch.ones(len(pairs)),
         flags_N=torch.zeros(len(pairs), dtype=torch.uint8),
     )
-    metrics = statistics_of(fields).metrics()
+    metrics = metrics_of(fields)
     assert metrics["mode_auroc"] == pytest.approx(brute_auroc(pairs), abs=1e-12)
     for key, rate in (("mode_recall_at_fpr01", 0.01), ("mode_recall_at_fpr05", 0.05)):
         assert metrics[key] == pytest.approx(brute_recall(pairs, rate), abs=1e-9)
@@ -153,12 +158,12 @@ def test_continuous_logits_come_within_the_bins_of_the_exact_figures():
     fields = tokens_of(2000, seed=3)
     pairs = pairs_of(fields)
     exact, exact_recall = brute_auroc(pairs), brute_recall(pairs, 0.01)
-    coarse12, fine20 = (statistics_of(fields, bits).metrics() for bits in (12, 20))
+    coarse12, fine20 = (metrics_of(fields, bits) for bits in (12, 20))
     assert coarse12["mode_auroc"] == pytest.approx(exact, abs=2e-3)
     assert fine20["mode_auroc"] == pytest.approx(exact, abs=1e-5)
     assert fine20["mode_recall_at_fpr01"] == pytest.approx(exact_recall, abs=2e-3)
     with_control = {**fields, "flags_N": torch.zeros(2000, dtype=torch.uint8)}
-    everything = statistics_of(with_control, 20).metrics()["mode_auroc"]
+    everything = metrics_of(with_control, 20)["mode_auroc"]
     assert abs(everything - exact) > 1e-4  # control pieces would show
 
 
@@ -180,7 +185,7 @@ def test_losses_and_shares_match_a_loop_over_tokens():
         if c > 0:
             total += 1
             correct += (logit > 0) == (mode == 2)
-    metrics = statistics_of(fields).metrics()
+    metrics = metrics_of(fields)
     expected = {
         "lm_loss": (sums["nll1"] + sums["nll2"]) / (sums["w1"] + sums["w2"]),
         "lm_loss_mode1": sums["nll1"] / sums["w1"],
@@ -203,30 +208,30 @@ def test_merged_parts_equal_everything_at_once(count, seed, data):
         outputs_of({name: value[part] for name, value in fields.items()})
         for part in (slice(0, cut), slice(cut, count))
     ]
-    whole = statistics_of(fields)
-    reduced = TokenStatistics.of(parts)
-    added = TokenStatistics.of(parts[:1]) + TokenStatistics.of(parts[1:]) + TokenStatistics.of([])
-    torch.testing.assert_close(reduced.vector, whole.vector, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(added.vector, whole.vector, rtol=1e-12, atol=1e-12)
-    assert whole.vector.dtype == torch.float64
-    for name, value in whole.metrics().items():
-        merged = reduced.metrics()[name]
+    whole = sums_of(fields)
+    reduced = token_sums(parts)
+    added = token_sums(parts[:1]) + token_sums(parts[1:]) + token_sums([])
+    torch.testing.assert_close(reduced, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(added, whole, rtol=1e-12, atol=1e-12)
+    assert whole.dtype == torch.float64
+    for name, value in token_metrics(whole).items():
+        merged = token_metrics(reduced)[name]
         assert merged is value is None or merged == pytest.approx(value, rel=1e-12), name
 
 
 def test_shape_does_not_matter():
     fields = tokens_of(24)
     square = {name: value.view(4, 6) for name, value in fields.items()}
-    assert torch.equal(statistics_of(fields).vector, statistics_of(square).vector)
+    assert torch.equal(sums_of(fields), sums_of(square))
 
 
 def test_absent_class_and_no_tokens_give_none():
-    only_mode1 = statistics_of(tokens_of(50, mode_label_N=torch.zeros(50))).metrics()
+    only_mode1 = metrics_of(tokens_of(50, mode_label_N=torch.zeros(50)))
     assert only_mode1["lm_loss_mode1"] == only_mode1["lm_loss"]
     for name in ("lm_loss_mode2", "mode_auroc", "mode_recall_at_fpr01", "mode_recall_at_fpr05"):
         assert only_mode1[name] is None
     assert only_mode1["mode2_token_fraction_realised"] == 0
-    assert set(TokenStatistics.of([]).metrics().values()) == {None}
+    assert set(token_metrics(token_sums([])).values()) == {None}
 
 
 def test_nan_in_one_mode_leaves_the_other_and_unsets_the_auroc():
@@ -234,7 +239,7 @@ def test_nan_in_one_mode_leaves_the_other_and_unsets_the_auroc():
     mode2 = fields["mode_label_N"] >= 0.5
     fields["nll_N"] = torch.where(mode2, math.nan, fields["nll_N"])
     fields["mode_logit_N"] = torch.where(mode2, math.nan, fields["mode_logit_N"])
-    metrics = statistics_of(fields).metrics()
+    metrics = metrics_of(fields)
     assert math.isfinite(metrics["lm_loss_mode1"])
     assert math.isnan(metrics["lm_loss_mode2"])
     assert metrics["mode_auroc"] is None

@@ -70,10 +70,10 @@ def test_the_page_fetches_and_runs_nothing(make_run):
 def test_head_figures_and_tables_show_the_run(make_run):
     words = Page(build_page([make_run("real")])).words
     for shown in ("3.571", "unigram entropy 6.134", "0.9714", "0.9986", "0.9853", "10,987",
-                  "at most 0.938 rows off", "assistant-held-out", "16,384", "9f2c9f2c",
+                  "at most 0.938 rows off", "assistant-held-out", "16,384",
                   "2 CPU cores"):  # fmt: skip
         assert shown in words, shown
-    assert "AUROC a document" not in words.split("Held out, by source")[1]  # null for every source
+    assert "AUROC documents" not in words.split("Held out, by source")[1]  # null for every source
 
 
 def test_curves_are_drawn_where_the_numbers_are(make_run):
@@ -109,14 +109,14 @@ def test_heat_map_keeps_text_newlines_and_markup(make_run):
 
 def test_hostile_text_stays_text(make_run):
     run = make_run("real")
-    token = {"text": '"><script>x\x1b', "probability": None, "control": False, "role": "user"}
+    token = {"text": '"><script>x\x1b', "probability": None, "control": False}
     passage = {"title": "<i>", "source": "&s", "kind": "prose", "tokens": [token]}
     (run / "heatmap.json").write_text(json.dumps({"passages": [passage]}))
     page = build_page([run])
     parsed = Page(page)
     assert "<script" not in page
     assert "\x1b" not in page
-    assert parsed.titles == ['"><script>x\u241b · user']
+    assert parsed.titles == ['"><script>x\u241b']
 
 
 def test_ten_thousand_steps_are_thinned_and_quick(make_run):
