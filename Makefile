@@ -99,12 +99,9 @@ format: dev
 	ruff check --fix .
 	ruff format .
 
-# Renew the table of keys in configs/README.md.
+# Renew the tables of keys in configs/README.md and of metrics in docs/look-at-a-model.md.
 docs: install
-	python -c 'from megatron_mode.config.describe import renew_page, write_table; \
-	    from megatron_mode.report.registry import metrics_table; \
-	    renew_page("configs/README.md", "keys", write_table()); \
-	    renew_page("docs/look-at-a-model.md", "metrics", metrics_table())'
+	python docs/tables.py
 
 # Render README and docs/ into site/; a link to nothing is an error.
 docs-site: dev

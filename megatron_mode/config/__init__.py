@@ -1,6 +1,5 @@
 """Configure a run: frozen fields, YAML presets, dotted overrides, all validation; no torch."""
 
-from megatron_mode.config.describe import describe_fields
 from megatron_mode.config.fields import Config
 from megatron_mode.config.load import build_config, dump_config, load_config
 from megatron_mode.config.rules import check_world_size
@@ -9,7 +8,6 @@ __all__ = [
     "Config",
     "build_config",
     "check_world_size",
-    "describe_fields",
     "dump_config",
     "load_config",
 ]

@@ -1,4 +1,4 @@
-"""Describe every configuration key: what is accepted, the default, the meaning."""
+"""Find configuration keys, and say in words what each accepts."""
 
 from __future__ import annotations
 
@@ -6,29 +6,14 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from megatron_mode.config.fields import Config
-from megatron_mode.config.section import Section
-from megatron_mode.config.yaml_text import write_value
+from megatron_mode.config.section import Section, Text
 
 _ARTICLES = {int: "an integer", float: "a number", Decimal: "an exact decimal"}
-
-
-class FieldDescription(NamedTuple):
-    """Say what one key accepts and means."""
-
-    key: str
-    """Dotted key; `[]` stands for the entries of a list."""
-    accepted: str
-    """What is accepted, in words."""
-    default: str
-    """The default as YAML, or `required`."""
-    meaning: str
-    """The field's docstring on one line."""
 
 
 def unwrap(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[Any, tuple[Any, ...], bool]:
@@ -61,7 +46,8 @@ def describe_accepted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return "a mapping of " + ", ".join(bare.model_fields) + ending
     if bare in _ARTICLES:
         return " ".join([_ARTICLES[bare], *_describe_bounds(bounds)]) + ending
-    return {bool: "true or false", str: "text"}[bare] + ending
+    texts = [bound.words for bound in bounds if isinstance(bound, Text)] or ["text"]
+    return ("true or false" if bare is bool else texts[0]) + ending
 
 
 def _describe_tuple(parts: tuple[Any, ...]) -> str:
@@ -83,28 +69,21 @@ def _describe_bounds(bounds: Sequence[Any]) -> Iterator[str]:
         yield " and ".join(phrases)
 
 
-def describe_default(field: FieldInfo) -> str:
-    """Write a field's default as YAML text; `required` where there is none."""
-    if field.is_required():
-        return "required"
-    return write_value(field.default)
-
-
-def describe_fields(
+def walk_fields(
     section: type[Section] = Config, prefix: str = ""
-) -> Iterator[FieldDescription]:
-    """Describe every key below a section, in the order of declaration."""
+) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the dotted key and the field of every key below a section, as they are declared.
+
+    `[]` stands for the entries of a list.
+    """
     for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
         bare, _, _ = unwrap(field.annotation)
         if is_section(bare):
-            yield from describe_fields(bare, f"{key}.")
+            yield from walk_fields(bare, f"{prefix}{name}.")
         elif get_origin(bare) is tuple and is_section(get_args(bare)[0]):
-            yield from describe_fields(get_args(bare)[0], f"{key}[].")
+            yield from walk_fields(get_args(bare)[0], f"{prefix}{name}[].")
         else:
-            accepted = describe_accepted(field.annotation, field.metadata)
-            meaning = " ".join((field.description or "").split())
-            yield FieldDescription(key, accepted, describe_default(field), meaning)
+            yield f"{prefix}{name}", field
 
 
 def find_field(location: Sequence[str | int]) -> tuple[Any, Sequence[Any], FieldInfo | None]:
@@ -124,25 +103,3 @@ def find_field(location: Sequence[str | int]) -> tuple[Any, Sequence[Any], Field
         else:
             return None, (), None
     return annotation, metadata, field
-
-
-def write_table() -> str:
-    """Write the table of all keys in Markdown."""
-    lines = ["| key | accepted | default | meaning |", "|---|---|---|---|"]
-    for field in describe_fields():
-        meaning = field.meaning.replace("|", "\\|")
-        lines.append(f"| `{field.key}` | {field.accepted} | `{field.default}` | {meaning} |")
-    return "\n".join(lines)
-
-
-def renew_table(text: str, mark: str, table: str) -> str:
-    """Replace what stands between the two marks of a table in a Markdown text."""
-    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-
-
-def renew_page(path: str, mark: str, table: str) -> None:
-    """Renew a table in a page."""
-    page = Path(path)
-    page.write_text(renew_table(page.read_text("utf-8"), mark, table), "utf-8")

@@ -11,6 +11,7 @@ from megatron_mode.config.mix import MixConfig
 from megatron_mode.config.section import (
     LARGEST_SEED,
     LARGEST_THREADS,
+    CheckpointName,
     Count,
     CountOrZero,
     NonNegative,
@@ -191,7 +192,7 @@ class RunConfig(Section):
 
     dir: FolderPath = "runs/tiny"
     """Run folder: config, metrics, checkpoints, report."""
-    resume_from: Annotated[str, Field(pattern=r"^step-[0-9]+$")] | None = None
+    resume_from: CheckpointName | None = None
     """step-N: go back to this checkpoint, once; a checkpoint saved since then is resumed as usual,
     and newer ones are kept as step-M.aside. Unset: the one that RUN/checkpoints/latest names."""
     steps: Count = 100

@@ -7,6 +7,7 @@ that it looks at is wrong already.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from decimal import Decimal
@@ -16,21 +17,22 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_mode.command_line import suggest
 from megatron_mode.config.describe import (
     describe_accepted,
-    describe_fields,
     find_field,
     is_section,
     unwrap,
+    walk_fields,
 )
 from megatron_mode.config.fields import Config
-from megatron_mode.config.presets import Tree, TreeBuilder, find_nearest, suggest
+from megatron_mode.config.presets import Tree, TreeBuilder
 from megatron_mode.config.rules import find_broken_rules
+from megatron_mode.config.section import Text
 from megatron_mode.config.yaml_text import write_value, write_yaml
 from megatron_mode.errors import ConfigError
 
 Location = tuple[str | int, ...]
-_STAND_INS: dict[Any, Any] = {int: 1, str: "unset"}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -83,24 +85,23 @@ def as_declared(annotation: Any, value: Any) -> Any:
     All else stays as it is, for strict validation to judge: `true` is no integer, "12" no number.
     """
     bare, _, _ = unwrap(annotation)
-    if is_section(bare) and isinstance(value, dict):
-        fields = bare.model_fields
-        return {
-            key: as_declared(fields[key].annotation, item) if key in fields else item
-            for key, item in value.items()
-        }
-    if get_origin(bare) is tuple and isinstance(value, list):
-        parts = get_args(bare)
-        kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else [*parts, *value][: len(value)]
-        return tuple(as_declared(kind, item) for kind, item in zip(kinds, value, strict=True))
-    if get_origin(bare) is Literal and isinstance(value, bool):
-        return str(value).lower()  # no choice is a truth value, but Python's True equals 1
-    if bare is float and isinstance(value, Decimal) and math.isfinite(float(value)):
-        return float(value)
-    if bare is Decimal and isinstance(value, int) and not isinstance(value, bool):
-        return Decimal(value)
-    if bare is int and isinstance(value, Decimal) and value == value.to_integral_value():
-        return int(value)  # 1e6 steps
+    match value:
+        case dict() if is_section(bare):
+            fields = bare.model_fields
+            declared = {key: field.annotation for key, field in fields.items()}
+            return {key: as_declared(declared.get(key), item) for key, item in value.items()}
+        case list() if get_origin(bare) is tuple:
+            first, *others = get_args(bare)
+            kinds = [first] * len(value) if others == [...] else [first, *others, *value]
+            return tuple(as_declared(kind, item) for kind, item in zip(kinds, value, strict=False))
+        case bool():  # no choice is a truth value, but Python's True equals 1
+            return str(value).lower() if get_origin(bare) is Literal else value
+        case int() if bare is Decimal:
+            return Decimal(value)
+        case Decimal() if bare is float and math.isfinite(float(value)):
+            return float(value)
+        case Decimal() if bare is int and value == value.to_integral_value():
+            return int(value)  # 1e6 steps
     return value
 
 
@@ -119,8 +120,10 @@ def _mend(values: Tree, location: Location, missing: bool) -> None:
     if not missing:
         here.pop(keys[-1], None)
         return
-    bare, _, _ = unwrap(find_field(location)[0])
-    here[keys[-1]] = {} if is_section(bare) else _STAND_INS[bare]
+    bare, bounds, _ = unwrap(*find_field(location)[:2])
+    texts = [bound.example for bound in bounds if isinstance(bound, Text)]
+    stand_ins = {int: 1, str: texts[0] if texts else "unset"}
+    here[keys[-1]] = {} if is_section(bare) else stand_ins[bare]
 
 
 def _is_wrong(key: str, wrong: set[Location]) -> bool:
@@ -147,7 +150,7 @@ def _explain(detail: ErrorDetails) -> str:
     fix = "; correct it"
     if isinstance(given, str):
         choices = get_args(unwrap(annotation)[0]) if "one of" in accepted else ()
-        fix = suggest(given, map(str, choices)) or fix
+        fix = suggest(given, list(map(str, choices))) or fix
     if unwrap(annotation)[0] is str and isinstance(given, int | Decimal):
         fix = f"; put it in quotes: '{given}'"
     elif fix == "; correct it" and field is not None and not field.is_required():
@@ -160,9 +163,9 @@ def _explain(detail: ErrorDetails) -> str:
 def _suggest_elsewhere(name: str) -> str:
     """Name the key of another section whose last word is nearest."""
     by_word: dict[str, str] = {}
-    for field in describe_fields():
-        parts = field.key.split(".")
+    for key, _ in walk_fields():
+        parts = key.split(".")
         for depth in range(len(parts), 0, -1):  # sections too, such as mix.mode2_fraction
             by_word.setdefault(parts[depth - 1], ".".join(parts[:depth]))
-    near = find_nearest(name, by_word)
-    return f"; did you mean {by_word[near]}?" if near else "; remove it"
+    near = difflib.get_close_matches(name, list(by_word), n=1)
+    return f"; did you mean {by_word[near[0]]}?" if near else "; remove it"

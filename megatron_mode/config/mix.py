@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_mode.config.section import Count, CountOrZero, Fraction01, Section, Weight
+from megatron_mode.config.section import (
+    Count,
+    CountOrZero,
+    DocumentName,
+    Fraction01,
+    Section,
+    SourceName,
+    Weight,
+)
 
 Shape = Literal["constant", "linear", "cosine", "step", "piecewise"]
 
@@ -15,7 +23,7 @@ Shape = Literal["constant", "linear", "cosine", "step", "piecewise"]
 class SourceConfig(Section):
     """Name one prepared source and its share inside its mode."""
 
-    name: str
+    name: SourceName
     """Name of the source: the files are data.root/NAME.bin, .idx, .flags.bin, .json."""
     weight: Annotated[Decimal, Field(gt=0)] = Decimal(1)
     """Share relative to the other sources of the same mode; exact decimal."""
@@ -77,7 +85,7 @@ class RoleWeightsConfig(Section):
 class InjectConfig(Section):
     """Show one document at chosen steps: alone in its row, in the place of a row of its mode."""
 
-    document: str
+    document: DocumentName
     """The document as SOURCE/ID; the source needs no place in the mix."""
     steps: tuple[CountOrZero, ...] = ()
     """Steps (from 0) at which the document is shown."""
@@ -92,7 +100,7 @@ class InjectConfig(Section):
 class CohortConfig(Section):
     """Show every row of a source equally often inside a window of the run."""
 
-    source: str
+    source: SourceName
     """Prepared source; its rows take the places of rows of its mode, spread evenly."""
     window: Literal["early", "mid", "late", "spread", "never"] = "spread"
     """Thirds of the run, all of it, or nothing of it."""
@@ -109,9 +117,9 @@ class CohortConfig(Section):
 class ReplaceConfig(Section):
     """Put one document in the place of another, cut or padded to its length."""
 
-    document: str
+    document: DocumentName
     """The document that goes, as SOURCE/ID."""
-    by: str
+    by: DocumentName
     """The document that is read instead, as SOURCE/ID; the source needs no place in the mix."""
 
 
@@ -122,7 +130,7 @@ class EditsConfig(Section):
     """Documents shown at chosen steps."""
     cohorts: tuple[CohortConfig, ...] = ()
     """Sources shown equally often inside windows."""
-    drop: tuple[str, ...] = ()
+    drop: tuple[DocumentName, ...] = ()
     """Documents to blank, as SOURCE/ID."""
     replace: tuple[ReplaceConfig, ...] = ()
     """Documents to replace."""

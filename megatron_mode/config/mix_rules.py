@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import NamedTuple, assert_never
 
@@ -19,9 +18,8 @@ from megatron_mode.config.mix import (
     Shape,
     SourceConfig,
 )
+from megatron_mode.config.section import Section
 from megatron_mode.config.yaml_text import write_value
-
-SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Rule(NamedTuple):
@@ -45,16 +43,31 @@ def _keys_of(shape: Shape) -> tuple[str, ...]:
     assert_never(shape)
 
 
+def _check_unused(here: str, section: Section, names: Sequence[str], why: str) -> Iterator[str]:
+    """Refuse keys that would be ignored."""
+    for name in names:
+        given, default = getattr(section, name), type(section).model_fields[name].default
+        if given != default:
+            yield (
+                f"{here}.{name} is {write_value(given)}; accepted: {write_value(default)} {why}; "
+                "remove it"
+            )
+
+
+def _check_table(key: str, points: Sequence[tuple[int, Decimal]]) -> Iterator[str]:
+    for (before, _), (after, _) in itertools.pairwise(points):
+        if after <= before:
+            yield (
+                f"{key} has {after} tokens after {before}; accepted: rising tokens; sort the "
+                "points and give each number of tokens once"
+            )
+
+
 def _check_fraction(plan: Mode2FractionConfig) -> Iterator[str]:
     """Require the keys that a shape uses, refuse the ones that it would ignore."""
     here, used = "mix.mode2_fraction", _keys_of(plan.shape)
-    for name in ("end", "begin_tokens", "end_tokens", "points"):
-        given, default = getattr(plan, name), Mode2FractionConfig.model_fields[name].default
-        if name not in used and given != default:
-            yield (
-                f"{here}.{name} is {write_value(given)}; accepted: {write_value(default)} for "
-                f"shape {plan.shape}; remove it"
-            )
+    unused = [n for n in ("end", "begin_tokens", "end_tokens", "points") if n not in used]
+    yield from _check_unused(here, plan, unused, f"for shape {plan.shape}")
     if "end" in used and plan.end is None:
         yield f"{here}.end is null; accepted: a fraction for shape {plan.shape}; set it"
     if "points" in used and not plan.points:
@@ -65,7 +78,7 @@ def _check_fraction(plan: Mode2FractionConfig) -> Iterator[str]:
             f"{here}.end_tokens is {end_tokens}; accepted: more than begin_tokens = "
             f"{plan.begin_tokens}; raise it, or use shape step"
         )
-    yield from _check_table(f"{here}.points", [tokens for tokens, _ in plan.points])
+    yield from _check_table(f"{here}.points", plan.points)
 
 
 def _check_fraction_fits_run(
@@ -95,71 +108,43 @@ def _check_sources(mix: MixConfig) -> Iterator[str]:
 
 
 def _check_source(key: str, source: SourceConfig, section: str) -> Iterator[str]:
-    if not SOURCE_NAME.fullmatch(source.name):
-        yield (
-            f"{key}.name is {source.name!r}; accepted: up to 100 letters, digits, '.', '_' and "
-            "'-', as it is a file name; rename the source"
-        )
     if source.mode is not None and section == f"mode{3 - source.mode}":
         yield (
             f"{key}.mode is {source.mode}; accepted: {section[-1]} in mix.{section}; remove it "
             "or move the source"
         )
-    yield from _check_table(f"{key}.weight_points", [at for at, _ in source.weight_points])
-    yield from _check_weights(key, source)
+    yield from _check_table(f"{key}.weight_points", source.weight_points)
+    plan = ("weight", "onset_tokens", "ramp_tokens")
+    if source.weight_points:
+        yield from _check_unused(key, source, plan, "beside weight_points, which say the same")
+        if not any(weight for _, weight in source.weight_points):
+            yield f"{key}.weight_points are all 0; accepted: one above 0; remove the source"
     if source.when_dry != "share" and source.epochs_max is None:
         yield (
             f"{key}.when_dry is {source.when_dry}; accepted: share where epochs_max is null, as "
             "the source never runs dry; set epochs_max"
         )
-    unused = ("weight", "onset_tokens", "ramp_tokens", "weight_points", "epochs_max", "packing")
-    for name in unused if section == "valid" else ():
-        default = SourceConfig.model_fields[name].default
-        if getattr(source, name) != default:
-            yield (
-                f"{key}.{name} is {getattr(source, name)}; accepted: the default in mix.valid, "
-                "which is read as a stream and never trained on; remove it"
-            )
-
-
-def _check_weights(key: str, source: SourceConfig) -> Iterator[str]:
-    if source.weight_points and not any(weight for _, weight in source.weight_points):
-        yield f"{key}.weight_points are all 0; accepted: one above 0; remove the source"
-    for name in ("weight", "onset_tokens", "ramp_tokens"):
-        if (
-            source.weight_points
-            and getattr(source, name) != SourceConfig.model_fields[name].default
-        ):
-            yield (
-                f"{key}.{name} is {getattr(source, name)}; accepted: the default beside "
-                "weight_points, which say the same; keep one of them"
-            )
-
-
-def _check_table(key: str, tokens: list[int]) -> Iterator[str]:
-    for before, after in itertools.pairwise(tokens):
-        if after <= before:
-            yield (
-                f"{key} has {after} tokens after {before}; accepted: rising tokens; sort the "
-                "points and give each number of tokens once"
-            )
+    if section == "valid":
+        unused = (*plan, "weight_points", "epochs_max", "packing")
+        why = "in mix.valid, which is read as a stream and never trained on"
+        yield from _check_unused(key, source, unused, why)
 
 
 def _check_modes_have_sources(mix: MixConfig) -> Iterator[str]:
     plan = mix.mode2_fraction
-    fractions: list[Decimal] = [fraction for _, fraction in plan.points]
+    fractions = [fraction for _, fraction in plan.points]
     if plan.shape != "piecewise":
-        fractions = [plan.start, *([plan.end] if plan.end is not None else [])]
-    if not mix.mode2.sources and any(fraction > 0 for fraction in fractions):
-        yield (
-            f"mix.mode2.sources is empty; accepted: at least one source while mix.mode2_fraction "
-            f"reaches {max(fractions)}; add a source or set the fraction to 0"
-        )
-    if not mix.mode1.sources and any(fraction < 1 for fraction in fractions):
-        yield (
-            f"mix.mode1.sources is empty; accepted: at least one source while mix.mode2_fraction "
-            f"falls to {min(fractions)}; add a source or set the fraction to 1"
-        )
+        fractions = [plan.start, plan.start if plan.end is None else plan.end]
+    least, most = min(fractions, default=Decimal(1)), max(fractions, default=Decimal(0))
+    for mode, sources, reaches in (
+        (1, mix.mode1.sources, f"falls to {least}" if least < 1 else ""),
+        (2, mix.mode2.sources, f"reaches {most}" if most > 0 else ""),
+    ):
+        if reaches and not sources:
+            yield (
+                f"mix.mode{mode}.sources is empty; accepted: at least one source while "
+                f"mix.mode2_fraction {reaches}; add a source or set the fraction to {2 - mode}"
+            )
 
 
 def _check_role_weights(mode2_lm_loss: str, weights: RoleWeightsConfig) -> Iterator[str]:
@@ -171,22 +156,15 @@ def _check_role_weights(mode2_lm_loss: str, weights: RoleWeightsConfig) -> Itera
 
 
 def _check_edits(edits: EditsConfig, steps: int) -> Iterator[str]:
-    here = "mix.edits"
     for position, injection in enumerate(edits.inject):
-        yield from _check_document(f"{here}.inject.{position}.document", injection.document)
-        yield from _check_injection(f"{here}.inject.{position}", injection, steps)
+        yield from _check_injection(f"mix.edits.inject.{position}", injection, steps)
     for position, cohort in enumerate(edits.cohorts):
-        yield from _check_cohort(f"{here}.cohorts.{position}", cohort, steps)
-    for position, document in enumerate(edits.drop):
-        yield from _check_document(f"{here}.drop.{position}", document)
-    for position, pair in enumerate(edits.replace):
-        yield from _check_document(f"{here}.replace.{position}.document", pair.document)
-        yield from _check_document(f"{here}.replace.{position}.by", pair.by)
+        yield from _check_cohort(f"mix.edits.cohorts.{position}", cohort, steps)
     changed = Counter([*edits.drop, *(pair.document for pair in edits.replace)])
     for document, count in changed.items():
         if count > 1:
             yield (
-                f"{here} drops or replaces {document!r} {count} times; accepted: once; remove "
+                f"mix.edits drops or replaces {document!r} {count} times; accepted: once; remove "
                 "the others"
             )
 
@@ -204,12 +182,6 @@ def _check_edits_spare_valid(mix: MixConfig) -> Iterator[str]:
             )
 
 
-def _check_document(key: str, document: str) -> Iterator[str]:
-    source, slash, identifier = document.partition("/")
-    if not (SOURCE_NAME.fullmatch(source) and slash and identifier):
-        yield f"{key} is {document!r}; accepted: SOURCE/ID; name the source and the document's id"
-
-
 def _check_injection(key: str, injection: InjectConfig, steps: int) -> Iterator[str]:
     if bool(injection.steps) == bool(injection.count):
         yield (
@@ -219,16 +191,13 @@ def _check_injection(key: str, injection: InjectConfig, steps: int) -> Iterator[
         return
     if injection.steps and (injection.first_step or injection.every_steps != 1):
         yield f"{key} has first_step or every_steps beside steps; accepted: steps alone; remove"
-    last = max(injection.steps, default=0)
-    if injection.count:
-        last = injection.first_step + (injection.count - 1) * injection.every_steps
+    last = injection.first_step + (injection.count - 1) * injection.every_steps
+    last = max(injection.steps, default=last)
     if last >= steps:
         yield f"{key} reaches step {last}; accepted: less than run.steps = {steps}; lower it"
 
 
 def _check_cohort(key: str, cohort: CohortConfig, steps: int) -> Iterator[str]:
-    if not SOURCE_NAME.fullmatch(cohort.source):
-        yield f"{key}.source is {cohort.source!r}; accepted: the name of a source; correct it"
     begin, end = cohort.begin_step, cohort.end_step
     if (begin is None) != (end is None):
         yield f"{key} has one of begin_step and end_step; accepted: both or neither; add it"

@@ -8,19 +8,17 @@ file, then overrides in their order.
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from megatron_mode.command_line import suggest
 from megatron_mode.config.yaml_text import parse_yaml, write_value
 from megatron_mode.errors import ConfigError
 
 PRESET_SECTIONS = {"model": ("model",), "mix": ("mix",), "parallel": ("parallel", "batch")}
 MOST_BYTES = 8 << 20  # a config with ten thousand edits; /dev/zero never ends
-_PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Tree = dict[str, Any]
 
@@ -30,17 +28,6 @@ def find_configs() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
-
-
-def find_nearest(given: str, known: Iterable[str]) -> str | None:
-    """Return the known word nearest to the given one, None when none is near."""
-    return next(iter(difflib.get_close_matches(given, list(known), n=1)), None)
-
-
-def suggest(given: str, known: Iterable[str]) -> str:
-    """Return `; did you mean X?` for the nearest known word, else nothing."""
-    near = find_nearest(given, known)
-    return f"; did you mean {near}?" if near else ""
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Tree:
@@ -62,7 +49,7 @@ def read_mapping(path: Path) -> Tree:
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text; accepted: YAML in UTF-8; convert it") from None
     except OSError as error:
-        near = suggest(path.stem, (p.stem for p in (find_configs() / "run").glob("*.yaml")))
+        near = suggest(path.stem, [p.stem for p in (find_configs() / "run").glob("*.yaml")])
         raise ConfigError(
             f"config file {path} cannot be read ({error.strerror}); accepted: the path of a YAML "
             f"run file such as configs/run/tiny.yaml{near or '; correct the path'}"
@@ -89,7 +76,7 @@ class TreeBuilder:
     """
 
     def __init__(self, run_file: Path) -> None:
-        self.folders = (run_file.resolve().parent.parent, find_configs())
+        self.folders = (find_configs(), run_file.resolve().parent.parent)  # the later wins
         self.mistakes: list[str] = []
         self.broken: set[str] = set()
         self.tree: Tree = {}
@@ -100,28 +87,26 @@ class TreeBuilder:
 
     def override(self, text: str) -> None:
         """Apply one `key.path=value`, the value read as YAML."""
+        try:
+            self._override(text)
+        except ConfigError as error:
+            self.mistakes.append(str(error))
+
+    def _override(self, text: str) -> None:
         key, equals, value_text = text.partition("=")
         if not equals or not all(key.split(".")):
-            self.mistakes.append(
+            raise ConfigError(
                 f"override {text!r} is not of the form key.path=value; accepted: for example "
                 "batch.micro_rows=2; write it so"
             )
-            return
-        try:
-            key.encode()
-            value = parse_yaml(value_text, f"the value of {key}")
-        except UnicodeEncodeError:
-            self.mistakes.append(
+        if key != key.encode(errors="ignore").decode():
+            raise ConfigError(
                 f"override {text!r} has a key in bytes that are not UTF-8; accepted: "
                 "key.path=value; correct the key"
             )
-            return
-        except ConfigError as error:
-            self.mistakes.append(str(error))
-            return
-        if key.endswith(".preset") and key.removesuffix(".preset") in PRESET_SECTIONS:
+        value = parse_yaml(value_text, f"the value of {key}")
+        if key.removesuffix(".preset") in PRESET_SECTIONS:
             key = key.removesuffix(".preset")
-        if key in PRESET_SECTIONS:
             self.tree.pop(key, None)
             self.broken.discard(key)
             self._place(key, value)
@@ -145,14 +130,13 @@ class TreeBuilder:
         self.tree = merge(merge(self.tree, preset), {section: changes})
 
     def _read_preset(self, section: str, name: Any) -> Tree:
-        known = sorted({p.stem for f in self.folders for p in (f / section).glob("*.yaml")})
-        name_text = str(name)
-        paths = [folder / section / f"{name_text}.yaml" for folder in self.folders]
-        path = next((path for path in paths if path.is_file()), None)
-        if not _PRESET_NAME.fullmatch(name_text) or path is None:
+        known = {p.stem: p for f in self.folders for p in sorted((f / section).glob("*.yaml"))}
+        path = known.get(str(name))
+        if path is None:
+            fix = suggest(str(name), list(known)) or "; name one of them"
             raise ConfigError(
-                f"{section} names the preset {name_text!r}; accepted: one of {', '.join(known)}"
-                f"{suggest(name_text, known) or '; name one of them'}"
+                f"{section} names the preset {str(name)!r}; accepted: one of "
+                f"{', '.join(sorted(known))}{fix}"
             )
         body = read_mapping(path)
         sections = PRESET_SECTIONS[section]
@@ -170,22 +154,20 @@ class TreeBuilder:
         here: Any = self.tree
         for depth, part in enumerate(parts):
             key = ".".join(parts[:depth])
-            step: str | int = part
+            step: Any = part
             if isinstance(here, list):
                 if not part.isdecimal() or int(part) >= len(here):
-                    self.mistakes.append(
+                    raise ConfigError(
                         f"{key} has no entry {part!r}; accepted: a position from 0 to "
-                        f"{len(here) - 1}; give the whole list as {key}=[...]"
+                        f"{len(here) - 1}; give the complete list as {key}=[...]"
                     )
-                    return
                 step = int(part)
             elif not isinstance(here, dict):
-                self.mistakes.append(
+                raise ConfigError(
                     f"{key} is the value {write_value(here)}, not a section; accepted: "
                     f"{key}=VALUE; leave out .{'.'.join(parts[depth:])}"
                 )
-                return
             if depth == len(parts) - 1:
                 here[step] = value
             else:
-                here = here.setdefault(step, {}) if isinstance(here, dict) else here[int(step)]
+                here = here[step] if isinstance(here, list) else here.setdefault(step, {})

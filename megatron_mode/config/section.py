@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,26 @@ Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Weight = Annotated[Decimal, Field(ge=0)]
+
+
+class Text(NamedTuple):
+    """Say in words what text a field takes, with a text that it takes."""
+
+    words: str
+    example: str
+
+
+SourceName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"),
+    Text("up to 100 letters, digits, '.', '_' and '-', as it is a file name", "books"),
+]
+DocumentName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?s:.)+$"),
+    Text("SOURCE/ID, a source and the id of a document in it", "books/1"),
+]
+CheckpointName = Annotated[str, Field(pattern=r"^step-[0-9]+$"), Text("step-N", "step-1")]
 
 
 class Section(BaseModel):

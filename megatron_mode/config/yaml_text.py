@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -24,66 +24,17 @@ _PLAIN_SCALARS = {
 
 
 def _refuse(problem: str, mark: Any) -> NoReturn:
-    raise yaml.constructor.ConstructorError(None, None, problem, mark)
+    raise yaml.MarkedYAMLError(None, None, problem, mark)
 
 
 class _Loader(yaml.SafeLoader):
-    """Build mappings with text keys, text, truth values, integers and exact decimals."""
+    """Compose nodes whose scalars are text, null, truth values or numbers."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's own attribute
-    yaml_constructors: ClassVar[dict[Any, Any]] = {}  # those below and no others
-    depth = 0
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.repeated: list[str] = []
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases, a few lines of which name 10^9 values, and deep nesting."""
-        event: Any = super().peek_event  # PyYAML's stubs give it no type
-        if self.check_event(yaml.AliasEvent):
-            _refuse("it has an alias (*name); write the value out", event().start_mark)
-        if self.depth == MOST_DEPTH:
-            _refuse(f"it is nested deeper than {MOST_DEPTH}", event().start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
 
     def fetch_tag(self) -> None:
         """Refuse tags, so that a scalar's kind always fits its text."""
         _refuse("it has a tag (!name); write the plain value", self.get_mark())
-
-    def build_mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
-        """Build a mapping with text keys, noting keys that stand twice."""
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                _refuse("a key must be plain text", key_node.start_mark)
-            key = self.build_text(key_node)
-            if key in mapping:
-                self.repeated.append(
-                    f"key {key!r} is given again on line {key_node.start_mark.line + 1}: accepted "
-                    "is each key once; delete one of the two"
-                )
-            mapping[key] = self.construct_object(value_node, deep=True)
-        return mapping
-
-    def build_text(self, node: yaml.ScalarNode) -> str:
-        """Build text, refusing what no file name and no UTF-8 file can hold."""
-        if found := _UNWRITABLE.search(node.value):
-            _refuse(f"the text holds the character U+{ord(found[0]):04X}", node.start_mark)
-        return str(node.value)
-
-    def build_decimal(self, node: yaml.ScalarNode) -> Decimal:
-        """Build an exact decimal of a size that float64 has too."""
-        try:
-            value = Decimal(node.value)
-        except InvalidOperation:  # an exponent that does not fit 64 bits
-            value = Decimal("Infinity")
-        if not value.is_finite() or (value and abs(value.adjusted()) > LARGEST_EXPONENT):
-            _refuse(f"{node.value[:40]} is beyond 1e±{LARGEST_EXPONENT}", node.start_mark)
-        return value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -107,19 +58,12 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _kind, (_pattern, _first) in _PLAIN_SCALARS.items():
-    _tag, _regex = f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$")
-    _characters = ["" if character == "\0" else character for character in _first]
-    _Loader.add_implicit_resolver(_tag, _regex, _characters)
-    _Dumper.add_implicit_resolver(_tag, _regex, _characters)
-_Loader.yaml_constructors = {
-    "tag:yaml.org,2002:map": _Loader.build_mapping,
-    "tag:yaml.org,2002:seq": lambda loader, node: loader.construct_sequence(node, deep=True),
-    "tag:yaml.org,2002:str": _Loader.build_text,
-    "tag:yaml.org,2002:null": lambda loader, node: None,
-    "tag:yaml.org,2002:bool": lambda loader, node: node.value.lower() == "true",
-    "tag:yaml.org,2002:int": lambda loader, node: int(loader.build_decimal(node)),
-    "tag:yaml.org,2002:float": _Loader.build_decimal,
-}
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}",
+            re.compile(f"(?:{_pattern})$"),
+            ["" if character == "\0" else character for character in _first],
+        )
 _Dumper.add_representer(str, _Dumper.write_text)
 _Dumper.add_representer(Decimal, _Dumper.write_number)
 _Dumper.add_representer(float, _Dumper.write_number)
@@ -132,9 +76,10 @@ def parse_yaml(text: str, origin: str) -> Any:
     `origin` names the text in messages. Raises ConfigError for text that is no YAML and for every
     key that a mapping repeats.
     """
+    repeated: list[str] = []
     try:
-        loader = _Loader(text)
-        tree = loader.get_single_data()
+        node = yaml.compose(text, Loader=_Loader)
+        tree = None if node is None else _build(node, set(), repeated, 0)
     except yaml.reader.ReaderError as error:
         raise ConfigError(f"{origin} is not text: {error.reason}; write it as UTF-8") from None
     except yaml.MarkedYAMLError as error:
@@ -142,9 +87,58 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(
             f"{origin} is not YAML{line}: {error.problem}; correct that place"
         ) from None
-    if loader.repeated:
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in loader.repeated))
+    except RecursionError:
+        raise ConfigError(
+            f"{origin} is nested deeper than {MOST_DEPTH}; write it flatter"
+        ) from None
+    if repeated:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in repeated))
     return tree
+
+
+def _build(node: yaml.Node, seen: set[int], repeated: list[str], depth: int) -> Any:
+    """Turn a node into plain values, noting keys that a mapping repeats."""
+    if id(node) in seen:  # a few lines of aliases name 10^9 values
+        _refuse("it has an alias (*name); write the value out", node.start_mark)
+    seen.add(id(node))
+    if depth == MOST_DEPTH:
+        _refuse(f"it is nested deeper than {MOST_DEPTH}", node.start_mark)
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, seen, repeated, depth + 1) for item in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        return _scalar(node, node.tag.rpartition(":")[2])
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            _refuse("a key must be plain text", key_node.start_mark)
+        key = _scalar(key_node, "str")
+        if key in mapping:
+            repeated.append(
+                f"key {key!r} is given again on line {key_node.start_mark.line + 1}; accepted: "
+                "each key once; delete one of the two"
+            )
+        mapping[key] = _build(value_node, seen, repeated, depth + 1)
+    return mapping
+
+
+def _scalar(node: yaml.Node, kind: str) -> Any:
+    """Return text, null, a truth value, an integer or a decimal of a size that float64 has."""
+    text = str(node.value)
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "str":
+        if found := _UNWRITABLE.search(text):
+            _refuse(f"the text holds the character U+{ord(found[0]):04X}", node.start_mark)
+        return text
+    try:
+        value = Decimal(text)
+    except InvalidOperation:  # an exponent that does not fit 64 bits
+        value = Decimal("Infinity")
+    if not value.is_finite() or (value and abs(value.adjusted()) > LARGEST_EXPONENT):
+        _refuse(f"{text[:40]} is beyond 1e±{LARGEST_EXPONENT}", node.start_mark)
+    return int(value) if kind == "int" else value
 
 
 def write_yaml(tree: Any) -> str:

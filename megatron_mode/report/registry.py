@@ -126,12 +126,3 @@ def title(key: str) -> str:
     words = key.replace("_", " ").replace("lm ", "LM ").replace("auroc", "AUROC")
     unit = METRICS[key].unit if key in METRICS else ""
     return words if unit in ("", "share") else f"{words}, {unit}"
-
-
-def metrics_table() -> str:
-    """Write the table of all metrics in Markdown."""
-    rows = [
-        f"| `{m.key}` | {m.unit} | {m.meaning} | {m.chart.title if m.chart else ''} |"
-        for m in METRICS.values()
-    ]
-    return "\n".join(["| key | unit | meaning | chart |", "|---|---|---|---|", *rows])

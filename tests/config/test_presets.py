@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mode.config import check_world_size, describe_fields, dump_config, load_config
-from megatron_mode.config.describe import renew_table, write_table
+from megatron_mode.config import check_world_size, dump_config, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RUNS = sorted(path.stem for path in (CONFIGS / "run").glob("*.yaml"))
@@ -76,14 +75,13 @@ def test_a_layout_leaves_the_global_batch_to_the_run(path):
     assert "global_rows" not in path.read_text()
 
 
-def test_the_table_of_keys_is_up_to_date():
-    text = (CONFIGS / "README.md").read_text()
-    assert renew_table(text, "keys", write_table()) == text, "run `make docs`"
+def test_the_table_of_keys_is_up_to_date(tables):
+    page, text = tables.renewed("keys")
+    assert page.read_text("utf-8") == text, "run `make docs`"
 
 
-def test_every_key_is_described():
-    fields = list(describe_fields())
-    assert len({field.key for field in fields}) == len(fields) > 50
-    assert [field.key for field in fields if not field.meaning] == []
-    tau = next(field for field in fields if field.key == "loss.blocking.tau")
-    assert tau[1:3] == ("a number above 0.5 and below 1", "0.95")
+def test_every_key_is_described(tables):
+    rows = {key: texts for key, *texts in tables.key_rows()}
+    assert len(rows) == len(list(tables.key_rows())) > 50
+    assert [key for key, (_, _, meaning) in rows.items() if not meaning] == []
+    assert rows["`loss.blocking.tau`"][:2] == ["a number above 0.5 and below 1", "`0.95`"]

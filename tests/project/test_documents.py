@@ -13,7 +13,8 @@ import pytest
 
 from megatron_mode.__main__ import VERBS
 from megatron_mode.command_line import CommandParser
-from megatron_mode.config import describe_fields, load_config
+from megatron_mode.config import load_config
+from megatron_mode.config.describe import walk_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
@@ -127,7 +128,7 @@ def test_run_files_of_pages_load(page, config_of):
 
 def test_configuration_keys_exist(page):
     """`section.key`, in backquotes and with or without a value, is a key or a section."""
-    keys = {re.sub(r"\[\]", "", field.key) for field in describe_fields()}
+    keys = {re.sub(r"\[\]", "", key) for key, _ in walk_fields()}
     known = {".".join(key.split(".")[:depth]) for key in keys for depth in range(1, 6)}
     sections = {key.partition(".")[0] for key in keys}
     named = re.findall(r"`([a-z]\w*(?:\.[a-z]\w*(?:\[\])?)+)(?:[=:][^`]*)?`", page)

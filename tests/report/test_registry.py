@@ -1,16 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-from megatron_mode.config.describe import renew_table
-from megatron_mode.report.registry import CHARTS, METRICS, metrics_table
-
-PAGE = Path(__file__).resolve().parents[2] / "docs/look-at-a-model.md"
+from megatron_mode.report.registry import CHARTS, METRICS
 
 
-def test_the_table_of_metrics_is_up_to_date():
-    text = PAGE.read_text("utf-8")
-    assert renew_table(text, "metrics", metrics_table()) == text, "run `make docs`"
+def test_the_table_of_metrics_is_up_to_date(tables):
+    page, text = tables.renewed("metrics")
+    assert page.read_text("utf-8") == text, "run `make docs`"
     assert all(f"\n| `{key}` |" in text for key in METRICS)
 
 
