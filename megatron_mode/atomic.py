@@ -25,6 +25,12 @@ class HashedFile(io.BufferedWriter):
         self._bytes += memoryview(data).nbytes
         return super().write(data)
 
+    def sync(self) -> None:
+        """Flush the file to the disk, and drop it from memory: what reads it back asks the disk."""
+        self.flush()
+        os.fsync(self.fileno())
+        os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     @property
     def description(self) -> dict[str, Any]:
         """Return the size and the SHA-256 of what was written so far."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mode.errors import ConfigError, ExitStatus, MegatronModeError
+from megatron_mode.errors import ConfigError, ExitStatus, MegatronModeError, refusal
 from megatron_mode.streams import discard_stdout, open_streams
 
 # What the machine refuses, as opposed to what our code does wrong.
@@ -151,10 +151,10 @@ def exit_status(
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        return say(
-            f"error: {error.filename or 'the target'} cannot be used: {error.strerror}; accepted "
-            "is a path that exists where it is read and a folder with write permission and room "
-            "where it is written",
-            ExitStatus.MISTAKE,
+        path = Path(error.filename) if isinstance(error.filename, str) else None
+        remedy = (
+            "start again: a path to read must exist, one to write needs a folder with write "
+            "permission and room"
         )
+        return say(f"error: {refusal(path, error, remedy, verb='used')}", ExitStatus.MISTAKE)
     return status

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import shutil
 from enum import IntEnum
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ExitStatus(IntEnum):
@@ -23,6 +29,8 @@ class ExitStatus(IntEnum):
     """Ctrl-C."""
     BROKEN_PIPE = 141
     """Nobody reads the answer of a verb."""
+    TERMINATED = 143
+    """SIGTERM."""
 
 
 class MegatronModeError(Exception):
@@ -57,3 +65,20 @@ class HealthError(MegatronModeError):
     """Report that training ended because a step cannot be right (a policy of `health`)."""
 
     exit_status = ExitStatus.UNHEALTHY
+
+
+def refusal(
+    path: Path | None, error: OSError, remedy: str, *, option: str = "", verb: str = "written"
+) -> str:
+    """Say that the system refuses a path, why, and what to do; of a full disk what is left.
+
+    `option` is the one that names the path; the path is None where nobody knows it.
+    """
+    reason, mend = error.strerror or str(error), "mend that"
+    if error.errno in _FULL:
+        mend = "free space"
+        if path is not None:
+            with contextlib.suppress(OSError):
+                mend = f"the disk has {shutil.disk_usage(path.parent).free} bytes left; {mend}"
+    what = f"{option} {path or 'the target'}".lstrip()
+    return f"{what} cannot be {verb} ({reason}): {mend} and {remedy}"

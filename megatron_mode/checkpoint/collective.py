@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_mode.checkpoint.files import is_write_failure
 from megatron_mode.errors import CheckpointError, MegatronModeError
 
 Answer = TypeVar("Answer")
@@ -34,7 +33,7 @@ def from_rank_0(ask: Callable[[], Answer]) -> Answer:
 
 
 @contextmanager
-def agreed(tell: Callable[[BaseException], str]) -> Iterator[None]:
+def agreed(tell: Callable[[OSError], str]) -> Iterator[None]:
     """Raise CheckpointError on every rank where the block raises it on one.
 
     Of a write that fails `tell` makes the sentence. Inside no rank may wait for another.
@@ -44,9 +43,7 @@ def agreed(tell: Callable[[BaseException], str]) -> Iterator[None]:
         yield
     except CheckpointError as error:
         failure = str(error)
-    except (OSError, RuntimeError) as error:
-        if not is_write_failure(error):
-            raise  # a peer is gone, or a bug of ours
+    except OSError as error:
         failure = tell(error)
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)

@@ -6,23 +6,20 @@ past the page cache holds what the disk kept against it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, cast
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeInt
 
+from megatron_mode.atomic import HashedFile
+
 HASHING_THREADS = 4
 UNREADABLE = "cannot be read"
-# torch's writers say a failed write so; the last where it fails while the file is closed.
-TORN_FILE_SIGNS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 @dataclass(frozen=True)
@@ -33,29 +30,6 @@ class FileRecord:
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class HashingFile:
-    """Pass writes on to a file and hash them on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash = file, hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, data: bytes) -> int:
-        """Write all of `data`."""
-        self._hash.update(data)
-        self._bytes += len(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        """Hand buffered bytes to the operating system."""
-        self._file.flush()
-
-    @property
-    def record(self) -> FileRecord:
-        """Describe what was written so far."""
-        return FileRecord(self._bytes, self._hash.hexdigest())
-
-
 def save_tensors(state: Any, path: Path) -> FileRecord:
     """Write a state in torch's zip format, flush it to the disk and read it back.
 
@@ -63,40 +37,18 @@ def save_tensors(state: Any, path: Path) -> FileRecord:
     """
     # SHA-256 replaces the zip's own CRC-32, which takes longer than everything else together.
     torch.serialization.set_crc32_options(False)
-    with path.open("wb") as file:
-        stream = HashingFile(file)
-        torch.save(state, cast(Any, stream))  # it needs no more of a file than write and flush
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    found = describe(path)
-    if found != stream.record:
+    with HashedFile(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # what the system said
+                raise error.__context__ from None
+            raise
+        file.sync()
+    record = FileRecord(**file.description)
+    if describe(path) != record:
         raise OSError(f"the disk kept other bytes of {path} than were written")
-    return stream.record
-
-
-def is_write_failure(error: BaseException) -> bool:
-    """Tell whether the disk refused a write; torch's own writer says so with a RuntimeError."""
-    torn = isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORN_FILE_SIGNS)
-    return torn or isinstance(error, OSError)
-
-
-def write_failure(folder: Path, error: BaseException, remedy: str) -> str:
-    """Say that a folder cannot be written, why, and what to do."""
-    if not is_write_failure(error):
-        return f"{folder} cannot be written ({type(error).__name__}: {error}): {remedy}"
-    reason, number = "a write failed", errno.ENOSPC  # torch does not say why
-    if isinstance(error, OSError):
-        reason, number = error.strerror or str(error), error.errno or 0
-    if number not in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"{folder} cannot be written ({reason}): look at the disk and the folder, and {remedy}"
-        )
-    try:
-        left = f"the disk has {shutil.disk_usage(folder.parent).free} bytes left"
-    except OSError:
-        left = "its folder is gone"
-    return f"{folder} cannot be written ({reason}): {left}; free space and {remedy}"
+    return record
 
 
 def describe(path: Path) -> FileRecord:
@@ -108,12 +60,10 @@ def describe(path: Path) -> FileRecord:
 
 def copy_durably(source: Path, target: Path) -> FileRecord:
     """Copy a small file and flush it to the disk."""
-    with target.open("wb") as file:
-        stream = HashingFile(file)
-        stream.write(source.read_bytes())
-        file.flush()
-        os.fsync(file.fileno())
-    return stream.record
+    with HashedFile(target) as file:
+        file.write(source.read_bytes())
+        file.sync()
+    return FileRecord(**file.description)
 
 
 def fair_share(files: Mapping[str, FileRecord], index: int, count: int) -> Sequence[str]:

@@ -12,8 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,12 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_mode.checkpoint.files import (
-    FileRecord,
-    copy_durably,
-    is_write_failure,
-    write_failure,
-)
+from megatron_mode.checkpoint.files import FileRecord, copy_durably
 from megatron_mode.checkpoint.folders import (
     CHECKPOINTS_NAME,
     PARTIAL,
@@ -39,7 +33,7 @@ from megatron_mode.checkpoint.order_record import OrderRecord, make_manifest
 from megatron_mode.checkpoint.probe import Probe
 from megatron_mode.checkpoint.writer import use_writer
 from megatron_mode.engine.step import Engine
-from megatron_mode.errors import CheckpointError
+from megatron_mode.errors import CheckpointError, refusal
 
 REMEDY = "start the run again, it goes on from the checkpoint before this one"
 LONGEST_PAUSE_SECONDS = 0.25
@@ -76,7 +70,7 @@ class Checkpoints:
         manifest = make_manifest(self._engine, record, step, self._probe.measure(self._engine))
         self._saves += 1
         partial = self._checkpoints / (tag_of(step) + PARTIAL)
-        with told_in_a_sentence(partial):
+        try:
             if self._engine.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -87,6 +81,9 @@ class Checkpoints:
                 client_state=random_state(),
                 save_latest=False,
             )
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(failure_of(partial, error)) from error
         self._writer.write(
             lambda files, error: self._end_of_writing(partial, manifest, files, error)
         )
@@ -178,24 +175,14 @@ def check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
             )
 
 
-@contextmanager
-def told_in_a_sentence(partial: Path) -> Iterator[None]:
-    """Turn what torch raises on a full disk, a RuntimeError, into CheckpointError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if not is_write_failure(error):
-            raise  # a peer is gone, or a bug of ours
-        failure = failure_of(partial, error)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(failure) from error
-
-
 def failure_of(partial: Path, error: Exception) -> str:
     """Say what became of the checkpoint that was being written."""
     if isinstance(error, CheckpointError):
         return str(error)
-    return write_failure(partial.with_suffix(""), error, REMEDY)
+    folder = partial.with_suffix("")
+    if isinstance(error, OSError):
+        return refusal(folder, error, REMEDY)
+    return f"{folder} cannot be written ({type(error).__name__}: {error}): {REMEDY}"
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mode.command_line import whole
-from megatron_mode.errors import ConfigError
+from megatron_mode.errors import ConfigError, DataError, refusal
 from megatron_mode.tokens.convert import FORMATS
 
 
@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_mode.tokens.convert.convert import convert
     from megatron_mode.tokens.documents import is_safe_name
     from megatron_mode.tokens.prepare.output import terminated_by_exit
-    from megatron_mode.tokens.prepare.staging import disk_error
 
     if args.source is not None and not is_safe_name(args.source):
         raise ConfigError(
@@ -77,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
                 show_progress=not args.json,
             )
     except OSError as error:
-        raise disk_error(error, args.out) from None
+        remedy = "convert again, or name another --out"
+        raise DataError(refusal(args.out, error, remedy, option="--out")) from None
     summary["seconds"] = round(time.monotonic() - started_seconds, 2)
     for warning in summary["first_bad_lines"]:
         print(f"warning: {warning}", file=sys.stderr)

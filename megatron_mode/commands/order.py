@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_mode.command_line import whole
-from megatron_mode.errors import ConfigError
+from megatron_mode.errors import ConfigError, refusal
 
 if TYPE_CHECKING:
     from megatron_mode.config import Config
@@ -228,7 +228,5 @@ def write(path: Path, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as error:
-        raise ConfigError(
-            f"{str(path)!r} cannot be written ({error.strerror}); name a file in a folder that "
-            "exists and is writable"
-        ) from None
+        remedy = "write it again, or name another file"
+        raise ConfigError(refusal(path, error, remedy)) from None

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_mode.errors import ConfigError
+from megatron_mode.errors import ConfigError, refusal
 
 REPORT_FILE = "report.html"
 
@@ -43,10 +43,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         write_whole(out, build_page(runs))
     except OSError as error:
-        raise ConfigError(
-            f"--out {str(out)!r} cannot be written ({error.strerror}); name a file in a folder "
-            "that exists and is writable."
-        ) from error
+        remedy = "write the page again, or name another file"
+        raise ConfigError(refusal(out, error, remedy, option="--out")) from error
     if args.json:
         figures = [
             {"run": run.name, **{figure.label: figure.value for figure in head_figures(run)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,12 @@ def test_a_disk_that_keeps_other_bytes_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "describe", torn)
     with pytest.raises(OSError, match=r"kept other bytes of .*state\.pt"):
         save_tensors({"a": torch.ones(10)}, path)
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_a_full_disk_is_an_oserror_whatever_torch_makes_of_it(size):
+    with pytest.raises(OSError, match="No space left on device"):
+        save_tensors({"a": torch.ones(size)}, Path("/dev/full"))
 
 
 @settings(max_examples=60, deadline=None)

@@ -91,7 +91,7 @@ def test_prepare_refuses_a_read_only_target(
     verb: Call, trained: Trained, read_only_disk: Path
 ) -> None:
     sentence = refusal(verb("prepare", "--out", read_only_disk / "d", "--input", trained.input))
-    assert "the file system is read-only" in sentence
+    assert "cannot be written (Read-only file system)" in sentence
 
 
 def test_prepare_refuses_a_full_disk(verb: Call, tmp_path: Path, small_disk: Path) -> None:
@@ -99,7 +99,7 @@ def test_prepare_refuses_a_full_disk(verb: Call, tmp_path: Path, small_disk: Pat
     lines = [json.dumps({"text": f"{number} {spleen}"}) for number in range(200)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     words = ("--out", small_disk / "d", "--input", tmp_path / "in.jsonl", "--vocab-size", "320")
-    assert "the disk is full" in refusal(verb("prepare", *words))
+    assert "cannot be written (No space left on device)" in refusal(verb("prepare", *words))
     assert list(small_disk.iterdir()) == []
 
 
@@ -213,7 +213,7 @@ def test_training_refuses_a_read_only_target(
 ) -> None:
     for place in (read_only_disk / "run", read_only_disk):
         sentence = refused(f"run.dir={place}")
-        assert f"{read_only_disk} cannot be used: Read-only file system" in sentence
+        assert f"{read_only_disk} cannot be used (Read-only file system)" in sentence
 
 
 def test_training_refuses_a_file_as_run_folder(

@@ -209,7 +209,7 @@ def test_a_lock_that_another_user_holds_back_is_no_free_one(
 
     monkeypatch.setattr(lock.os, "open", denied)
     sentence = refusal(verb("reshard", run))
-    assert f"{run / 'checkpoints/.lock'} cannot be used: Permission denied" in sentence
+    assert f"{run / 'checkpoints/.lock'} cannot be used (Permission denied)" in sentence
 
 
 def test_what_stands_in_the_way_is_told_by_all_ranks(

@@ -94,8 +94,8 @@ def raise_error(error):
         (ConfigError("run.steps is 0: accepted is 1"), 2, "error: run.steps is 0: accepted is 1"),
         (DataError("a.jsonl line 3"), 2, "error: a.jsonl line 3"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(30, "Read-only file system", "/mnt"), 2, "error: /mnt cannot be used: Read-only"),
-        (OSError(28, "No space left on device"), 2, "error: the target cannot be used: No space"),
+        (OSError(30, "Read-only file system", "/mnt"), 2, "error: /mnt cannot be used (Read-only"),
+        (OSError(28, "No space left on device"), 2, "error: the target cannot be used (No space"),
     ],
 )
 def test_mistakes_and_refusals_become_a_status(error, status, fragment, capsys):

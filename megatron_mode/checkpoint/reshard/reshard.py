@@ -24,8 +24,6 @@ from megatron_mode.checkpoint.files import (
     describe,
     differences,
     fair_share,
-    is_write_failure,
-    write_failure,
 )
 from megatron_mode.checkpoint.folders import PARTIAL, remove, universal_of
 from megatron_mode.checkpoint.manifest import (
@@ -48,7 +46,7 @@ from megatron_mode.checkpoint.reshard.universal import (
 from megatron_mode.cost.topology import Layout
 from megatron_mode.engine.pipeline import checkpoint_parameters
 from megatron_mode.engine.step import Engine
-from megatron_mode.errors import CheckpointError
+from megatron_mode.errors import CheckpointError, refusal
 from megatron_mode.model.sharding import Whole
 
 FORMAT = "universal 1"
@@ -120,7 +118,7 @@ def reshard(source: Path, native: NativeCheckpoint, threads: int, report: Report
         return finish(source, native, records)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if is_write_failure(error):
+        if isinstance(error, OSError):
             raise CheckpointError(told(source, error)) from error
         raise
 
@@ -228,6 +226,6 @@ def _agreed(source: Path) -> Iterator[None]:
         raise
 
 
-def told(source: Path, error: BaseException) -> str:
+def told(source: Path, error: OSError) -> str:
     """Say in a sentence why a checkpoint could not be rewritten."""
-    return write_failure(universal_of(source), error, f"try again, {source.name} is as it was")
+    return refusal(universal_of(source), error, f"try again, {source.name} is as it was")

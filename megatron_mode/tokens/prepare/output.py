@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_mode.errors import ExitStatus
+from megatron_mode.errors import DataError, ExitStatus, refusal
 
 # Each with the format of its cells; the name of a source goes to the left.
 COLUMNS = (
@@ -35,8 +35,6 @@ def stoppable(out: Path) -> Iterator[None]:
 
     After Ctrl-C or SIGTERM one line says that the finished part stays; exit status 130 or 143.
     """
-    from megatron_mode.tokens.prepare.staging import disk_error
-
     try:
         with terminated_by_exit():
             yield
@@ -49,7 +47,11 @@ def stoppable(out: Path) -> Iterator[None]:
             ExitStatus.INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         ) from None
     except OSError as error:
-        raise disk_error(error, out) from None
+        remedy = (
+            "run the command again, or name another --out; for a while it needs about three times "
+            "the tokenised size"
+        )
+        raise DataError(refusal(out, error, remedy, option="--out")) from None
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def terminated_by_exit() -> Iterator[None]:
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        raise SystemExit(ExitStatus.TERMINATED)
 
     previous = signal.signal(signal.SIGTERM, leave)
     try:

@@ -7,7 +7,6 @@ tells the same plan from another one.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -175,16 +174,3 @@ def check_replaceable(target: Path) -> None:
             f"--out {target} holds {foreign[0]}, which `megatron-mode prepare` did not write and "
             "would delete; name a folder that is new, empty or prepared."
         )
-
-
-def disk_error(error: OSError, target: Path) -> DataError:
-    """Say in one sentence why writing to the target failed."""
-    reasons = {
-        errno.ENOSPC: "the disk is full; free space (about three times the tokenised size is "
-        "needed for a while) or name another --out",
-        errno.EDQUOT: "the disk quota is used up; free space or name another --out",
-        errno.EROFS: "the file system is read-only; name another --out or mount it writable",
-        errno.EACCES: "permission is denied; name another --out or mend its permissions",
-    }
-    default = f"{error.strerror or error}; name another --out or mend the disk"
-    return DataError(f"--out {target} cannot be written: {reasons.get(error.errno or 0, default)}.")

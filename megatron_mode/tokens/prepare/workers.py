@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from megatron_mode.errors import DataError
+from megatron_mode.errors import DataError, ExitStatus
 
 PENDING_PER_WORKER = 3
 # Imported once, before the processes are forked off.
@@ -41,7 +41,7 @@ def serve(connection: Connection) -> None:
 
     def follow() -> None:
         parent.join()
-        os._exit(1)
+        os._exit(ExitStatus.FAULT)
 
     threading.Thread(target=follow, daemon=True).start()
     while True:
