@@ -1,4 +1,4 @@
-"""Share what all command lines need: parser, number types, text tables, exit status."""
+"""Hold what all command lines need: parser, number types, text tables, exit status."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from megatron_mode.errors import ConfigError, ExitStatus, MegatronModeError, refusal
 from megatron_mode.streams import discard_stdout, open_streams
@@ -18,6 +18,7 @@ _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
              errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
              errno.EBUSY, errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENOTEMPTY)  # fmt: skip
 LARGEST, MOST_WORKERS = 2**63 - 1, 1024
+Number = TypeVar("Number", int, float)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -73,36 +74,25 @@ def _path(text: str) -> Path:
 
 def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
     """Return the type of an option that takes whole numbers from `least` to `most`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            is_open = most == LARGEST and value < least
-            accepted = f"{least} or more" if is_open else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(
-                f"the value is {text[:40]!r}, accepted is a whole number of {accepted}"
-            )
-        return value
-
-    return parse
+    limit = f"{least} or more, below 2**63" if most == LARGEST else f"{least} to {most}"
+    return _number(int, f"a whole number of {limit}", lambda value: least <= value <= most)
 
 
 def real(least: float) -> Callable[[str], float]:
     """Return the type of an option that takes finite numbers from `least`."""
+    return _number(float, f"a number of {least:g} or more", lambda n: least <= n < float("inf"))
 
-    def parse(text: str) -> float:
+
+def _number(
+    read: Callable[[str], Number], kind: str, is_accepted: Callable[[Number], bool]
+) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         try:
-            value = float(text)
+            if is_accepted(value := read(text)):
+                return value
         except ValueError:
-            value = float("nan")
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(
-                f"the value is {text[:40]!r}, accepted is a number of {least:g} or more"
-            )
-        return value
+            pass
+        raise argparse.ArgumentTypeError(f"the value is {text[:40]!r}; use {kind}")
 
     return parse
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -56,7 +56,7 @@ def finish_run(
 
 
 def training_summary(folder: Path) -> dict[str, object]:
-    """Sum metrics.jsonl up: first and last loss, the largest distance from the plan, the speed."""
+    """Summarise metrics.jsonl: first and last loss, largest distance from the plan, speed."""
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     if not lines:
         return {}
@@ -83,22 +83,15 @@ def _coloured(
     engine: Engine, corpus: Corpus, tokenizer: Tokenizer, passage: Passage
 ) -> dict[str, object]:
     """Return a passage with the mode probability of each token, as heatmap.json holds it."""
-    names: Sequence[str] = [source.name for source in corpus.valid]
-    index = names.index(passage.source)
+    index = [source.name for source in corpus.valid].index(passage.source)
     reader = build_reader(engine.config, corpus, corpus.valid)
-    logit_T = evaluate_window(engine, reader, index, passage.begin_token)
-    ids_T, flags_T = corpus.valid[index].read(
-        passage.begin_token, passage.begin_token + engine.config.model.seq_len
-    )
+    begin = passage.begin_token
+    logit_T = evaluate_window(engine, reader, index, begin)
+    ids_T, flags_T = corpus.valid[index].read(begin, begin + engine.config.model.seq_len)
+    pieces = tokenizer.pieces(ids_T.tolist())
     tokens = [
         {"text": text, "probability": probability, "control": bool(flag & CONTROL)}
-        for text, probability, flag in zip(
-            tokenizer.pieces(ids_T.tolist()), logit_T.sigmoid().tolist(), flags_T, strict=True
-        )
+        for text, probability, flag in zip(pieces, logit_T.sigmoid().tolist(), flags_T, strict=True)
     ]
-    return {
-        "title": passage.title,
-        "source": passage.source,
-        "kind": passage.kind,
-        "tokens": tokens,
-    }
+    about = {"title": passage.title, "source": passage.source, "kind": passage.kind}
+    return {**about, "tokens": tokens}

@@ -19,35 +19,23 @@ ESCAPE = "megatron_mode.escape"
 Note = Callable[[str], bool]
 
 
-class LastingOutput(io.RawIOBase):
+class LastingOutput(io.FileIO):
     """Write to a descriptor and drop what it refuses; the text layers above never see an error."""
 
     def __init__(self, descriptor: int, name: str, note: Note) -> None:
         """Call `note` with a sentence at each loss, until it returns True."""
-        self.name = name
-        self._descriptor, self._note, self._is_noted = descriptor, note, False
-
-    def writable(self) -> bool:
-        """Accept writes."""
-        return True
-
-    def fileno(self) -> int:
-        """Return the descriptor, which subprocesses inherit."""
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        """Tell whether a person may be reading."""
-        return os.isatty(self._descriptor)
+        super().__init__(descriptor, "w", closefd=False)
+        self.name, self._note, self._is_noted = name, note, False
 
     def write(self, data: object, /) -> int:
         """Write some bytes and return how many; all are counted where they are dropped."""
         block = memoryview(data)  # type: ignore[arg-type]  # typeshed has no name for it in 3.11
         try:
-            return os.write(self._descriptor, block)
+            return os.write(self.fileno(), block)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 # A reader never comes back, and subprocesses would die of SIGPIPE.
-                _discard(self._descriptor)
+                _discard(self.fileno())
             if not self._is_noted:
                 self._is_noted = self._note(
                     f"{self.name} cannot be written ({error.strerror}): what the program prints "

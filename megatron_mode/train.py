@@ -11,9 +11,6 @@ import torch.distributed as dist
 
 from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.lock import run_lock
-from megatron_mode.checkpoint.manifest import TOKENIZER_NAME
-from megatron_mode.checkpoint.order_record import OrderRecord
-from megatron_mode.checkpoint.probe import Probe
 from megatron_mode.checkpoint.resume import resume
 from megatron_mode.checkpoint.save import Checkpoints
 from megatron_mode.checkpoint.source_files import DataCheck
@@ -96,18 +93,16 @@ def train(config: Config, process: Process, request: StopRequest | None = None) 
 def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason, int]:
     """Resume and take the steps that are left; return why they stopped early, and the last."""
     config, engine = run.config, run.engine
-    record = OrderRecord.start(config, run.corpus, run.order)
-    probe = Probe(run.order, run.reader, run.corpus.read_sources)
-    checkpoints = Checkpoints(engine, run.folder, run.corpus.root / TOKENIZER_NAME, probe)
+    checkpoints = Checkpoints(engine, run.folder, run.corpus, run.order, run.reader)
     watchdog.beat("the resume", is_long=True)
     data_check = DataCheck(run.folder, config, run.corpus)
-    first_step, notes = resume(engine, run.folder, record, run.order, probe)
+    first_step, notes = resume(checkpoints)
     data_check.start()
     if run.reports:
         announce(run, first_step, notes)
     timer = StepTimer()
     stop, done = Reason.NONE, first_step
-    recovery = Recovery(engine, run.corpus, run.order, record, probe, checkpoints, watchdog)
+    recovery = Recovery(checkpoints, run.corpus, watchdog)
     stopping.begin_step()
     log = RunLog(run.folder, config.run.steps, first_step, reports=run.reports)
     with log, recovery.watch():
@@ -119,7 +114,8 @@ def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason
                 log.rewind(back_to)
                 stopping.begin_step()
                 continue
-            record.update(batch.step, batch.rows, left_out=result.verdict.is_left_out)
+            left_out = result.verdict.is_left_out
+            checkpoints.record.update(batch.step, batch.rows, left_out=left_out)
             done = batch.step + 1
             line = metrics_line(engine, run.order, batch, result, timer)
             line["checkpoint_stall_seconds"] = checkpoints.take_stall_seconds()
@@ -130,7 +126,7 @@ def take_steps(run: Run, stopping: Stopping, watchdog: Watchdog) -> tuple[Reason
             data_check.check()
             stop = stopping.after_step(done, checkpoints.save_seconds)
             if stop or due(done, config.checkpoint.every_steps) or done == config.run.steps:
-                checkpoints.save(done, record)
+                checkpoints.save(done)
                 stop = stopping.after_save(stop)
             if stop:
                 break

@@ -3,7 +3,7 @@
 A checkpoint is written as `RUN/checkpoints/step-NNNNNNNN.partial` and renamed when it is complete,
 so a folder without the suffix is finished. `latest` decides which one a run resumes from; a person
 may edit it to go back. Removing renames to `.deleting` first. What a kill leaves under such a
-suffix is never read, and the next start clears it away.
+suffix is never read, and the next start deletes it.
 
 `publishing` tells a kill from an edit. It says "NEW OLD" from before a checkpoint NEW is renamed
 until `latest` names NEW. If NEW is finished while `latest` still says OLD, a kill came between the
@@ -23,13 +23,8 @@ from pathlib import Path
 from megatron_mode.atomic import rename_durably, write_whole
 from megatron_mode.errors import CheckpointError
 
-CHECKPOINTS_NAME = "checkpoints"
-LATEST_NAME = "latest"
-PUBLISHING_NAME = "publishing"
-PARTIAL = ".partial"
-DELETING = ".deleting"
-DAMAGED = ".damaged"
-ASIDE = ".aside"
+CHECKPOINTS_NAME, LATEST_NAME, PUBLISHING_NAME = "checkpoints", "latest", "publishing"
+PARTIAL, DELETING, DAMAGED, ASIDE = ".partial", ".deleting", ".damaged", ".aside"
 UNIVERSAL = "-universal"
 MOST_NAMED = 8
 
@@ -45,7 +40,7 @@ def step_of(folder: Path) -> int:
 
 
 def universal_of(folder: Path) -> Path:
-    """Return where the universal folder of a checkpoint lies, if it has one."""
+    """Return where the universal folder of a checkpoint is, if it has one."""
     return folder.with_name(folder.name + UNIVERSAL)
 
 
@@ -61,21 +56,35 @@ def current_checkpoint(checkpoints: Path) -> Path | None:
     Raises CheckpointError where `latest` names none of those that are there.
     """
     finished = finished_checkpoints(checkpoints)
-    names = [path.name for path in finished]
+    by_name = {folder.name: folder for folder in finished}
     latest = checkpoints / LATEST_NAME
     named = _word(latest)
     new, _, old = _word(checkpoints / PUBLISHING_NAME).partition(" ")
-    if new in names and named == old:
-        return checkpoints / new
-    if named in names:
-        return checkpoints / named
+    for name in (new if named == old else "", named):
+        if name in by_name:
+            return by_name[name]
     if latest.is_file():
         raise CheckpointError(
-            f"{latest} names {named!r}, which is no finished checkpoint there: accepted is "
-            f"{', '.join(names[-MOST_NAMED:]) or 'none, for there is none'}; correct it, or delete "
-            f"{latest} to take the newest"
+            f"{latest} names {named!r}, which is no finished checkpoint there: it may name "
+            f"{_some_of(finished)}; correct it, or delete {latest} to take the newest"
         )
     return finished[-1] if finished else None
+
+
+def find_step(checkpoints: Path, step: int, given: str) -> Path:
+    """Return the checkpoint after `step` steps, which is `given`; CheckpointError lists all."""
+    finished = finished_checkpoints(checkpoints)
+    for folder in finished:
+        if step_of(folder) == step:
+            return folder
+    raise CheckpointError(
+        f"{given}, which is no finished checkpoint of {checkpoints}: it may name "
+        f"{_some_of(finished)}; correct it or leave it out"
+    )
+
+
+def _some_of(finished: list[Path]) -> str:
+    return ", ".join(path.name for path in finished[-MOST_NAMED:]) or "none, for there is none"
 
 
 def _word(path: Path) -> str:
@@ -133,28 +142,15 @@ def candidates(checkpoints: Path, at_most: int | None, start: Path | None = None
         write_whole(checkpoints / LATEST_NAME, f"{current.name}\n")
     journal.unlink(missing_ok=True)
     first = start or current
-    limits = [at_most] if at_most is not None else []
-    limits += [step_of(first)] if first else []
+    limit = step_of(first) if first else 0
+    limit = limit if at_most is None else min(limit, at_most)
     found = finished_checkpoints(checkpoints)[::-1]
     if not found and (aside := sorted(checkpoints.glob(f"step-*{DAMAGED}*"))):
         raise CheckpointError(
             f"{checkpoints} has no checkpoint to resume from but {aside[-1].name}, which was set "
             "aside as damaged: mend it and take the ending off its name, or start a new run.dir"
         )
-    return [folder for folder in found if step_of(folder) <= min(limits, default=0)]
-
-
-def named_in_config(checkpoints: Path, name: str) -> Path:
-    """Return the checkpoint that run.resume_from names; CheckpointError lists those there are."""
-    finished = finished_checkpoints(checkpoints)
-    for folder in finished:
-        if step_of(folder) == int(name.removeprefix("step-")):
-            return folder
-    names = ", ".join(path.name for path in finished[-MOST_NAMED:])
-    raise CheckpointError(
-        f"run.resume_from is {name}, which is no finished checkpoint of {checkpoints}: accepted is "
-        f"{names or 'none, for there is none'}; correct it or leave it out"
-    )
+    return [folder for folder in found if step_of(folder) <= limit]
 
 
 def set_aside(taken: Path, endings: Mapping[Path, str]) -> dict[Path, str]:
@@ -166,49 +162,40 @@ def set_aside(taken: Path, endings: Mapping[Path, str]) -> dict[Path, str]:
     write_whole(taken.with_name(LATEST_NAME), f"{taken.name}\n")
     names = {}
     for folder in sorted(endings, key=step_of, reverse=True):
-        names[folder] = folder.name + _free_ending(folder, endings[folder])
+        numbered = (f"{endings[folder]}-{number}" for number in itertools.count(2))
+        for ending in itertools.chain([endings[folder]], numbered):
+            names[folder] = folder.name + ending
+            if not folder.with_name(names[folder]).exists():
+                break
         for path in (universal_of(folder), folder):
             if path.exists():
-                rename_durably(path, path.with_name(path.name + names[folder][len(folder.name) :]))
+                rename_durably(path, path.with_name(path.name + ending))
     return names
 
 
-def _free_ending(folder: Path, ending: str) -> str:
-    """Return .damaged, .damaged-2 and so on, the first that is free."""
-    endings = (ending if n == 1 else f"{ending}-{n}" for n in itertools.count(1))
-    return next(end for end in endings if not folder.with_name(folder.name + end).exists())
-
-
-def forget_after(checkpoints: Path, step: int) -> Path | None:
-    """Remove the checkpoints of more than `step` steps; return the newest of the others."""
+def forget_after(checkpoints: Path, step: int) -> None:
+    """Remove the checkpoints of more than `step` steps, where there are others."""
     finished = finished_checkpoints(checkpoints)
     kept = [folder for folder in finished if step_of(folder) <= step]
     if kept and kept != finished:
         write_whole(checkpoints / LATEST_NAME, kept[-1].name + "\n")
         for folder in reversed(finished[len(kept) :]):
             remove(folder)
-    return kept[-1] if kept else None
 
 
-def prune(published: Path, keep: int, permanent_every_steps: int) -> list[Path]:
+def prune(published: Path, keep: int, permanent_every_steps: int) -> None:
     """Delete all but the newest `keep` finished checkpoints and the permanent ones.
 
     The one just published, which was read back from the disk when it was written, always stays.
     """
-    dropped = [
-        folder
-        for folder in finished_checkpoints(published.parent)[:-keep]
-        if folder != published
-        and (not permanent_every_steps or step_of(folder) % permanent_every_steps)
-    ]
-    for folder in dropped:
-        remove(folder)
-    return dropped
+    for folder in finished_checkpoints(published.parent)[:-keep]:
+        is_permanent = permanent_every_steps and step_of(folder) % permanent_every_steps == 0
+        if folder != published and not is_permanent:
+            remove(folder)
 
 
-def clear_unfinished(checkpoints: Path) -> list[Path]:
+def clear_unfinished(checkpoints: Path) -> None:
     """Delete what a killed run left half written or half deleted."""
-    left = [p for suffix in (PARTIAL, DELETING) for p in checkpoints.glob(f"step-*{suffix}")]
-    for path in left:
-        _delete(path)
-    return sorted(left)
+    for suffix in (PARTIAL, DELETING):
+        for path in checkpoints.glob(f"step-*{suffix}"):
+            _delete(path)

@@ -1,4 +1,4 @@
-"""Keep a second program out of a run's checkpoints: it would clear away what the first writes.
+"""Keep a second program out of a run's checkpoints: it would delete what the first one writes.
 
 The lock is one of the file system (flock), so it goes with the process at the latest, however that
 ends. Where the file system has no locks, a note says so, and a heartbeat file shows the other run:
@@ -33,14 +33,15 @@ BEAT_SECONDS, SILENT_BEATS = 5.0, 4
 @contextlib.contextmanager
 def run_lock(run_dir: Path, process: Process) -> Iterator[None]:
     """Hold a run's checkpoints inside; CheckpointError on all ranks where another program does."""
+    checkpoints = run_dir / CHECKPOINTS_NAME
     patience_seconds = REQUEUED_PATIENCE_SECONDS if process.restarts else PATIENCE_SECONDS
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    holder += f", job {process.job}" if process.job else ""
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
-            (run_dir / CHECKPOINTS_NAME).mkdir(exist_ok=True)
-            holder = f"process {os.getpid()} on {socket.gethostname()}"
-            holder += f", job {process.job}" if process.job else ""
-            stack.enter_context(held(run_dir / CHECKPOINTS_NAME, holder, patience_seconds))
+            checkpoints.mkdir(exist_ok=True)
+            stack.enter_context(held(checkpoints, holder, patience_seconds))
 
         from_rank_0(take)
         yield
@@ -49,23 +50,20 @@ def run_lock(run_dir: Path, process: Process) -> Iterator[None]:
 @contextlib.contextmanager
 def held(checkpoints: Path, holder: str, patience_seconds: float) -> Iterator[None]:
     """Hold the checkpoints in this process; CheckpointError names the one that does."""
-    try:
-        descriptor: int | None = os.open(checkpoints / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            raise
-        descriptor = None  # a disk that takes nothing: what is written there says so itself
-    if descriptor is None:
-        yield
-        return
-    with os.fdopen(descriptor, "r+b", buffering=0):
-        has_locks = _wait(descriptor, checkpoints, patience_seconds)
-        with contextlib.nullcontext() if has_locks else heartbeat(checkpoints, holder):
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(checkpoints / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            # A disk that takes nothing: what is written there says so itself.
+            if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+                raise
+        else:
+            stack.callback(os.close, descriptor)
+            if not _wait(descriptor, checkpoints, patience_seconds):
+                stack.enter_context(heartbeat(checkpoints, holder))
             _note(descriptor, holder)
-            try:
-                yield
-            finally:
-                _note(descriptor, "")
+            stack.callback(_note, descriptor, "")
+        yield
 
 
 def _wait(descriptor: int, checkpoints: Path, patience_seconds: float) -> bool:
@@ -75,18 +73,17 @@ def _wait(descriptor: int, checkpoints: Path, patience_seconds: float) -> bool:
     while (answer := try_lock(descriptor)) is False:
         by = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
         if time.monotonic() > deadline:
-            raise in_use(checkpoints, by)
+            raise _in_use(checkpoints, by)
         if not noted:
-            print(f"note: waits up to {patience_seconds:g} s for {by}", file=sys.stderr, flush=True)
+            _say(f"waits up to {patience_seconds:g} s for {by}")
             noted = True
         time.sleep(0.1)
     return answer is not None
 
 
-def in_use(checkpoints: Path, by: str) -> CheckpointError:
-    """Say who holds the checkpoints."""
+def _in_use(checkpoints: Path, by: str) -> CheckpointError:
     return CheckpointError(
-        f"{checkpoints} is in use by {by}: accepted is one run a folder; wait for its end, or "
+        f"{checkpoints} is in use by {by}: only one run may use a folder; wait for its end, or "
         "choose another run.dir"
     )
 
@@ -98,12 +95,7 @@ def heartbeat(checkpoints: Path, holder: str) -> Iterator[None]:
     Raises CheckpointError where another process changes it. A file that a kill left stands still.
     """
     path, ended = checkpoints / HEARTBEAT_NAME, threading.Event()
-    print(
-        f"note: locks do not work in {checkpoints}; {path.name} there shows whether another run "
-        "uses it",
-        file=sys.stderr,
-        flush=True,
-    )
+    _say(f"locks do not work in {checkpoints}; {path.name} there shows whether another run uses it")
 
     def beat() -> bytes:
         text = f"{holder}\n{time.time_ns()}\n"
@@ -133,7 +125,7 @@ def _refuse_change(checkpoints: Path, path: Path, before: bytes, seconds: float)
     while path.exists() and time.monotonic() < deadline:
         now = _read(path)
         if now and now != before:
-            raise in_use(checkpoints, now.decode(errors="replace").partition("\n")[0])
+            raise _in_use(checkpoints, now.decode(errors="replace").partition("\n")[0])
         time.sleep(BEAT_SECONDS / 25)
 
 
@@ -142,6 +134,10 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
+
+
+def _say(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def _note(descriptor: int, holder: str) -> None:

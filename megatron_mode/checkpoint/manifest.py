@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from megatron_mode.atomic import write_whole
+from megatron_mode.checkpoint.collective import from_rank_0
 from megatron_mode.checkpoint.files import (
+    UNLISTED,
     UNREADABLE,
-    FileRecord,
+    Records,
     differences,
-    fair_share,
-    unlisted,
+    shared_differences,
 )
 from megatron_mode.config import Config
 from megatron_mode.errors import CheckpointError, DamagedError
@@ -33,8 +33,6 @@ MANIFEST_NAME = "manifest.json"
 SEAL_NAME = "manifest.json.sha256"
 TOKENIZER_NAME = "tokenizer.model"
 MOST_NAMED = 4
-# A corpus by Megatron's own tools has no tokenizer; its user may put one there.
-NOT_LISTED = (MANIFEST_NAME, SEAL_NAME, TOKENIZER_NAME)
 
 
 @dataclass(frozen=True)
@@ -56,20 +54,11 @@ class Manifest:
     """Steps whose updates were left out, by `health`; the order's digest holds them too."""
     recent_losses: list[float] = field(default_factory=list)
     """What `health` judges the next steps by."""
-    files: dict[str, FileRecord] = field(default_factory=dict)
+    files: Records = field(default_factory=dict)
     format: int = FORMAT
-
-    def with_files(self, files: Mapping[str, FileRecord]) -> Manifest:
-        """Return the manifest that names these files."""
-        return replace(self, files=dict(sorted(files.items())))
 
 
 _ADAPTER = TypeAdapter(Manifest)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and its seal, durably."""
-    write_sealed(folder, asdict(manifest))
 
 
 def write_sealed(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -114,7 +103,8 @@ def read_sealed(folder: Path) -> bytes:
         ) from None
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): let it be read, or name another checkpoint"
+            f"{path} cannot be read ({error.strerror}): make it readable, or name another "
+            "checkpoint"
         ) from None
     if seal != f"{hashlib.sha256(data).hexdigest()}  {MANIFEST_NAME}\n".encode():
         raise DamagedError(
@@ -146,40 +136,32 @@ def saved_config(manifest: Manifest, folder: Path) -> Config:
         ) from None
 
 
-def check_files(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
+def check_files(folder: Path, manifest: Manifest, names: Collection[str]) -> None:
     """Raise DamagedError naming those of the files that are not what the manifest says."""
-    missing = [name for name in names if name not in manifest.files]
-    found = dict.fromkeys(missing, f"is not among those of {MANIFEST_NAME}")
-    known = [name for name in names if name in manifest.files]
-    found |= differences(folder, manifest.files, known)
-    _refuse(folder, found, "bring the files back or name another checkpoint")
+    _refuse(folder, differences(folder, manifest.files, names))
 
 
 def check_shared(folder: Path, manifest: Manifest) -> None:
     """Check all files of a checkpoint, each rank its share; every rank raises or none."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    found = differences(folder, manifest.files, fair_share(manifest.files, rank, ranks))
-    if rank == 0:
-        extra = unlisted(folder, manifest.files, NOT_LISTED)
-        found |= dict.fromkeys(extra, f"is not among those of {MANIFEST_NAME}")
-    gathered: list[dict[str, str]] = [{} for _ in range(ranks)]
-    dist.all_gather_object(gathered, found)
-    _refuse(
-        folder,
-        {name: what for part in gathered for name, what in part.items()},
-        "bring the files back, or set checkpoint.fallback=true to go on from the checkpoint before",
-    )
+    found = shared_differences(folder, manifest.files)
+    # A corpus by Megatron's own tools has no tokenizer; its user may put one there.
+    known = {*manifest.files, MANIFEST_NAME, SEAL_NAME, TOKENIZER_NAME}
+    names = from_rank_0(lambda: {path.name for path in folder.iterdir()})
+    _refuse(folder, found | dict.fromkeys(names - known, UNLISTED))
 
 
-def _refuse(folder: Path, found: dict[str, str], remedy: str) -> None:
-    """Raise for what was found; what cannot be read may be whole, and is not called damaged."""
+def _refuse(folder: Path, found: dict[str, str]) -> None:
+    """Raise for what was found; what cannot be read may be intact, and is not called damaged."""
     if not found:
         return
-    told = [f"{name} {what}" for name, what in sorted(found.items())[:MOST_NAMED]]
-    if len(found) > MOST_NAMED:
-        told.append(f"and {len(found) - MOST_NAMED} more files")
+    said = [f"{name} {what}" for name, what in sorted(found.items())]
+    if len(said) > MOST_NAMED:
+        said[MOST_NAMED:] = [f"and {len(said) - MOST_NAMED} more files"]
     if any(what.startswith(UNREADABLE) for what in found.values()):
         raise CheckpointError(
-            f"{folder} cannot be checked: {', '.join(told)}; let its files be read, and start again"
+            f"{folder} cannot be checked: {', '.join(said)}; make its files readable, and start "
+            "again"
         )
-    raise DamagedError(f"{folder} is damaged: {', '.join(told)}; {remedy}")
+    raise DamagedError(
+        f"{folder} is damaged: {', '.join(said)}; bring the files back or name another checkpoint"
+    )

@@ -76,20 +76,13 @@ class Probe:
         try:
             check_probe(manifest.probe, found, manifest.precision, str(folder), exact=not differs)
         except DamagedError:
-            from_rank_0(self._check_data)
+            from_rank_0(lambda: [check_file(*item) for item in self._files.items()])
             raise
 
-    def _check_data(self) -> None:
-        for path, digest in self._files.items():
-            check_file(path, digest)
-
     def _read(self, some: Sequence[int]) -> MicroBatch:
-        whole = micro_batch(
-            self._reader, [self._sources[i] for i in some], [self._rows[i] for i in some]
-        )
-        short = MicroBatch(
-            *(t[:, :PROBE_TOKENS].contiguous() if t.dim() == 2 else t for t in whole)
-        )
+        sources, rows = [self._sources[i] for i in some], [self._rows[i] for i in some]
+        full = micro_batch(self._reader, sources, rows)
+        short = MicroBatch(*(t[:, :PROBE_TOKENS].contiguous() if t.dim() == 2 else t for t in full))
         ones_BT = torch.ones_like(short.lm_weight_BT)
         return short._replace(lm_weight_BT=ones_BT, mode_weight_BT=ones_BT.clone())
 
@@ -97,12 +90,14 @@ class Probe:
 def conditions(engine: Engine) -> dict[str, Any]:
     """Name what decides the rounding of a forward pass: layout, program, device, threads."""
     cuda = engine.device.type == "cuda"
+    # The instruction set chooses the library's kernels.
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "layout": engine.layout._asdict(),
         "schedule": engine.config.parallel.schedule,
         "sequence_parallel": engine.config.parallel.sequence_parallel,
         "loss": engine.step_loss.mode_loss.implementation,
-        "device": torch.cuda.get_device_name(engine.device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(engine.device) if cuda else processor,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -111,7 +106,7 @@ def conditions(engine: Engine) -> dict[str, Any]:
 def check_probe(
     saved: dict[str, Any], found: dict[str, Any], precision: str, where: str, *, exact: bool
 ) -> None:
-    """Hold a probe against the saved one, to the last bit where `exact` says so.
+    """Compare a probe with the saved one, to the last bit where `exact` says so.
 
     Raises DamagedError naming both losses where they do not agree.
     """
@@ -125,11 +120,5 @@ def check_probe(
             raise DamagedError(
                 f"{where} is loaded, but its probe has {key} {value!r} where {expected!r} was "
                 f"saved, and they must agree {bound}. Checkpoint and data are as "
-                "written, so memory, device or program differ; start on another machine, or set "
-                "checkpoint.fallback=true to resume from the checkpoint before it"
+                "written, so memory, device or program differ (another machine may agree)"
             )
-
-
-def _processor() -> str:
-    """Name the CPU's instruction set, which chooses the library's kernels."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

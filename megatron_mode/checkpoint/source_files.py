@@ -8,11 +8,9 @@ background of its first steps; a file that was found intact is noted in data.jso
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import threading
-from collections.abc import Iterable
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_mode.atomic import write_whole
 from megatron_mode.checkpoint.collective import from_rank_0
+from megatron_mode.checkpoint.files import describe
 from megatron_mode.config import Config
 from megatron_mode.errors import DataError
 from megatron_mode.mix.corpus import Corpus
@@ -32,7 +31,7 @@ WAIT_SECONDS = 10.0
 
 
 def sealed_files(
-    sources: Iterable[Source], packed_whole: AbstractSet[str], seq_len: int
+    sources: Iterable[Source], packed_whole: Collection[str], seq_len: int
 ) -> dict[Path, str]:
     """Return the SHA-256 that NAME.json states of every file of the sources.
 
@@ -53,19 +52,17 @@ def sealed_files(
 def check_file(path: Path, digest: str) -> int:
     """Hash a file again and return its size; DataError where it is not what was sealed."""
     try:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-            size_bytes = stream.tell()
+        found = describe(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); copy or prepare it again"
         ) from None
-    if found != digest:
+    if found.sha256 != digest:
         raise DataError(
-            f"{path} has SHA-256 {found[:12]} but its source's .json file says {digest[:12]}: "
-            "it changed since it was prepared; copy or prepare it again"
+            f"{path} has SHA-256 {found.sha256[:12]} but its source's .json file says "
+            f"{digest[:12]}: it changed since it was prepared; copy or prepare it again"
         )
-    return size_bytes
+    return found.bytes
 
 
 class DataCheck:
@@ -76,7 +73,7 @@ class DataCheck:
 
         Raises DataError on every rank where one differs. Nothing is written before `start`.
         """
-        self._record, self._failure = folder / RECORD_NAME, ""
+        self._record, self._verify, self._failure = folder / RECORD_NAME, config.data.verify, ""
         entries = (*config.mix.mode1.sources, *config.mix.mode2.sources)
         packed_whole = {entry.name for entry in entries if entry.packing == "whole"}
         sources = {source.name: source for source in (*corpus.valid, *corpus.read_sources)}
@@ -84,7 +81,6 @@ class DataCheck:
         self._known: dict[str, dict[str, Any]] = {}
         from_rank_0(self._compare_samples)
         self._thread = threading.Thread(target=self._hash_all, name="data check", daemon=True)
-        self._verify = config.data.verify
 
     def start(self) -> None:
         """Note the samples in RUN/data.json once the run resumed; `data.verify` hashes the rest."""

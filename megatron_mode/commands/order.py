@@ -176,35 +176,19 @@ def document_answer(opened: Opened, document: str) -> Answer:
 
 def verify_answer(opened: Opened, run: Path, *, show_progress: bool) -> Answer:
     """Replay and hash; the first thing that differs is raised."""
-    from tqdm import tqdm
-
     from megatron_mode.quiet import import_quietly
 
     verify: Any = import_quietly("megatron_mode.checkpoint.replay", 0)
-    document = opened.document
-    manifests = verify.find_manifests(run)
-    for manifest in manifests:
-        verify.check_settings(manifest, document.settings)
-    hidden = None if show_progress else True
-    steps, skips = manifests[-1].step, manifests[-1].skips
-    with tqdm(total=steps, desc="replay", unit="step", leave=False, disable=hidden) as bar:
-        digest = verify.replay(document.order, document.global_rows, manifests, bar.update)
-    sources, seq_len = opened.corpus.read_sources if opened.corpus else (), document.order.seq_len
-    with tqdm(desc="hash", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
-        size_bytes = verify.check_source_files(sources, document.packed_whole, seq_len, bar.update)
-    answer = {
-        "verified": str(run),
-        "checkpoints": [manifest.step for manifest in manifests],
-        "order_digest": digest,
-        "skips": skips,
-        "hashed_bytes": size_bytes,
-    }
+    sources = opened.corpus.read_sources if opened.corpus else ()
+    answer = verify.verify_run(run, opened.document, sources, show_progress=show_progress)
+    steps = answer["checkpoints"]
     text = (
-        f"{run}: {len(manifests)} checkpoints up to step {steps} agree with the order "
-        f"(digest {digest[:12]}); {size_bytes:,} bytes of sources are as they were prepared"
+        f"{run}: {len(steps)} checkpoints up to step {steps[-1]} agree with the order (digest "
+        f"{answer['order_digest'][:12]}); {answer['hashed_bytes']:,} bytes of sources are as they "
+        "were prepared"
     )
-    if skips:
-        text += f"\nupdates left out: steps {', '.join(map(str, skips))}"
+    if answer["skips"]:
+        text += f"\nupdates left out: steps {', '.join(map(str, answer['skips']))}"
     return answer, text
 
 

@@ -1,7 +1,7 @@
-"""Rewrite a run's checkpoint so that a run of another layout can go on from it.
+"""Rewrite a run's checkpoint so that a run of another layout can continue from it.
 
-The checkpoint stays; a folder `step-NNNNNNNN-universal` beside it holds every parameter whole, with
-its optimizer state. The next start at any layout finds it, whatever checkpoint.reshard says.
+The checkpoint stays; a folder `step-NNNNNNNN-universal` beside it holds every complete parameter
+with its optimizer state. The next start at any layout finds it, whatever checkpoint.reshard says.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=whole(0),
         default=0,
-        help="parameters rewritten at a time, each whole in memory; 0: one a core",
+        help="parameters rewritten at a time, each complete in memory; 0: one a core",
     )
     add("--json", action="store_true", help="print one JSON object")
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = parse_layout(args.to) if args.to is not None else {}
     from megatron_mode.quiet import import_quietly
 
-    import_quietly("megatron_mode.checkpoint.reshard.reshard", threads=1)
+    import_quietly("megatron_mode.checkpoint.reshard.universal", threads=1)
     from megatron_mode.checkpoint.lock import PATIENCE_SECONDS, held
     from megatron_mode.checkpoint.manifest import read_manifest
 
@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     check_fits(manifest, wanted, source)
     begin = time.perf_counter()
     holder = f"megatron-mode reshard, process {os.getpid()}"
+    threads = args.threads or len(os.sched_getaffinity(0))
     with held(source.parent, holder, PATIENCE_SECONDS):
-        answer = rewrite(source, manifest, args.threads or len(os.sched_getaffinity(0)), args.json)
+        answer = rewrite(source, manifest, threads, show_progress=not args.json)
     answer |= {"to": wanted or None, "seconds": round(time.perf_counter() - begin, 3)}
     print(json.dumps(answer) if args.json else text_of(answer))
     return 0
@@ -72,37 +73,24 @@ def parse_layout(text: str) -> dict[str, int]:
         axis, _, size = word.strip().partition("=")
         if axis not in AXES or not size.isascii() or not size.isdigit() or int(size) < 1:
             raise ConfigError(
-                f"--to is {text!r}: accepted are {', '.join(AXES)}, each with a size of 1 or more, "
-                "as in tensor=2,pipeline=4"
+                f"--to is {text!r}: name {', '.join(AXES)}, each with a size of 1 or more, as in "
+                "tensor=2,pipeline=4"
             )
         if axis in sizes:
-            raise ConfigError(f"--to is {text!r}: {axis} stands there twice; name it once")
+            raise ConfigError(f"--to is {text!r}: {axis} is there twice; name it once")
         sizes[axis] = int(size)
     return sizes
 
 
 def find_checkpoint(path: Path, step: int | None) -> Path:
     """Return the checkpoint folder that a path and --step name."""
-    from megatron_mode.checkpoint.folders import (
-        CHECKPOINTS_NAME,
-        finished_checkpoints,
-        step_of,
-        tag_of,
-    )
+    from megatron_mode.checkpoint.folders import CHECKPOINTS_NAME, find_step
     from megatron_mode.checkpoint.load import resolve_folder
 
     if step is None:
         return resolve_folder(path)
-    checkpoints = path / CHECKPOINTS_NAME if (path / CHECKPOINTS_NAME).is_dir() else path
-    there = finished_checkpoints(checkpoints)
-    folder = checkpoints / tag_of(step)
-    if folder not in there:
-        names = ", ".join(str(step_of(found)) for found in there)
-        raise CheckpointError(
-            f"--step is {step}: {checkpoints} has no finished {folder.name}, accepted is one of "
-            f"{names or 'none, for it has no checkpoint'}"
-        )
-    return folder
+    inner = path / CHECKPOINTS_NAME
+    return find_step(inner if inner.is_dir() else path, step, f"--step is {step}")
 
 
 def check_fits(manifest: Manifest, wanted: dict[str, int], source: Path) -> None:
@@ -123,39 +111,32 @@ def check_fits(manifest: Manifest, wanted: dict[str, int], source: Path) -> None
         check_world_size(changed, sizes["tensor"] * sizes["pipeline"] * sizes["data"])
 
 
-def rewrite(source: Path, manifest: Manifest, threads: int, quiet: bool) -> dict[str, Any]:
-    """Make the universal folder, or find that it is there; return what to tell."""
-    from tqdm import tqdm
-
+def rewrite(
+    source: Path, manifest: Manifest, threads: int, *, show_progress: bool
+) -> dict[str, Any]:
+    """Make the universal folder, or find that it is there; return what to print."""
     from megatron_mode.checkpoint.files import differences
     from megatron_mode.checkpoint.folders import universal_of
     from megatron_mode.checkpoint.load import join_alone
     from megatron_mode.checkpoint.manifest import check_files
-    from megatron_mode.checkpoint.reshard import reshard
+    from megatron_mode.checkpoint.reshard.universal import make_universal, universal_manifest
 
-    folder = universal_of(source)
-    found = reshard.universal_manifest(source)
-    reused = found is not None
-    if folder.exists():
+    folder, found = universal_of(source), universal_manifest(source)
+    reused = folder.exists()
+    if reused:
         wrong = ["it was not made from this checkpoint"]
         if found is not None:
-            unsound = differences(folder, found.files, found.files)
-            wrong = [f"{name} {what}" for name, what in unsound.items()]
+            damaged = differences(folder, found.files, found.files)
+            wrong = [f"{name} {what}" for name, what in damaged.items()]
         if wrong:
             raise CheckpointError(
-                f"{folder} is there already and is not sound ({wrong[0]}): delete it to make it "
-                "anew"
+                f"{folder} is there already and is not intact ({wrong[0]}): delete it to make it "
+                "again"
             )
     if found is None:
-        check_files(source, manifest, list(manifest.files))
+        check_files(source, manifest, manifest.files)
         join_alone()
-        native = reshard.open_native(source, manifest, 1)
-        native.open(native.names)
-        with tqdm(total=len(native.names), unit="parameter", leave=False, disable=quiet) as bar:
-            reshard.reshard(source, native, threads, bar.update)
-        found = reshard.universal_manifest(source)
-    if found is None:
-        raise CheckpointError(f"{folder} was just made and is not sound: check the disk")
+        found = make_universal(source, manifest, threads, show_progress=show_progress)
     return {
         "folder": str(folder),
         "step": manifest.step,
@@ -167,7 +148,7 @@ def rewrite(source: Path, manifest: Manifest, threads: int, quiet: bool) -> dict
 
 
 def text_of(answer: dict[str, Any]) -> str:
-    """Say what was made, and how to go on from it."""
+    """Say what was made, and how to continue from it."""
     made = "is there already" if answer["reused"] else f"written in {answer['seconds']:.1f} s"
     start = " ".join(
         f"parallel.{axis}={size}" for axis, size in (answer["to"] or {}).items() if axis != "data"
@@ -175,5 +156,5 @@ def text_of(answer: dict[str, Any]) -> str:
     return (
         f"{answer['folder']}: {answer['parameters']} parameters with their optimizer state after "
         f"step {answer['step']}, {answer['bytes']:,} bytes, {made}\n"
-        f"start the run again with {start or 'another layout'}; it goes on from there"
+        f"start the run again with {start or 'another layout'}; it continues from there"
     )

@@ -50,30 +50,26 @@ def build(model: str, data: Path, run_dir: Path) -> Run:
     return Run(config, run_dir, corpus, order, reader, engine)
 
 
-def parts_of(run: Run):
-    from megatron_mode.checkpoint.order_record import OrderRecord
-    from megatron_mode.checkpoint.probe import Probe
+def checkpoints_of(run: Run):
+    from megatron_mode.checkpoint.save import Checkpoints
+
+    return Checkpoints(run.engine, run.folder, run.corpus, run.order, run.reader)
+
+
+def take_step(run: Run, checkpoints, first_step: int) -> None:
     from megatron_mode.train import steps
 
-    probe = Probe(run.order, run.reader)
-    return probe, OrderRecord.start(run.config, run.corpus, run.order), steps
-
-
-def take_step(run: Run, record, first_step: int, steps) -> None:
     batches = steps(run, first_step)
     batch = next(batches)
     run.engine.train_step(batch.step, batch.micro_batches)
-    record.update(batch.step, batch.rows)
+    checkpoints.record.update(batch.step, batch.rows)
     batches.close()
 
 
 def measure_saves(run: Run, rounds: int) -> dict[str, object]:
     """Save in both ways in turn; the first round warms buffers and the disk and is left out."""
-    from megatron_mode.checkpoint.save import Checkpoints
-
-    probe, record, steps = parts_of(run)
-    take_step(run, record, 0, steps)
-    checkpoints = Checkpoints(run.engine, run.folder, run.corpus.root / "tokenizer.model", probe)
+    checkpoints = checkpoints_of(run)
+    take_step(run, checkpoints, 0)
     stalls: dict[bool, list[float]] = {True: [], False: []}
     probes = []
     for number in range(rounds + 1):
@@ -81,9 +77,9 @@ def measure_saves(run: Run, rounds: int) -> dict[str, object]:
             settings = run.config.checkpoint.model_copy(update={"asynchronous": background})
             run.engine.config = run.config.model_copy(update={"checkpoint": settings})
             begin = time.perf_counter()
-            probe.measure(run.engine)
+            checkpoints.probe.measure(run.engine)
             probe_seconds = time.perf_counter() - begin
-            checkpoints.save(1, record)
+            checkpoints.save(1)
             stall_seconds = checkpoints.take_stall_seconds()
             checkpoints.wait()
             if number:
@@ -107,16 +103,16 @@ def measure_resume(run: Run) -> dict[str, float]:
     from megatron_mode.checkpoint.manifest import check_shared, read_manifest
     from megatron_mode.checkpoint.resume import resume
 
-    probe, record, steps = parts_of(run)
+    checkpoints = checkpoints_of(run)
     folder = run.folder / "checkpoints" / "step-00000001"
     begin = time.perf_counter()
     check_shared(folder, read_manifest(folder))
     digests_seconds = time.perf_counter() - begin
     begin = time.perf_counter()
-    first_step, _ = resume(run.engine, run.folder, record, run.order, probe)
+    first_step, _ = resume(checkpoints)
     resume_seconds = time.perf_counter() - begin
     begin = time.perf_counter()
-    take_step(run, record, first_step, steps)
+    take_step(run, checkpoints, first_step)
     return {
         "digest_check_seconds": round(digests_seconds, 3),
         "resume_seconds": round(resume_seconds, 3),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mode.checkpoint import files
-from megatron_mode.checkpoint.files import FileRecord, differences, save_tensors, unlisted
+from megatron_mode.checkpoint.files import FileRecord, differences, save_tensors
 
 
 def record_of(path):
@@ -70,9 +70,3 @@ def test_every_changed_byte_is_found(tmp_path_factory, data):
     assert f"bytes instead of {len(old)}" in differences(folder, records, records)[name]
     (folder / name).unlink()
     assert differences(folder, records, records) == {name: "is missing"}
-
-
-def test_what_the_manifest_does_not_list_is_named(tmp_path):
-    for name in ("a", "b", "manifest.json"):
-        (tmp_path / name).write_text(name)
-    assert unlisted(tmp_path, {"a": record_of(tmp_path / "a")}, ["manifest.json"]) == ["b"]

@@ -162,8 +162,8 @@ def test_a_kill_while_publishing_is_no_edit_and_an_edit_is_no_kill(checkpoints, 
 
 def test_a_kill_while_going_back_leaves_a_good_checkpoint(checkpoints, monkeypatch):
     """What holds a step that is to be left out goes, the newest first."""
-    assert forget_after(checkpoints, 1) is None
-    assert forget_after(checkpoints, 6) == checkpoints / tag_of(6)
+    forget_after(checkpoints, 1)
+    forget_after(checkpoints, 6)
     assert len(finished_checkpoints(checkpoints)) == 3
     for _ in every_kill(monkeypatch, checkpoints, lambda: forget_after(checkpoints, 3)):
         assert is_whole(current_checkpoint(checkpoints))
@@ -181,21 +181,20 @@ def test_permanent_checkpoints_stay(tmp_path):
 
 def test_the_only_checkpoint_stays(tmp_path):
     third = publish(written(tmp_path, 3))
-    assert prune(third, 1, 0) == []
     aside = [
         set_aside(third, {publish(written(tmp_path, 5)): ".damaged"})[tmp_path / tag_of(5)]
         for _ in range(2)
     ]
     assert aside == [f"{tag_of(5)}.damaged", f"{tag_of(5)}.damaged-2"], "what was kept is kept"
-    assert prune(third, 1, 0) == []
+    prune(third, 1, 0)
     assert current_checkpoint(tmp_path) == third
 
 
 def test_the_one_just_published_stays_whatever_lies_beside_it(tmp_path):
     shutil.copytree(publish(written(tmp_path, 3)), tmp_path / tag_of(99))
     published = publish(written(tmp_path, 4))
-    assert prune(published, 1, 0) == [tmp_path / tag_of(3)]
-    assert published.is_dir()
+    prune(published, 1, 0)
+    assert finished_checkpoints(tmp_path) == [published, tmp_path / tag_of(99)]
 
 
 def test_what_was_set_aside_alone_is_no_beginning(tmp_path):

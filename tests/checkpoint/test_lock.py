@@ -27,7 +27,7 @@ def checkpoints(tmp_path, monkeypatch):
 def test_the_second_run_is_refused_at_its_start(checkpoints, capfd):
     with lock.held(checkpoints, "process 7 on a", 0.3):
         with (
-            pytest.raises(CheckpointError, match="is in use by process 7 on a: accepted"),
+            pytest.raises(CheckpointError, match="is in use by process 7 on a: only one"),
             lock.held(checkpoints, "process 8 on b", 0.3),
         ):
             pass

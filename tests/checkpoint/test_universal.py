@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from torch import nn
 
 from megatron_mode.checkpoint.reshard.universal import check_parameters, share_of
-from megatron_mode.cost.topology import Layout
 from megatron_mode.errors import CheckpointError
 from megatron_mode.model.sharding import Cut, Whole
 
 HERE = Path("step-00000001-universal")
 
 
-def engine(*, tensor: int) -> Any:
-    """Return what stands for an engine whose model is one replicated matrix, 8 x 4."""
-    module = nn.Linear(4, 8, bias=False)
-    return SimpleNamespace(
-        deepspeed=SimpleNamespace(module=module), layout=Layout(tensor, 1, 1), rank=0
-    )
+MINE = {"weight": Whole((8, 4), None)}
 
 
 def test_the_same_cut_is_accepted() -> None:
-    check_parameters(engine(tensor=2), {"weight": Whole((8, 4), None)}, HERE)
+    check_parameters(MINE, {**MINE, "of another stage": Whole((4,), None)}, HERE)
 
 
 @pytest.mark.parametrize("saved", [Whole((16, 4), Cut(0)), Whole((8, 8), Cut(1)), None])
@@ -34,7 +25,7 @@ def test_another_cut_is_refused_by_name(saved: Whole | None) -> None:
     """At two tensor ranks 16 x 4 in two parts has the local shape 8 x 4 too."""
     wholes = {} if saved is None else {"weight": saved}
     with pytest.raises(CheckpointError, match=f"{HERE.name} holds weight as .* name another"):
-        check_parameters(engine(tensor=2), wholes, HERE)
+        check_parameters(MINE, wholes, HERE)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16])

@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from spoilt_checkpoints import Bomb
 
-from megatron_mode.checkpoint.unpickle import weights_only
+from megatron_mode.checkpoint.files import weights_only
 
 
 class Asks:

@@ -60,12 +60,12 @@ def test_prepare_refuses_bad_lines(verb: Call, tmp_path: Path, text: str, fragme
     [
         # argparse took the `--` out and handed the verb an empty list.
         (["merge", "--out", "{new}", "--workers=--"], "--workers: expected one argument"),
-        (["merge", "--out", "{new}", "--workers=2000"], "accepted is a whole number of 1 to 1024"),
-        (["report", "{run}", "--out", ""], "--out '.' cannot be written (Is a directory)"),
+        (["merge", "--out", "{new}", "--workers=2000"], "use a whole number of 1 to 1024"),
+        (["report", "{run}", "--out", ""], "--out . cannot be written (Is a directory)"),
         (["prepare", "--out", "{new}", "--input", "{in}", "--vocab-size", "1" + "0" * 40],
-         "accepted is a whole number of 1 to 16777216"),
+         "use a whole number of 1 to 16777216"),
         (["score", "{run}", "{in}", "--threads", "1" + "0" * 40], "of 0 to 1024"),
-        (["score", "{run}", "{in}", "--limit", "1" + "0" * 40], "of 1 to 9223372036854775807"),
+        (["score", "{run}", "{in}", "--limit", "1" + "0" * 40], "of 1 or more, below 2**63"),
         # A wrong name behind a right one left the table of the right one.
         (["pack", "{data}", "--seq-len", "48", "--sources", "books,nope"], "nope.idx does not"),
     ],

@@ -57,7 +57,9 @@ def test_the_way_out_of_a_damaged_manifest_is_named_and_works(pretrain: Call, ru
     path = checkpoint(run, 3) / "manifest.json"
     path.write_bytes(path.read_bytes()[:-1] + b" ")
     sentence = refusal(pretrain())
-    assert "is not the one in manifest.json.sha256; mend it, or set checkpoint.fallback" in sentence
+    assert (
+        "is not the one in manifest.json.sha256; mend that, or set checkpoint.fallback" in sentence
+    )
     outcome = pretrain("checkpoint.fallback=true")
     assert outcome.status == 0, outcome
     assert "; step-00000002 is taken instead" in outcome.out
@@ -84,7 +86,7 @@ def test_the_config_goes_back_once(pretrain: Call, run: Path) -> None:
     back = "run.resume_from=step-2"
     refused = refusal(pretrain("run.resume_from=step-7"))
     assert "run.resume_from is step-7, which is no finished checkpoint of" in refused
-    assert "accepted is step-00000002, step-00000003; correct it" in refused
+    assert "it may name step-00000002, step-00000003; correct it" in refused
     assert "resumes at step 2" in pretrain(back).out
     assert (run / "checkpoints/step-00000003.aside").is_dir()
     assert "resumes at step 3" in pretrain(back).out
@@ -196,7 +198,7 @@ def test_what_is_in_use_is_not_touched(
     before = tree(run)
     with lock.held(run / "checkpoints", "process 7 on a", 0.3):
         sentence = refusal(verb("reshard", run))
-        assert f"{run / 'checkpoints'} is in use by process 7 on a: accepted" in sentence
+        assert f"{run / 'checkpoints'} is in use by process 7 on a: only one" in sentence
     assert tree(run) == {**before, "checkpoints/.lock": b""}
     assert verb("reshard", run).status == 0
 

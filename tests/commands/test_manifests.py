@@ -100,4 +100,4 @@ def test_a_universal_folder_that_names_no_files_is_refused(
     folder = run / "checkpoints/step-00000003-universal"
     manifest = json.loads((folder / "manifest.json").read_text())
     write_sealed(folder, {**manifest, "files": {}})
-    assert "is not sound" in refusal(verb("reshard", run))
+    assert "is not intact" in refusal(verb("reshard", run))

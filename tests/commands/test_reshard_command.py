@@ -58,16 +58,17 @@ def test_a_checkpoint_is_rewritten_once(verb: Call, run: Path) -> None:
     ("words", "fragment"),
     [
         (["nowhere"], "nowhere is not a folder"),
-        (["{run}", "--to", "tenser=2"], "--to is 'tenser=2': accepted are tensor, pipeline, data"),
+        (["{run}", "--to", "tenser=2"], "--to is 'tenser=2': name tensor, pipeline, data"),
         (["{run}", "--to", "tensor=0"], "each with a size of 1 or more"),
         (["{run}", "--to", "tensor=²"], "each with a size of 1 or more"),
-        (["{run}", "--to", ""], "--to is '': accepted are"),
-        (["{run}", "--to", "tensor=1,tensor=2"], "tensor stands there twice"),
+        (["{run}", "--to", ""], "--to is '': name tensor"),
+        (["{run}", "--to", "tensor=1,tensor=2"], "tensor is there twice"),
         (["{run}", "--to", "tensor=2"], "--to cannot hold the model of {run}/checkpoints/"),
         (["{run}", "--to", "tensor=2"], "parallel.tensor is 2; accepted: a divisor of"),
         (["{run}", "--to", "pipeline=3"], "parallel.pipeline is 3; accepted: at most"),
         (["{run}", "--to", "data=3"], "world size is 3; accepted:"),
-        (["{run}", "--step", "9"], "has no finished step-00000009, accepted is one of 2, 3"),
+        (["{run}", "--step", "9"], "--step is 9, which is no finished checkpoint of {run}/check"),
+        (["{run}", "--step", "9"], ": it may name step-00000002, step-00000003; correct it"),
         (["{run}", "--step", "0"], "--step: the value is '0'"),
         (["{run}", "--threads", "-1"], "--threads: the value is '-1'"),
         ([], "required: RUN"),
@@ -120,7 +121,7 @@ def test_a_checkpoint_without_names_is_refused(verb: Call, run: Path) -> None:
 def test_what_stands_in_the_way_is_named(verb: Call, run: Path) -> None:
     folder = run / "checkpoints" / UNIVERSAL
     folder.mkdir()
-    assert f"{folder} is there already and is not sound" in refusal(verb("reshard", run))
+    assert f"{folder} is there already and is not intact" in refusal(verb("reshard", run))
     folder.rmdir()
     assert verb("reshard", run).status == 0
     flip_byte(folder / "zero/1.layer.mlp.linear_fc1.weight/exp_avg.pt")
@@ -152,9 +153,9 @@ KILLED = """
 import os, signal, sys
 from megatron_mode.__main__ import run_verb
 from megatron_mode.quiet import import_quietly
-import_quietly("megatron_mode.checkpoint.reshard.reshard", 1)
-from megatron_mode.checkpoint.reshard import reshard, universal
-save, rename = universal.save_tensors, reshard.rename_durably
+import_quietly("megatron_mode.checkpoint.reshard.universal", 1)
+from megatron_mode.checkpoint.reshard import universal
+save, rename = universal.save_tensors, universal.rename_durably
 for left in map(int, sys.argv[2:]):
     count = left
     def dying(function):
@@ -165,7 +166,7 @@ for left in map(int, sys.argv[2:]):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args)
         return call
-    universal.save_tensors, reshard.rename_durably = dying(save), dying(rename)
+    universal.save_tensors, universal.rename_durably = dying(save), dying(rename)
     child = os.fork()
     if child == 0:
         os._exit(run_verb(["reshard", sys.argv[1], "--json"]))

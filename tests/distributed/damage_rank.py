@@ -28,9 +28,8 @@ def apply(damage, checkpoints):
 
 def attempts(process, config, damages):
     """Try to resume under each damage; return what each said, and last where the sound one went."""
-    from megatron_mode.checkpoint.order_record import OrderRecord
-    from megatron_mode.checkpoint.probe import Probe
     from megatron_mode.checkpoint.resume import resume
+    from megatron_mode.checkpoint.save import Checkpoints
     from megatron_mode.engine.build import join_group
     from megatron_mode.errors import CheckpointError
     from megatron_mode.train import build_run, open_data
@@ -38,16 +37,15 @@ def attempts(process, config, damages):
     data = open_data(config)
     join_group(process, config.run.threads)
     run = build_run(data, process)
-    probe = Probe(run.order, run.reader)
     said = []
     for damage in [*damages, None]:
         undo = None
         if run.engine.rank == 0 and damage is not None:
             undo = apply(damage, run.folder / "checkpoints")
         dist.barrier()
-        record = OrderRecord.start(run.config, run.corpus, run.order)
+        checkpoints = Checkpoints(run.engine, run.folder, run.corpus, run.order, run.reader)
         try:
-            step, _ = resume(run.engine, run.folder, record, run.order, probe)
+            step, _ = resume(checkpoints)
             said.append(f"went on at step {step}")
         except CheckpointError as error:
             said.append(str(error))

@@ -20,7 +20,7 @@ def run_training(process, config, moment=None, ranks=(), signals=("SIGUSR1",)):
 
     from megatron_mode import finish
     from megatron_mode import train as training
-    from megatron_mode.checkpoint import writer
+    from megatron_mode.checkpoint import save
     from megatron_mode.engine.step import Engine
     from megatron_mode.process.stopping import StopRequest
 
@@ -49,8 +49,8 @@ def run_training(process, config, moment=None, ranks=(), signals=("SIGUSR1",)):
         time.sleep(0.3)
         return save_tensors(*args)
 
-    save_tensors = writer.save_tensors
-    writer.save_tensors = written_slowly
+    save_tensors = save.save_tensors
+    save.save_tensors = written_slowly
     Engine.train_step = signalled("step", Engine.train_step)
     training.evaluate = signalled("evaluation", training.evaluate)
     finish.evaluate_source = signalled("final", finish.evaluate_source)

@@ -129,7 +129,7 @@ def train_and_save(process, sizes, folders):
 
 def load_and_train(process, sizes, cases):
     """For each (variant, universal folder): load it and go on; return losses and states."""
-    from megatron_mode.checkpoint.writer import restore
+    from megatron_mode.checkpoint.resume import restore
     from megatron_mode.engine.build import join_group
 
     join_group(process, 1)

@@ -96,11 +96,11 @@ def run_with_slow_writes(process, config, seconds):
     import time
     from pathlib import Path
 
-    from megatron_mode.checkpoint import writer
+    from megatron_mode.checkpoint import save
     from megatron_mode.engine.step import Engine
     from megatron_mode.train import train
 
-    train_step, save_tensors = Engine.train_step, writer.save_tensors
+    train_step, save_tensors = Engine.train_step, save.save_tensors
     checkpoints = Path(config.run.dir) / "checkpoints"
     beside, wrote = [], [0.0]
 
@@ -118,7 +118,7 @@ def run_with_slow_writes(process, config, seconds):
 
     with (
         mock.patch.object(Engine, "train_step", noting),
-        mock.patch.object(writer, "save_tensors", slowly),
+        mock.patch.object(save, "save_tensors", slowly),
     ):
         train(config, process)
     return beside, wrote[0]

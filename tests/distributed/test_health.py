@@ -91,7 +91,7 @@ def weights(folder):
             for key, inner in items:
                 collect(f"{name}/{key}", inner)
 
-    from megatron_mode.checkpoint.unpickle import weights_only
+    from megatron_mode.checkpoint.files import weights_only
 
     with weights_only():
         for path in sorted((folder / f"checkpoints/step-{STEPS:08d}").glob("*.pt")):

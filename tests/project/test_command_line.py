@@ -66,7 +66,7 @@ def test_every_option_says_what_it_does(verb, capsys):
         (["scoer"], "verb is 'scoer': use one of train, prepare, "),
         (["scoer"], "; did you mean score?"),
         (["prepare", "--vocab-sise", "3"], "did you mean --vocab-size?"),
-        (["prepare", "--vocab-size", "many"], "the value is 'many', accepted is a whole"),
+        (["prepare", "--vocab-size", "many"], "the value is 'many'; use a whole"),
         (["report"], "`megatron-mode report --help` shows what is accepted"),
     ],
 )  # fmt: skip

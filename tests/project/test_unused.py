@@ -20,7 +20,6 @@ ALLOWED = {
     "megatron_mode/engine/pipeline.py::get_tied_weights_and_groups": "DeepSpeed",
     "megatron_mode/engine/build.py::rehearse": "the verb of plans, to come",
     "megatron_mode/report/svg.py::ticks": "templates/figure.html",
-    "megatron_mode/streams.py::writable": "io.BufferedWriter",
 }
 
 

@@ -1,15 +1,15 @@
-"""Read whole parameters and their optimizer state out of DeepSpeed's files, by name.
+"""Read complete parameters and their optimizer state from DeepSpeed's files, by name.
 
 A ZeRO-1 checkpoint holds flat fp32 groups, cut in three ways: over stages (`mp_rank_KK`, KK = stage
 * tensor size + tensor part), inside a parameter over tensor parts, and then flat over data ranks.
-Everything here goes by the names that the files give; which stage holds a parameter, and how often,
+Everything here uses the names that the files give. Which stage holds a parameter, and how often,
 does not matter, so both pipeline schedules read alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from deepspeed.checkpoint.constants import (
 )
 from torch import Tensor
 
-from megatron_mode.checkpoint.unpickle import load_tensors, weights_only
+from megatron_mode.checkpoint.files import load_tensors
 from megatron_mode.cost.ranks import model_state_file, optimizer_file
 from megatron_mode.cost.topology import Layout
 from megatron_mode.errors import CheckpointError
@@ -36,9 +36,10 @@ SHARDED = (BASE_OPTIMIZER_STATE, PARAM_SLICE_MAPPINGS, SINGLE_PARTITION_OF_FP32_
 
 
 class NativeCheckpoint:
-    """Give out the whole parameters of a checkpoint one by one; files are mapped, not read.
+    """Give the complete parameters of a checkpoint one by one; files are mapped, not read.
 
-    Raises CheckpointError, naming the file, where it does not hold exactly `wholes`.
+    Use it inside `weights_only`. Raises CheckpointError, naming the file, where it does not hold
+    exactly `wholes`.
     """
 
     def __init__(self, folder: Path, layout: Layout, wholes: Mapping[str, Whole]) -> None:
@@ -47,12 +48,12 @@ class NativeCheckpoint:
         self._groups: list[dict[str, int]] = [
             self._check_stage(stage) for stage in range(layout.pipeline)
         ]
-        missing = [name for name in wholes if not self.stages_of(name)]
-        if missing:
-            raise CheckpointError(
-                f"{folder} holds no {missing[0]}, which the model of its manifest has: its files "
-                "are of two runs or of another version; name another checkpoint"
-            )
+        for name in wholes:
+            if not self.stages_of(name):
+                raise CheckpointError(
+                    f"{folder} holds no {name}, which the model of its manifest has: its files "
+                    "are of two runs or of another version; name another checkpoint"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -65,11 +66,8 @@ class NativeCheckpoint:
 
     def model_files(self) -> list[Path]:
         """List the files that hold what is not cut: counters, generators."""
-        return [
-            self._model_file(stage, part)
-            for stage in range(self.layout.pipeline)
-            for part in range(self.layout.tensor)
-        ]
+        ranks = range(self.layout.pipeline * self.layout.tensor)
+        return [self.folder / model_state_file(rank) for rank in ranks]
 
     def common_state(self) -> dict[str, Any]:
         """Return the optimizer state that all ranks share: its settings, not its tensors."""
@@ -77,22 +75,13 @@ class NativeCheckpoint:
         shared = {key: value for key, value in state.items() if key not in SHARDED}
         return {**shared, PARAM_GROUPS: state[BASE_OPTIMIZER_STATE][PARAM_GROUPS]}
 
-    def open(self, names: Sequence[str]) -> None:
-        """Map the files that `read` of these parameters needs; not to be called from threads."""
-        for stage in sorted({stage for name in names for stage in self.stages_of(name)}):
-            for part in range(self.layout.tensor):
-                for data in range(self.layout.data):
-                    self._shard(stage, part, data)
-
     def read(self, name: str, state: str) -> Tensor:
-        """Put one state of a parameter together: its weight in fp32, or one of its moments.
+        """Join one state of a parameter: its weight in fp32, or one of its moments.
 
         Tensor parts and stages that hold copies of it must agree.
         """
-        first, *copies = (self._join(stage, name, state) for stage in self.stages_of(name))
-        for copy in copies:
-            self._check_copy(name, first, copy, "pipeline stages")
-        return first
+        copies = [self._join(stage, name, state) for stage in self.stages_of(name)]
+        return self._only(copies, name, "pipeline stages")
 
     def step(self, name: str) -> Tensor:
         """Return how many updates a parameter has had."""
@@ -104,11 +93,7 @@ class NativeCheckpoint:
     def _join(self, stage: int, name: str, state: str) -> Tensor:
         parts = [self._part(stage, part, name, state) for part in range(self.layout.tensor)]
         cut = self.wholes[name].cut
-        if cut is not None:
-            return join_parts(parts, cut)
-        for other in parts[1:]:
-            self._check_copy(name, parts[0], other, "tensor parts")
-        return parts[0]
+        return join_parts(parts, cut) if cut else self._only(parts, name, "tensor parts")
 
     def _part(self, stage: int, part: int, name: str, state: str) -> Tensor:
         """Join what the data ranks hold of one tensor part, flat, in their order."""
@@ -135,52 +120,46 @@ class NativeCheckpoint:
         return torch.cat(pieces).view(shape)
 
     def _check_stage(self, stage: int) -> dict[str, int]:
-        """Hold the shapes in a stage's files against the model; return each name's group."""
+        """Compare the shapes in a stage's files with the model; return each name's group."""
         found: dict[str, int] = {}
         for part in range(self.layout.tensor):
-            path = self._model_file(stage, part)
-            with weights_only():
-                groups = load_tensors(path, mmap=True).get(PARAM_SHAPES)
+            path = self.folder / model_state_file(self._model_rank(stage, part))
+            groups = load_tensors(path, mmap=True).get(PARAM_SHAPES)
             if groups is None:
                 raise CheckpointError(
                     f"{path} does not name its parameters: parallel.zero_stage 0 saves optimizer "
-                    "state without names; accepted for another layout is a checkpoint of "
+                    "state without names; for another layout use a checkpoint of "
                     "parallel.zero_stage 1"
                 )
             for group, shapes in enumerate(groups):
                 for name, shape in shapes.items():
-                    self._check_shape(path, name, tuple(shape))
+                    whole = self.wholes.get(name)
+                    expected = part_shape(whole, self.layout.tensor) if whole else None
+                    if tuple(shape) != expected:
+                        known = f"has shape {expected}" if whole else "is not known"
+                        raise CheckpointError(
+                            f"{path} holds {name} of shape {tuple(shape)}, which {known} in the "
+                            f"model of its manifest at tensor size {self.layout.tensor}: "
+                            "model/sharding.py must say how it is cut, or its files are of two runs"
+                        )
                     found[name] = group
         return found
 
-    def _check_shape(self, path: Path, name: str, shape: tuple[int, ...]) -> None:
-        whole = self.wholes.get(name)
-        expected = None if whole is None else part_shape(whole, self.layout.tensor)
-        if shape != expected:
-            known = "is not known" if whole is None else f"has shape {expected}"
-            raise CheckpointError(
-                f"{path} holds {name} of shape {shape}, which {known} in the model of its "
-                f"manifest at tensor size {self.layout.tensor}: model/sharding.py must say how it "
-                "is cut, or its files are of two runs"
-            )
-
-    def _check_copy(self, name: str, one: Tensor, other: Tensor, where: str) -> None:
-        if not torch.equal(one, other):
+    def _only(self, copies: list[Tensor], name: str, where: str) -> Tensor:
+        """Return the first of copies that must all be equal."""
+        if not all(torch.equal(copies[0], copy) for copy in copies[1:]):
             raise CheckpointError(
                 f"the copies of {name} in {self.folder} differ between {where}: they drifted "
                 "apart in training, or model/sharding.py does not say how it is cut; resume at "
                 f"the layout {self.layout} that saved them, or name another checkpoint"
             )
+        return copies[0]
 
     def _shard(self, stage: int, part: int, data: int) -> dict[str, Any]:
         path = self._shard_file(stage, part, data)
         if path not in self._shards:
-            with weights_only():
-                self._shards[path] = load_tensors(path, mmap=True)[OPTIMIZER_STATE_DICT]
+            self._shards[path] = load_tensors(path, mmap=True)[OPTIMIZER_STATE_DICT]
         return self._shards[path]
-
-    def _model_file(self, stage: int, part: int) -> Path:
-        return self.folder / model_state_file(self._model_rank(stage, part))
 
     def _shard_file(self, stage: int, part: int, data: int) -> Path:
         rank = self._model_rank(stage, part)
