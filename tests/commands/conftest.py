@@ -83,7 +83,7 @@ def call_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outc
     monkeypatch.setattr(failures, "_is_joined", lambda: False)  # by tests before this one
     for name in [n for n in os.environ if n.startswith(("RANK", "WORLD_", "LOCAL_", "SLURM_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(train_command, "leave", sys.exit)
+    monkeypatch.setattr(train_command.os, "_exit", sys.exit)
     environment = dict(os.environ)
     # The program takes both signals for itself; a test run must still end on them.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
