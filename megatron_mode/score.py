@@ -56,6 +56,7 @@ class Scorer:
         """Load a checkpoint folder, or a run's newest; raises CheckpointError if that fails."""
         folder = resolve_folder(path)
         self.decoder, self.config, self.manifest = load_decoder(folder)
+        self.seq_len = self.config.model.seq_len
         if TOKENIZER_NAME in self.manifest.files:
             check_files(folder, self.manifest, [TOKENIZER_NAME])
         tokenizer = folder / TOKENIZER_NAME
@@ -71,11 +72,6 @@ class Scorer:
                 f"model {self.config.model.vocab_size}: copy the run's own tokenizer there"
             )
         self.mode_loss = ModeLoss(LossConfig(), self.tokenizer.vocab_size)
-
-    @property
-    def seq_len(self) -> int:
-        """Return the row length of the model in tokens."""
-        return self.config.model.seq_len
 
     def score(self, ids: Sequence[int]) -> TokenScores:
         """Score one document's ids, `<|doc|>` first."""

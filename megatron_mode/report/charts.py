@@ -88,7 +88,7 @@ def _position_chart(runs: Runs) -> Figure:
         by_rendering = run.summary.get("auroc_by_position") or {}
         for place, (rendering, values) in enumerate(by_rendering.items()):
             numbers = ((float(position), number(value)) for position, value in values.items())
-            points = sorted((position, value) for position, value in numbers if value is not None)
+            points = sorted((at, value) for at, value in numbers if at > 0 and value is not None)
             dash = DASHES[place % len(DASHES)]
             line = Line(f"held out, {rendering}", points, 3 + place, dash, markers=True)
             if points:
@@ -121,7 +121,8 @@ def _sources(run: RunFolder, key: str) -> list[str]:
 def _shares(run: RunFolder, name: str, place: int) -> Iterator[Line]:
     """Yield the share that was taken, and the plan as a line that the legend leaves out."""
     colour, dash = _style(place)
-    yield Line(name, in_windows(run, f"rows_by_source/{name}"), colour, dash, markers=True)
+    if taken := in_windows(run, f"rows_by_source/{name}"):
+        yield Line(name, taken, colour, dash, markers=True)
     if planned := in_windows(run, f"planned_rows_by_source/{name}"):
         yield Line("", planned, colour, "dotted")
 

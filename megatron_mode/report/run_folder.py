@@ -16,9 +16,6 @@ from megatron_mode.errors import ConfigError
 from megatron_mode.report.svg import Point
 from megatron_mode.report.writers import ENVIRONMENT_FILE, METRICS_FILE, SUMMARY_FILE
 
-HEATMAP_FILE = "heatmap.json"
-CONFIG_FILE = "config.yaml"
-
 
 # The shapes of what the report reads, down to its figures.
 class _Summary(BaseModel, extra="allow"):
@@ -118,10 +115,10 @@ def read_run(run_dir: Path, name: str) -> RunFolder:
         return {}
 
     summary = read(SUMMARY_FILE, _Summary, "the final figures are left out")
-    heatmap = read(HEATMAP_FILE, _HeatMap, "the heat map is left out")
+    heatmap = read("heatmap.json", _HeatMap, "the heat map is left out")
     environment = read(ENVIRONMENT_FILE, _Environment, "the machine is not named")
     _add_final_evaluation(columns, summary, tokens_seen, notes)
-    config = run_dir / CONFIG_FILE
+    config = run_dir / "config.yaml"
     return RunFolder(
         name=name,
         columns=columns,

@@ -119,7 +119,7 @@ class Scale:
         return [2.0**exponent for exponent in exponents[::every]]
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """Return at most `most` multiples of 1, 2 or 5 times a power of ten inside [low, high]."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     # The first step that is large enough; the one before had more than `most`, so one is inside.

@@ -220,6 +220,18 @@ def test_held_out_curves_end_in_the_final_evaluation(make_run):
     assert "before the run continued" in Page(build_page([run])).words
 
 
+def test_sources_without_rows_and_position_zero_have_no_curve(make_run):
+    run = make_run("real", steps=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "tokens_seen": 99999, "rows_by_source": {"web": 0}}\n')
+    summary = json.loads((run / "summary.json").read_text())
+    summary["auroc_by_position"] = {"plain": {"0": 0.5, "1": 0.75}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    words = Page(build_page([run])).words
+    assert "Share of rows by source" not in words
+    assert "held out, plain 0.75" in words
+
+
 def test_a_single_step_and_absent_classes_still_make_a_page(tmp_path):
     line = {"step": 1, "tokens_seen": 64, "lm_loss_mode1": 7.5, "lm_loss_mode2": None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
