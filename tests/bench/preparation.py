@@ -11,7 +11,10 @@ tokenising, dropping copies, shuffling, hashing and writing. Both alternate; fil
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -20,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def main() -> None:
@@ -47,6 +52,7 @@ def compare(inputs: list[Path], tokenizer: Path, rounds: int, threads: int) -> d
     """Time both sides in turn after one untimed bare call."""
     import sentencepiece
 
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     texts = rendered_texts(inputs)
     bare_tokens = sum(map(len, processor.encode(texts, num_threads=threads)))
@@ -88,7 +94,13 @@ def compare(inputs: list[Path], tokenizer: Path, rounds: int, threads: int) -> d
 
 
 def children_cpu_seconds() -> float:
-    """Return the CPU time of all processes that this one started and that have ended."""
+    """Return the CPU time of all processes that this one started and that have ended.
+
+    The workers' parent is a process that ends after the command: as a subreaper we inherit it.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

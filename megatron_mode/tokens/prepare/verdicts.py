@@ -102,15 +102,10 @@ def share_warnings(
 
 def silent_warnings(units: Iterable[Unit]) -> list[str]:
     """Say which dialogues would train nothing where only assistant turns carry LM loss."""
-    speaks: dict[str, bool] = {}
-    for unit in units:
-        for source, found in unit.facts["sources"].items():
-            if found["mode"] == 2:
-                speaks[source] = speaks.get(source, False) or found["trains_assistant"]
-    silent = sorted(source for source in speaks if not speaks[source])
-    if not silent:
-        return []
-    return [
+    sources = [entry for unit in units for entry in unit.facts["sources"].items()]
+    dialogues = {source for source, found in sources if found["mode"] == 2}
+    silent = sorted(dialogues - {s for s, found in sources if found["trains_assistant"]})
+    return silent and [
         f"No dialogue of {', '.join(silent)} has an assistant turn that is trained, so "
         "mix.mode2_lm_loss=assistant would train no token there; check the roles, `weight` and "
         "`train` of the turns, or train with mix.mode2_lm_loss=all."
