@@ -78,13 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_split_arguments(parser)
     add_mode_token_arguments(parser)
     add_work_arguments(parser)
-    add_copy_arguments(parser)
     add("--licence", metavar="TEXT", help="licence recorded in every NAME.json")
     add("--json", action="store_true", help="print the summary as one JSON object")
 
 
 def add_work_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare who works, on which part, and how much bad input is borne."""
+    """Declare who works, on which part, and what happens to bad lines and copies."""
     add = parser.add_argument
     add(
         "--workers",
@@ -104,11 +103,6 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="do part I (0 to N-1) of N; `megatron-mode merge` joins them (default: all)",
     )
-
-
-def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what happens to documents and ids that come again in their source."""
-    add = parser.add_argument
     add(
         "--duplicates",
         choices=("drop", "keep"),
@@ -144,7 +138,7 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--valid-sources",
         metavar="A,B",
-        help="sources to hold out whole (default: none)",
+        help="sources to hold out completely (default: none)",
     )
     add(
         "--seed",
@@ -193,15 +187,10 @@ def run(args: argparse.Namespace) -> int:
 
 def preparation(args: argparse.Namespace) -> Preparation:
     """Check the arguments and turn them into a plan."""
-    check_ranges(args)
-    check_licence(args.licence)
+    check_values(args)
     shard, shards = parsed_shard(args)
     from megatron_mode.tokens.mode_tokens import checked
     from megatron_mode.tokens.prepare.request import Preparation, Split
-
-    mode_tokens = checked(
-        args.mode_tokens, args.mode_token_rate, train=args.mode_token_loss == "on"
-    )
 
     inputs = sorted(SAMPLE_FOLDER.glob("*.jsonl.gz")) if args.sample else args.input
     default_size = SAMPLE_VOCAB_SIZE if args.sample else VOCAB_SIZE
@@ -216,7 +205,9 @@ def preparation(args: argparse.Namespace) -> Preparation:
             plain_share=args.plain_share,
             valid_share=args.valid_share,
             valid_sources=frozenset(filter(None, re.split(r"[,\s]+", args.valid_sources or ""))),
-            mode_tokens=mode_tokens,
+            mode_tokens=checked(
+                args.mode_tokens, args.mode_token_rate, train=args.mode_token_loss == "on"
+            ),
             keeps_copies=args.duplicates == "keep",
         ),
         workers=args.workers or useful_workers(inputs),
@@ -236,9 +227,7 @@ def parsed_shard(args: argparse.Namespace) -> tuple[int, int]:
         return 0, 1
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", args.shard)
     if not found or int(found[1]) >= int(found[2]):
-        raise ConfigError(
-            f"--shard is {args.shard}; accepted is I/N with I from 0 to N-1, such as 0/8."
-        )
+        raise ConfigError(f"--shard is {args.shard}; use I/N with I from 0 to N-1, such as 0/8.")
     if args.tokenizer is None:
         raise ConfigError(
             f"--shard {args.shard} has no --tokenizer; all shards need the same one, so give the "
@@ -247,18 +236,14 @@ def parsed_shard(args: argparse.Namespace) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def check_licence(text: str | None) -> None:
-    """Raise ConfigError for a licence that no UTF-8 file can hold."""
+def check_values(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a share out of range, a repeated input or a licence not in UTF-8."""
     try:
-        (text or "").encode()
+        (args.licence or "").encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"--licence is {text!r}; accepted is text in UTF-8, so write it anew"
+            f"--licence is {args.licence!r}; use text in UTF-8, so write it anew"
         ) from None
-
-
-def check_ranges(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a number outside of its range or an input given twice."""
     for name in ("plain_share", "valid_share"):
         value = getattr(args, name)
         if not 0 <= value <= 1:

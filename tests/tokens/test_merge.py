@@ -154,7 +154,7 @@ def test_a_shard_needs_a_number_and_a_tokenizer(
     tmp_path: Path, corpus: list[Path], run_prepare: RunPrepare
 ) -> None:
     for value in ("2/2", "1", "a/b", "-1/2"):
-        with pytest.raises(ConfigError, match="accepted is I/N"):
+        with pytest.raises(ConfigError, match="use I/N"):
             run_prepare("--out", tmp_path / "d", "--input", *corpus, f"--shard={value}")
     with pytest.raises(ConfigError, match="has no --tokenizer"):
         run_prepare("--out", tmp_path / "d", "--input", *corpus, "--shard", "0/2", tokenizer=None)
