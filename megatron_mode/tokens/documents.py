@@ -97,7 +97,7 @@ def document_of(value: Any, default_source: str, number: int) -> Document:
         )
     identifier = f"{default_source}:{number}" if identifier is None else identifier
     if not isinstance(identifier, str | int) or isinstance(identifier, bool):
-        raise BadLineError(f"id is {show(identifier)}; accepted are strings and whole numbers")
+        raise BadLineError(f"id is {show(identifier)}; accepted are strings and integers")
     if text is not None and messages is not None:
         raise BadLineError(
             "the line has both text and messages; keep text (Mode 1) or messages (2)"

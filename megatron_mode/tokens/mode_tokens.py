@@ -78,7 +78,7 @@ def content_positions(flags: bytes) -> NDArray[np.int64]:
 
 
 def true_mode(flags: bytes) -> int:
-    """Return the mode of a document, 1 or 2, which its first token tells."""
+    """Return the mode of a document, 1 or 2, by its first token."""
     return 2 if flags[0] & MODE2 else 1
 
 

@@ -125,12 +125,11 @@ def test_a_long_line_is_a_bad_line(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_mode.tokens.read import columns as tables
-    from megatron_mode.tokens.read import json_lines as json_lines_module
 
     limit = len('{"text": "12345678"}')  # the line end does not count
-    for module in (json_lines_module, tables, line_limits):
+    for module in (tables, line_limits):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", limit)
-    monkeypatch.setattr(json_lines_module, "BUFFER_BYTES", 5)
+    monkeypatch.setattr(line_limits, "BUFFER_BYTES", 5)
     lengths = [8, 10, 30, 8, 40]
     write = WRITERS.get(name, arrow)
     (tmp_path / name).write_bytes(write([{"text": "x" * length} for length in lengths]))
@@ -182,7 +181,7 @@ def test_blank_lines_and_line_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_utf_16_is_named(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"text": "a"}\n'.encode(encoding))
-    with pytest.raises(DataError, match=r"a\.jsonl is UTF-16; accepted is UTF-8"):
+    with pytest.raises(DataError, match=r"a\.jsonl is UTF-16; save it as UTF-8"):
         lines_of(tmp_path / "a.jsonl")
 
 

@@ -138,8 +138,8 @@ def chosen_columns(path: Path, found: Sequence[str], wanted: Sequence[str] | Non
         return list(found)
     if not {"text", "messages"} & set(found):
         raise DataError(
-            f"{path} has the columns {', '.join(found) or '(none)'}; accepted is a column text "
-            "(Mode 1) or messages (Mode 2), so rename one or use `megatron-mode convert`."
+            f"{path} has the columns {', '.join(found) or '(none)'}; give it a column text "
+            "(Mode 1) or messages (Mode 2): rename one, or use `megatron-mode convert`."
         )
     return [name for name in wanted if name in found]
 

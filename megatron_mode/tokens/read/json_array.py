@@ -10,8 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mode.errors import DataError
-from megatron_mode.tokens.read.json_lines import BUFFER_BYTES, Compression, JsonLines, unpacked
-from megatron_mode.tokens.read.lines import MAX_LINE_BYTES
+from megatron_mode.tokens.read.lines import (
+    BUFFER_BYTES,
+    MAX_LINE_BYTES,
+    Compression,
+    JsonLines,
+    unpacked,
+)
 
 READ_BYTES = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")

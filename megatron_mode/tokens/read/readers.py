@@ -1,6 +1,6 @@
 """Open any input as numbered JSON lines, choosing the reader by what the file holds.
 
-    JSON lines, plain or gzip'd or zstd-compressed                  -> json_lines
+    JSON lines, plain or gzip'd or zstd-compressed                  -> lines
     a file named .json that holds one array, compressed or not      -> json_array
     Parquet, Arrow IPC, folders written by datasets.save_to_disk    -> columns
 
@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 from megatron_mode.errors import DataError
 from megatron_mode.tokens.read.json_array import JsonArray, holds_array
-from megatron_mode.tokens.read.json_lines import JsonLines
-from megatron_mode.tokens.read.lines import LineReader
+from megatron_mode.tokens.read.lines import JsonLines, LineReader
 
 ACCEPTED = (
     "accepted are .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .arrow files and folders written "
@@ -79,7 +78,7 @@ def kind_of(path: Path) -> Kind | None:
         )
     is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff")) or (found is None and 0 in head[:2])
     if is_utf16 and b"{" in head.replace(b"\0", b""):
-        raise DataError(f"Input {path} is UTF-16; accepted is UTF-8, so save it as UTF-8.")
+        raise DataError(f"Input {path} is UTF-16; save it as UTF-8.")
     return found
 
 

@@ -149,7 +149,7 @@ class Index:
     def document_starts(self, begin_token: int, end_token: int) -> NDArray[np.int64]:
         """Return the first tokens of the documents that start in [begin_token, end_token).
 
-        Two binary searches by element: numpy's searchsorted would first copy the whole array,
+        Two binary searches by element: numpy's searchsorted would first copy all of the array,
         as the file leaves it unaligned.
         """
         width = self.dtype.itemsize

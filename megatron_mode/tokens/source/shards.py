@@ -93,7 +93,7 @@ class SourceWriter:
         ids = np.concatenate(self._held_ids)
         flags = b"".join(self._held_flags)
         limit = self._vocabulary.padded_vocab_size
-        assert ids.size == 0 or ids.max() < limit, "ids lie inside the vocabulary"
+        assert ids.size == 0 or ids.max() < limit, "ids are inside the vocabulary"
         self._files[".bin"].write(ids)
         self._files[".flags.bin"].write(flags)
         self._lengths.write(np.array(list(map(len, self._held_flags)), "<i4").tobytes())
