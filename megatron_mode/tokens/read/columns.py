@@ -111,7 +111,7 @@ def stream_batches(reader: Any, source: pa.MemoryMappedFile) -> Iterator[pa.Reco
     source.seek(max(0, end - len(STREAM_END)))
     if source.read(len(STREAM_END)) != STREAM_END or end != source.size():
         raise ValueError(
-            f"the Arrow stream is cut off or continues after its end, byte {end} of "
+            f"the Arrow stream continues after its end, or has none: byte {end} of "
             f"{source.size()}; write joined streams as one"
         )
 

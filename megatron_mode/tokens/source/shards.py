@@ -59,7 +59,7 @@ class SourceWriter:
         self._held_flags: list[bytes] = []
         self._files: dict[str, HashedFile] = {}
         with contextlib.ExitStack() as stack:
-            self._lengths = stack.enter_context(tempfile.TemporaryFile(dir=self._root, buffering=0))
+            self._lengths = stack.enter_context(tempfile.TemporaryFile(dir=self._root))
             for suffix in SEALED_SUFFIXES:
                 file = HashedFile(self._root / f".{name}{suffix}.partial")
                 stack.callback(remove_partial, file)
@@ -97,6 +97,7 @@ class SourceWriter:
         self._files[".bin"].write(ids)
         self._files[".flags.bin"].write(flags)
         self._lengths.write(np.array(list(map(len, self._held_flags)), "<i4").tobytes())
+        self._lengths.flush()
         self._histogram += np.bincount(np.frombuffer(flags, np.uint8), minlength=256)
         self._documents += len(self._held_flags)
         self._held_tokens = 0
