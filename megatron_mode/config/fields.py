@@ -53,7 +53,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Say where prepared sources and their tokenizer lie."""
+    """Say where prepared sources and their tokenizer are."""
 
     root: FolderPath = "data/tiny"
     """Folder written by `megatron-mode prepare`."""
@@ -182,7 +182,7 @@ class CheckpointConfig(Section):
     asynchronous: bool = True
     """Write in the background, from a copy in host memory of what a rank saves."""
     fallback: bool = False
-    """Go on from the checkpoint before when the newest is damaged, which is set aside."""
+    """Resume from the checkpoint before when the newest is damaged, which is set aside."""
     reshard: Literal["auto", "never"] = "never"
     """auto rewrites a checkpoint of another layout when a run is resumed; never refuses it."""
 
@@ -222,7 +222,7 @@ class HealthConfig(Section):
     """At a loss or gradient that is not finite: stop; skip the update; or reload the newest
     checkpoint and leave the update out."""
     spike: Literal["report", "stop", "skip", "rollback"] = "report"
-    """The same at a spike of the loss; report writes it to health.jsonl and goes on."""
+    """The same at a spike of the loss; report writes it to health.jsonl and continues."""
     spike_window_steps: Count = 64
     """Steps whose losses a spike is judged by; none is found before so many are taken."""
     spike_factor: Positive = 12.0
@@ -245,7 +245,7 @@ class HealthConfig(Section):
 
 
 class Config(Section):
-    """Hold a whole run; the resolved form is written to RUN/config.yaml."""
+    """Hold a complete run; the resolved form is written to RUN/config.yaml."""
 
     run: RunConfig
     """The run."""

@@ -39,7 +39,7 @@ class SourceConfig(Section):
     """What happens then: the others of its mode take its share, it repeats with a warning, or the
     run is refused."""
     packing: Literal["stream", "whole"] = "stream"
-    """stream cuts the documents into rows; whole packs whole ones (`megatron-mode pack`)."""
+    """stream cuts the documents into rows; whole packs them undivided (`megatron-mode pack`)."""
     mode: Literal[1, 2] | None = None
     """Mode of a source without flags in mix.valid; elsewhere the list it stands in decides."""
 

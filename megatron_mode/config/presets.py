@@ -42,6 +42,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Tree:
 
 def read_mapping(path: Path) -> Tree:
     """Read a YAML file that holds a mapping; raises ConfigError."""
+    example = "a YAML run file such as configs/run/tiny.yaml"
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -51,13 +52,12 @@ def read_mapping(path: Path) -> Tree:
     except OSError as error:
         near = suggest(path.stem, [p.stem for p in (find_configs() / "run").glob("*.yaml")])
         raise ConfigError(
-            f"config file {path} cannot be read ({error.strerror}); accepted: the path of a YAML "
-            f"run file such as configs/run/tiny.yaml{near or '; correct the path'}"
+            f"config file {path} cannot be read ({error.strerror}); accepted: the path of "
+            f"{example}{near or '; correct the path'}"
         ) from None
     if len(content) > MOST_BYTES:
         raise ConfigError(
-            f"{path} is longer than {MOST_BYTES} bytes; accepted: a YAML run file such as "
-            "configs/run/tiny.yaml; name one"
+            f"{path} is longer than {MOST_BYTES} bytes; accepted: {example}; name one"
         )
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):

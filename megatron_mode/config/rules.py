@@ -37,12 +37,11 @@ def check_world_size(config: Config, world_size: int) -> int:
         return data
     works = [model_ranks * size for size in sizes]
     each = f", at least {least} for each data rank (parallel.schedule)" if least > 1 else ""
-    near = [max((w for w in works if w < world_size), default=None),
-            min((w for w in works if w > world_size), default=None)]  # fmt: skip
+    near = [*[w for w in works if w < world_size][-1:], *[w for w in works if w > world_size][:1]]
     raise ConfigError(
         f"world size is {world_size}; accepted: parallel.tensor * parallel.pipeline = "
         f"{model_ranks} times a divisor of batch.global_rows / batch.micro_rows = {micro_batches}"
-        f"{each}; start {' or '.join(str(w) for w in near if w)} processes, or change the batch"
+        f"{each}; start {' or '.join(map(str, near))} processes, or change the batch"
     )
 
 
@@ -88,10 +87,9 @@ def _nearest_divisor(given: int, size: int) -> int:
 
 def _check_vocabulary(vocab_size: int | None) -> Iterator[str]:
     if vocab_size is not None and vocab_size % VOCAB_MULTIPLE:
-        above = vocab_size + -vocab_size % VOCAB_MULTIPLE
         yield (
             f"model.vocab_size is {vocab_size}; accepted: a multiple of {VOCAB_MULTIPLE} or "
-            f"null; use {above}"
+            f"null; use {vocab_size + -vocab_size % VOCAB_MULTIPLE}"
         )
 
 
@@ -117,34 +115,21 @@ def _check_sequence_parallel(seq_len: int, parallel: ParallelConfig) -> Iterator
             "which leaves nothing to share; remove it or raise parallel.tensor"
         )
     elif seq_len % parallel.tensor:
-        above = seq_len + -seq_len % parallel.tensor
         yield (
             f"model.seq_len is {seq_len}; accepted: a multiple of parallel.tensor = "
-            f"{parallel.tensor} with parallel.sequence_parallel; use {above}"
+            f"{parallel.tensor} with parallel.sequence_parallel; use "
+            f"{seq_len + -seq_len % parallel.tensor}"
         )
 
 
-def _check_pipeline(layers: int, pipeline: int) -> Iterator[str]:
+def _check_pipeline(layers: int, batch: BatchConfig, parallel: ParallelConfig) -> Iterator[str]:
+    pipeline, least = parallel.pipeline, least_micro_batches(parallel)
     if pipeline > layers:
         yield (
             f"parallel.pipeline is {pipeline}; accepted: at most model.layers = {layers}, one "
             f"layer in each stage; use {layers}"
         )
-
-
-def _check_zero(precision: str, zero_stage: int) -> Iterator[str]:
-    # DeepSpeed sums bf16 gradients in fp32 under ZeRO-1 only, and raises NotImplementedError else.
-    if precision == "bf16" and zero_stage == 0:
-        yield (
-            "parallel.zero_stage is 0; accepted: 1 for run.precision bf16; use 1, or precision fp32"
-        )
-
-
-def _check_schedule(layers: int, batch: BatchConfig, parallel: ParallelConfig) -> Iterator[str]:
-    pipeline, least = parallel.pipeline, least_micro_batches(parallel)
-    if parallel.schedule == "1f1b" or pipeline > layers:
-        return
-    if pipeline == 1 or layers < 2 * pipeline:
+    elif parallel.schedule == "dualpipev" and not 2 <= pipeline <= layers // 2:
         yield (
             f"parallel.schedule is {parallel.schedule} with parallel.pipeline = {pipeline}; "
             f"accepted: parallel.pipeline from 2 to model.layers / 2 = {layers // 2}, as each "
@@ -155,6 +140,14 @@ def _check_schedule(layers: int, batch: BatchConfig, parallel: ParallelConfig) -
             f"batch.global_rows is {batch.global_rows}; accepted: at least 2 * parallel.pipeline "
             f"* batch.micro_rows = {least * batch.micro_rows} for parallel.schedule = "
             f"{parallel.schedule}; use {least * batch.micro_rows}"
+        )
+
+
+def _check_zero(precision: str, zero_stage: int) -> Iterator[str]:
+    # DeepSpeed sums bf16 gradients in fp32 under ZeRO-1 only, and raises NotImplementedError else.
+    if precision == "bf16" and zero_stage == 0:
+        yield (
+            "parallel.zero_stage is 0; accepted: 1 for run.precision bf16; use 1, or precision fp32"
         )
 
 
@@ -173,9 +166,9 @@ def _check_places(folder: str, root: str, name: str) -> Iterator[str]:
                 f"{key} is {text[:60]!r}; accepted: text that is not empty, without line breaks "
                 "and control characters; name it anew"
             )
-        if key != "model.name" and text.startswith("~"):
+        elif key != "model.name" and text.startswith("~"):
             yield (
-                f"{key} is {text[:60]!r}: accepted after ~ is nothing or the name of a user with a "
+                f"{key} is {text[:60]!r}; accepted: after ~, nothing or the name of a user with a "
                 "home folder; write the path out, or ./~ for a folder of that name"
             )
     if any(sign in folder for sign in "*?["):
@@ -203,7 +196,7 @@ def _check_time_limit(limit_seconds: float | None, margin_seconds: float) -> Ite
 
 
 def _check_learning_rate(optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
-    wsd = optimizer.schedule == "wsd"
+    wsd, planned = optimizer.schedule == "wsd", optimizer.warmup_steps + optimizer.decay_steps
     if optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
             f"optimizer.min_learning_rate is {optimizer.min_learning_rate}; accepted: at most "
@@ -216,11 +209,10 @@ def _check_learning_rate(optimizer: OptimizerConfig, steps: int) -> Iterator[str
             f"optimizer.decay_steps is {optimizer.decay_steps}; accepted: 0 for schedule "
             f"{optimizer.schedule}; remove it or use wsd"
         )
-    if optimizer.warmup_steps + optimizer.decay_steps > steps:
+    if planned > steps:
         yield (
-            f"optimizer.warmup_steps + optimizer.decay_steps is "
-            f"{optimizer.warmup_steps + optimizer.decay_steps}; accepted: at most run.steps = "
-            f"{steps}; shorten them"
+            f"optimizer.warmup_steps + optimizer.decay_steps is {planned}; accepted: at most "
+            f"run.steps = {steps}; shorten them"
         )
 
 
@@ -228,8 +220,8 @@ def _check_health(health: HealthConfig, steps: int) -> Iterator[str]:
     named = list(health.leave_out_steps)
     if named != sorted(set(named)) or (named and named[-1] >= steps):
         yield (
-            f"health.leave_out_steps is {named}: accepted are ascending steps from 0 to run.steps "
-            f"- 1 = {steps - 1}; correct them"
+            f"health.leave_out_steps is {named}; accepted: ascending steps from 0 to run.steps - 1 "
+            f"= {steps - 1}; correct them"
         )
     rolls_back = "rollback" in (health.non_finite, health.spike)
     if rolls_back and health.rollback_steps > health.max_skips:
@@ -244,9 +236,8 @@ RULES = (
     Rule(("model.vocab_size",), _check_vocabulary),
     Rule(("model", "parallel"), _check_tensor),
     Rule(("model.seq_len", "parallel"), _check_sequence_parallel),
-    Rule(("model.layers", "parallel.pipeline"), _check_pipeline),
     Rule(("run.precision", "parallel.zero_stage"), _check_zero),
-    Rule(("model.layers", "batch", "parallel"), _check_schedule),
+    Rule(("model.layers", "batch", "parallel"), _check_pipeline),
     Rule(("batch",), _check_batch),
     Rule(("run.time_limit_seconds", "run.time_margin_seconds"), _check_time_limit),
     Rule(("run.dir", "data.root", "model.name"), _check_places),

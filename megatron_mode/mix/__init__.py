@@ -6,7 +6,7 @@
                    │ no                      │ yes
                 Mode 1                    Mode 2
                    └── row of the mode ──────┘
-                             │  each source against the rest, by its weight      supplies, apportion
+                             │  each source against the rest, by its weight      apportion
                    (source, n-th row of it)
                              │  keyed, invertible shuffle, anew in each epoch    permutation
                    (source, source row)

@@ -197,5 +197,5 @@ def silent_notes(config: Config, corpus: Corpus) -> list[str]:
     ]
 
 
-def _open(root: Path, configs: tuple[SourceConfig, ...], mode: int | None) -> tuple[Source, ...]:
-    return tuple(Source.open(root, config.name, mode or config.mode) for config in configs)
+def _open(root: Path, entries: Sequence[SourceConfig], mode: int | None) -> tuple[Source, ...]:
+    return tuple(Source.open(root, entry.name, mode or entry.mode) for entry in entries)

@@ -84,29 +84,32 @@ def order_config(
         **_fraction_record(config),
     }
     opened = {source.name: source for source in sources}
-    edits_only = dict(opened)
+
+    def row_table(name: str) -> str | None:
+        return opened[name].row_table_digest(config.model.seq_len)
+
+    mixed: set[str] = set()
     for mode, section in ((1, mix.mode1), (2, mix.mode2)):
         key = f"mix.mode{mode}.sources"
-        record[key] = [source.name for source in section.sources]
+        record[key] = [entry.name for entry in section.sources]
+        mixed.update(entry.name for entry in section.sources)
         for entry in section.sources:
-            here, source = f"{key}.{entry.name}", edits_only.pop(entry.name)
-            record |= _source_record(here, entry) | _content_record(here, source)
+            here = f"{key}.{entry.name}"
+            record |= _source_record(here, entry) | _content_record(here, opened[entry.name])
             if entry.packing == "whole":
-                record[f"{here}.row_table"] = source.row_table_digest(config.model.seq_len)
-    for name, source in edits_only.items():
-        record |= _content_record(f"mix.edits.sources.{name}", source)
+                record[f"{here}.row_table"] = row_table(entry.name)
+    for source in sources:
+        if source.name not in mixed:
+            record |= _content_record(f"mix.edits.sources.{source.name}", source)
     for stream in edits.streams:
         if stream.packing == "whole":
-            digest = opened[stream.name].row_table_digest(config.model.seq_len)
-            record[f"mix.edits.streams.{stream.name}.row_table"] = digest
+            record[f"mix.edits.streams.{stream.name}.row_table"] = row_table(stream.name)
     return {**record, **edits.record}
 
 
 def _content_record(key: str, source: Source) -> dict[str, object]:
-    record: dict[str, object] = {
-        f"{key}.tokens": source.tokens,
-        f"{key}.content": dict(sorted(source.content_digests.items())),
-    }
+    content = dict(sorted(source.content_digests.items()))
+    record = {f"{key}.tokens": source.tokens, f"{key}.content": content}
     if source.mode_tokens:  # absent otherwise, as in older records
         record[f"{key}.mode_tokens"] = dict(source.mode_tokens)
     return record
@@ -114,10 +117,7 @@ def _content_record(key: str, source: Source) -> dict[str, object]:
 
 def _source_record(key: str, entry: SourceConfig) -> dict[str, object]:
     """Return the plan of a source; keys at their defaults are left out, as older records do."""
-    record: dict[str, object] = {
-        f"{key}.weight": _plain(entry.weight),
-        f"{key}.epochs_max": _plain(entry.epochs_max),
-    }
+    record = {"weight": _plain(entry.weight), "epochs_max": _plain(entry.epochs_max)}
     optional = {
         "onset_tokens": entry.onset_tokens,
         "ramp_tokens": entry.ramp_tokens,
@@ -125,7 +125,8 @@ def _source_record(key: str, entry: SourceConfig) -> dict[str, object]:
         "when_dry": entry.when_dry if entry.when_dry != "share" else None,
         "packing": entry.packing if entry.packing != "stream" else None,
     }
-    return record | {f"{key}.{name}": value for name, value in optional.items() if value}
+    given = record | {name: value for name, value in optional.items() if value}
+    return {f"{key}.{name}": value for name, value in given.items()}
 
 
 def _fraction_record(config: Config) -> dict[str, object]:
