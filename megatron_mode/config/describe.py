@@ -41,32 +41,25 @@ def describe_accepted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if get_origin(bare) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(bare)) + ending
     if get_origin(bare) is tuple:
-        return _describe_tuple(get_args(bare)) + ending
+        first, *rest = [describe_accepted(part) for part in get_args(bare) if part is not ...]
+        is_list = get_args(bare)[-1] is ...
+        return (f"a list, each {first}" if is_list else f"[{', '.join([first, *rest])}]") + ending
     if is_section(bare):
         return "a mapping of " + ", ".join(bare.model_fields) + ending
     if bare in _ARTICLES:
-        return " ".join([_ARTICLES[bare], *_describe_bounds(bounds)]) + ending
+        return _ARTICLES[bare] + _describe_bounds(bounds) + ending
     texts = [bound.words for bound in bounds if isinstance(bound, Text)] or ["text"]
     return ("true or false" if bare is bool else texts[0]) + ending
 
 
-def _describe_tuple(parts: tuple[Any, ...]) -> str:
-    if parts[-1] is Ellipsis:
-        return f"a list, each {describe_accepted(parts[0])}"
-    return "[" + ", ".join(describe_accepted(part) for part in parts) + "]"
-
-
-def _describe_bounds(bounds: Sequence[Any]) -> Iterator[str]:
+def _describe_bounds(bounds: Sequence[Any]) -> str:
     given = {name: getattr(b, name) for b in bounds for name in ("ge", "gt", "le", "lt")
              if hasattr(b, name)}  # fmt: skip
     if given.keys() == {"ge", "le"}:
         most = re.sub(r"0{6,}$", lambda zeros: f"e{len(zeros[0])}", str(given["le"]))
-        yield f"from {given['ge']} to {most}"
-        return
-    words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
-    phrases = [f"{words[name]} {limit}" for name, limit in given.items()]
-    if phrases:
-        yield " and ".join(phrases)
+        return f" from {given['ge']} to {most}"
+    words = {"ge": " of at least", "gt": " above", "le": " of at most", "lt": " below"}
+    return " and".join(f"{words[name]} {limit}" for name, limit in given.items())
 
 
 def walk_fields(

@@ -156,9 +156,9 @@ class Apportionment:
             row = stop
         return source, sequence
 
-    def mode_row(self, source: int, sequence: int) -> int:
-        """Return the row of the mode that a source takes as its row number `sequence`."""
-        rows = range(HORIZON_ROWS)
+    def mode_row(self, source: int, sequence: int, mode_rows: int = HORIZON_ROWS) -> int:
+        """Return which of the first rows of the mode a source takes as its row `sequence`."""
+        rows = range(mode_rows)
         return bisect_right(rows, sequence, key=lambda row: self.counts(row + 1)[source])
 
     def _phase_of(self, mode_row: int) -> Phase:

@@ -51,7 +51,11 @@ class Rows:
 
 
 class Order:
-    """Map row indices of a run to rows of its sources; immutable, so threads may share it."""
+    """Map row indices of a run to rows of its sources; immutable, so threads may share it.
+
+    `source_names`, `modes` and `sizes` (in rows) are those of the sources of the mix, whose plans
+    are `configs`, then of the streams that only edits show.
+    """
 
     def __init__(
         self,
@@ -73,21 +77,22 @@ class Order:
         sections = {1: mix.mode1.sources, 2: mix.mode2.sources}
         self.configs = (*sections[1], *sections[2])
         self._first_source = {1: 0, 2: len(sections[1])}
-        self._modes = [mode for mode, sources in sections.items() for _ in sources]
-        for mode, config in zip(self._modes, self.configs, strict=True):
+        self.modes = [mode for mode, sources in sections.items() for _ in sources]
+        for mode, config in zip(self.modes, self.configs, strict=True):
             if rows_by_source[config.name] < 1:
                 raise DataError(
                     f"source '{config.name}' in mix.mode{mode}.sources has "
                     f"{rows_by_source[config.name]} rows, but at least 1 row of {seq_len} + 1 "
                     "tokens is needed; add text or lower model.seq_len"
                 )
-        self._modes += [stream.mode for stream in edits.streams]
+        self.modes += [stream.mode for stream in edits.streams]
         names = [config.name for config in self.configs]
         self.source_names = (*names, *(stream.name for stream in edits.streams))
-        sizes = [*(rows_by_source[name] for name in names), *(s.rows for s in edits.streams)]
+        self.sizes = [rows_by_source[name] for name in names]
+        self.sizes += [stream.rows for stream in edits.streams]
         keys = [stream_key(seed, name) for name in names]
         keys += [stream_key(seed, "edit", s.name, s.packing) for s in edits.streams]
-        self._sizes, self._keys = np.array(sizes, np.int64), np.array(keys, np.uint64)
+        self._size, self._keys = np.array(self.sizes, np.int64), np.array(keys, np.uint64)
         self._parts = {mode: self._apportionment(mode) for mode in (1, 2)}
         self._mode_rows = {mode: self.integral.mode_rows(mode, total_rows) for mode in (1, 2)}
         for mode in (1, 2):
@@ -117,20 +122,12 @@ class Order:
             for at in range(0, len(rows), global_rows):
                 yield rows[slice(at, at + global_rows)]
 
-    def size_of(self, source: int) -> int:
-        """Return the number of rows that a source holds."""
-        return int(self._sizes[source])
-
-    def mode_of(self, source: int) -> int:
-        """Return the mode of a source by its index in `source_names`."""
-        return self._modes[source]
-
     def rows_of_source(self, source: int, end_row: int | None = None) -> int:
         """Return the rows that the run plans to take from a source of the mix before `end_row`.
 
         Repeats count, and so do places in which edits show something else.
         """
-        mode = self._modes[source]
+        mode = self.modes[source]
         rows = self.integral.mode_rows(mode, self.total_rows if end_row is None else end_row)
         return self._parts[mode].counts(rows)[source - self._first_source[mode]]
 
@@ -144,12 +141,13 @@ class Order:
 
     def places(self, source: int, source_row: int) -> list[tuple[int, str]]:
         """Return (row index, mix, inject or cohort) of all places that show a row of a source."""
-        mode = self._modes[source]
+        mode = self.modes[source]
         placements = self.edits.placements[mode]
         if source < len(self.configs):
             planned = self.rows_of_source(source)
             due = (self._mode_row(source, n) for n in self._sequences(source, source_row, planned))
-            found = [(row, "mix") for row in due if not placements.takes(row)]
+            left = placements.offered
+            found = [(row, "mix") for row in due if left(row + 1) > left(row)]
         else:
             stream, explicit = source - len(self.configs), placements.explicit
             mine = (explicit.stream == stream) & (explicit.stream_row == source_row)
@@ -162,7 +160,7 @@ class Order:
 
     def row_of(self, source: int, sequence: int) -> int:
         """Return the row index at which a source of the mix is due with its row `sequence`."""
-        return self.integral.row_of(self._modes[source], self._mode_row(source, sequence))
+        return self.integral.row_of(self.modes[source], self._mode_row(source, sequence))
 
     def dry_rows(self) -> Iterator[tuple[int, int]]:
         """Yield (source, row index at which it is due but dry) for all that run dry in the run."""
@@ -187,21 +185,22 @@ class Order:
     def _apportionment(self, mode: int) -> Apportionment:
         supplies = []
         for source, config in enumerate(self.configs):
-            if self._modes[source] == mode:
+            if self.modes[source] == mode:
                 points = [
                     (self.integral.mode_rows(mode, -(-at // self.seq_len)), weight)
                     for at, weight in weight_points(config)
                 ]
-                supplies.append(Supply(points, rows_limit(config, int(self._sizes[source]))))
+                supplies.append(Supply(points, rows_limit(config, self.sizes[source])))
         return Apportionment(supplies)
 
     def _mode_row(self, source: int, sequence: int) -> int:
-        mode = self._modes[source]
-        return self._parts[mode].mode_row(source - self._first_source[mode], sequence)
+        mode = self.modes[source]
+        local = source - self._first_source[mode]
+        return self._parts[mode].mode_row(local, sequence, self._mode_rows[mode])
 
     def _sequences(self, source: int, source_row: int, count: int) -> list[int]:
         """Return which of the first `count` rows taken from a source are its row `source_row`."""
-        size = int(self._sizes[source])
+        size = self.sizes[source]
         epochs = np.arange(-(-count // size), dtype=np.int64)
         key = epoch_key(self._keys[source], epochs)
         sequence = epochs * size + invert(np.full(len(epochs), source_row), size, key)
@@ -228,7 +227,7 @@ class Order:
                 out.source[at] = placed.stream + len(self.configs)
                 sequence[at] = np.maximum(placed.sequence, 0)
                 explicit.append((at, placed.stream_row))
-        size = self._sizes[out.source]
+        size = self._size[out.source]
         np.floor_divide(sequence, size, out=out.epoch)
         sequence -= out.epoch * size
         key = epoch_key(self._keys[out.source], out.epoch)
@@ -241,7 +240,7 @@ class Order:
         """Refuse a run whose plan asks a mode for more rows than its sources give."""
         needed, given = self._mode_rows[mode], self._parts[mode].rows_max
         for source, row in self.dry_rows():
-            if self.configs[source].when_dry == "error" and self._modes[source] == mode:
+            if self.configs[source].when_dry == "error" and self.modes[source] == mode:
                 name, epochs = self.configs[source].name, self.configs[source].epochs_max
                 raise DataError(
                     f"source '{name}' in mix.mode{mode}.sources runs dry after epochs_max {epochs} "

@@ -90,9 +90,9 @@ def role_weights(mix: MixConfig) -> Float32Array:
 def ends_untrained() -> npt.NDArray[np.bool_]:
     """Return whether a flag byte is of a turn that is not trained: no stop is learned after it."""
     flags = np.arange(256)
-    is_untrained = (flags & (MODE2 | NO_LM_LOSS)) == MODE2 | NO_LM_LOSS
     is_piece = (flags & (CONTROL | NO_MODE_LOSS)) == CONTROL | NO_MODE_LOSS
     is_own_account = is_piece & ((flags & ROLE_MASK) != 0)
+    is_untrained = (flags & (MODE2 | NO_LM_LOSS)) == MODE2 | NO_LM_LOSS
     ends: npt.NDArray[np.bool_] = is_untrained & ~is_own_account
     return ends
 

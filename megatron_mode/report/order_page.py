@@ -20,7 +20,7 @@ def order_page(order: Order, global_rows: int) -> str:
     """Return one HTML file without scripts."""
     rows = [order.total_rows * k // POINTS for k in range(POINTS + 1)]
     tokens = _count_lines(order, rows, lambda source, count: count * order.seq_len)
-    epochs = _count_lines(order, rows, lambda source, count: count / order.size_of(source))
+    epochs = _count_lines(order, rows, lambda source, count: count / order.sizes[source])
     charts = (
         ("Planned share of rows", _share_lines(order, rows), Axis("share", percent, 0)),
         ("Tokens taken", tokens, Axis("tokens", short_number, 0)),
@@ -62,7 +62,7 @@ def _share_lines(order: Order, rows: Sequence[int]) -> list[Line]:
         fraction = order.integral.planned(begin + 1) - order.integral.planned(begin)
         mode2.append((row * order.seq_len, fraction))
         for source, share in enumerate(order.planned_shares(begin)):
-            of_mode = fraction if order.mode_of(source) == 2 else 1 - fraction
+            of_mode = fraction if order.modes[source] == 2 else 1 - fraction
             points[source].append((row * order.seq_len, share * of_mode))
     lines = [_line(order, source, values) for source, values in enumerate(points)]
     return [*lines, Line("all of Mode 2", mode2, EVENT_COLOUR, "dashed")]
@@ -85,7 +85,7 @@ def _event_lines(order: Order) -> list[Line]:
     for event in milestones(order):
         if event.what in EVENTS:
             count = order.rows_of_source(event.source, event.row)
-            at = (event.row * order.seq_len, count / order.size_of(event.source))
+            at = (event.row * order.seq_len, count / order.sizes[event.source])
             label = f"{order.source_names[event.source]} {EVENTS[event.what]}"
             lines.append(Line(label, [at], EVENT_COLOUR, markers=True))
     return lines

@@ -47,7 +47,8 @@ def test_levels_equal_taking_from_a_list(
             first + int(o): (int(s), int(q), int(r)) for o, s, q, r in zip(*placed, strict=True)
         }
         assert found == {r: v for r, v in truth.items() if first <= r < first + count}
-    assert [placements.takes(r) for r in range(total)] == [r in truth for r in range(total)]
+    left = [placements.offered(r) for r in range(total + 1)]
+    assert [left[r] == left[r + 1] for r in range(total)] == [r in truth for r in range(total)]
     position = {cohort.stream: index for index, cohort in enumerate(placements.cohorts)}
     for row, (stream, sequence, _) in truth.items():
         if sequence >= 0:

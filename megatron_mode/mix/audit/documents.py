@@ -45,10 +45,10 @@ def exposures(config: Config, corpus: Corpus, order: Order, document: str) -> li
         if entry.source.name != document.partition("/")[0]:
             continue
         for source_row in entry.rows_of(number):
-            if source_row >= order.size_of(source):
+            if source_row >= order.sizes[source]:
                 raise DataError(
                     f"source {entry.source.name} has {entry.rows} rows, but the order was planned "
-                    f"for {order.size_of(source)}; use the data that the run was planned with"
+                    f"for {order.sizes[source]}; use the data that the run was planned with"
                 )
             for row, via in order.places(source, source_row):
                 places.append((row, source_row, done.get(document, via) if via == "mix" else via))

@@ -35,8 +35,8 @@ def forecast(order: Order, end_row: int | None = None) -> list[SourceForecast]:
     """Return what the rows before `end_row` (default: all) take from each source of the mix."""
     found = []
     for source, config in enumerate(order.configs):
-        rows, size = order.rows_of_source(source, end_row), order.size_of(source)
-        mode, epochs = order.mode_of(source), round(rows / size, 6)
+        rows, size = order.rows_of_source(source, end_row), order.sizes[source]
+        mode, epochs = order.modes[source], round(rows / size, 6)
         found.append(SourceForecast(config.name, mode, rows, size, epochs))
     return found
 
@@ -46,7 +46,7 @@ def planned_rows(order: Order, begin_row: int, end_row: int) -> list[float]:
     mode2 = order.integral.planned(end_row) - order.integral.planned(begin_row)
     of_mode = {1: end_row - begin_row - mode2, 2: mode2}
     shares = order.planned_shares((begin_row + end_row) // 2)
-    return [share * of_mode[order.mode_of(source)] for source, share in enumerate(shares)]
+    return [share * of_mode[order.modes[source]] for source, share in enumerate(shares)]
 
 
 def labels(order: Order) -> list[str]:
@@ -59,12 +59,12 @@ def milestones(order: Order) -> list[Milestone]:
     """List onsets, then repeats, then ends of sources, in config order."""
     onsets, repeats, ends = [], [], []
     for source, config in enumerate(order.configs):
-        size, taken = order.size_of(source), order.rows_of_source(source)
+        size, taken = order.sizes[source], order.rows_of_source(source)
         name, limit = f"source '{config.name}'", rows_max(config, size)
         if config.onset_tokens and taken:
             row = order.row_of(source, 0)
             onsets.append(Milestone(source, row, "onset", f"{name} begins at {order.at(row)}"))
-        name += f" (mode {order.mode_of(source)})"
+        name += f" (mode {order.modes[source]})"
         if taken > size:
             row = order.row_of(source, size)
             sentence = (
@@ -80,7 +80,7 @@ def milestones(order: Order) -> list[Milestone]:
             )
             repeats.append(Milestone(source, row, "over", sentence))
     for source, row in order.dry_rows():
-        config, mode = order.configs[source], order.mode_of(source)
+        config, mode = order.configs[source], order.modes[source]
         sentence = (
             f"source '{config.name}' (mode {mode}) runs dry after epochs_max {config.epochs_max}, "
             f"at {order.at(row)}; the other sources of mode {mode} take its share"

@@ -121,10 +121,6 @@ class Placements:
             first -= level.taken_before(first)
         return Placed(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
-    def takes(self, mode_row: int) -> bool:
-        """Say whether a row of the mode is taken."""
-        return self.offered(mode_row + 1) == self.offered(mode_row)
-
     def row_of_exposure(self, cohort: int, sequence: int) -> int:
         """Return the row of the mode at which a cohort, by position, shows its exposure."""
         rows = range(HORIZON_ROWS)
