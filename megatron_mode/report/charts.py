@@ -6,6 +6,7 @@ is a run and the dashes distinguish the curves.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -87,13 +88,14 @@ def _position_chart(runs: Runs) -> Figure:
     for index, run in enumerate(runs):
         by_rendering = run.summary.get("auroc_by_position") or {}
         for place, (rendering, values) in enumerate(by_rendering.items()):
-            numbers = ((float(position), number(value)) for position, value in values.items())
-            points = sorted((at, value) for at, value in numbers if at > 0 and value is not None)
+            numbers = [(float(position), number(value)) for position, value in values.items()]
+            points = sorted((math.log2(at), y) for at, y in numbers if at > 0 and y is not None)
             dash = DASHES[place % len(DASHES)]
             line = Line(f"held out, {rendering}", points, 3 + place, dash, markers=True)
             if points:
                 lines.append(line if len(runs) == 1 else _overlaid(line, index, place))
-    x_axis = Axis("first token of the range (0 is the document's start)", short_number, log2=True)
+    first_token = "first token of the range (0 is the document's start)"
+    x_axis = Axis(first_token, lambda exponent: short_number(2**exponent))
     axes = (x_axis, Axis("AUROC", short_number, high=1))
     return _figure("Mode AUROC by position in document", lines, axes, runs)
 

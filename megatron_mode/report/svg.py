@@ -35,7 +35,6 @@ class Axis:
     text: Callable[[float], str]
     low: float | None = None
     high: float | None = None
-    log2: bool = False
 
 
 class Entry(NamedTuple):
@@ -91,8 +90,6 @@ class Scale:
         cls, values: Sequence[float], axis: Axis, pixels: tuple[int, int], air: float = 0.0
     ) -> Scale:
         """Fit values and the axis's bounds; free ends get a share of air, but not across zero."""
-        if axis.log2:
-            values = [math.log2(value) for value in values]
         bounds = [bound for bound in (axis.low, axis.high) if bound is not None]
         low, high = min([*values, *bounds]), max([*values, *bounds])
         if not high > low:
@@ -106,28 +103,19 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """Return the pixel of a value; what is outside stands at the end."""
-        value = math.log2(value) if self.axis.log2 else value
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
         return round(self.first + share * (self.last - self.first), 1)
 
     def ticks(self, most: int) -> list[float]:
-        """Return the values of round ticks: multiples, or powers of two."""
-        if not self.axis.log2:
-            return ticks(self.low, self.high, most)
-        exponents = range(math.ceil(self.low), math.floor(self.high) + 1)
-        every = max(-(-len(exponents) // 10), 1)
-        return [2.0**exponent for exponent in exponents[::every]]
-
-
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return at most `most` multiples of 1, 2 or 5 times a power of ten inside [low, high]."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    # The first step that is large enough; the one before had more than `most`, so one is inside.
-    for step in (power * k for k in (1, 2, 5, 10)):
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        if last - first < most:
-            break
-    return [index * step for index in range(first, last + 1)]
+        """Return at most `most` multiples of 1, 2 or 5 times a power of ten on the scale."""
+        power = 10.0 ** math.floor(math.log10((self.high - self.low) / most))
+        # The first step that is large enough; the one before had more than `most`, so one is there.
+        for step in (power * k for k in (1, 2, 5, 10)):
+            first = math.ceil(self.low / step - 1e-9)
+            last = math.floor(self.high / step + 1e-9)
+            if last - first < most:
+                break
+        return [index * step for index in range(first, last + 1)]
 
 
 def thin(points: Sequence[Point], most: int = CURVE_POINTS) -> Line:

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_mode.report.render import render
-from megatron_mode.report.svg import Axis, Figure, Line, short_number, thin, ticks
+from megatron_mode.report.svg import Axis, Figure, Line, Scale, short_number, thin
 
 
 def line_chart(lines, x_axis, y_axis):
@@ -24,7 +24,7 @@ def test_ticks_are_few_round_and_inside(low, span, most):
     high = low + span
     if high <= low or span / max(abs(low), 1e-300) < 1e-9:
         return
-    found = ticks(low, high, most)
+    found = Scale(Axis("x", short_number), low, high, 0, 100).ticks(most)
     slack = 1e-6 * span
     assert 1 <= len(found) <= most
     assert all(low - slack <= tick <= high + slack for tick in found)
