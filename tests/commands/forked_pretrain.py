@@ -46,7 +46,8 @@ class Started:
         self._process.join(timeout_seconds)
         status = self._process.exitcode
         assert status is not None, (self._folder / "err").read_text()
-        return Outcome(status, *((self._folder / name).read_text() for name in ("out", "err")))
+        files = [self._folder / name for name in ("out", "err")]
+        return Outcome(status, *("" if file.is_symlink() else file.read_text() for file in files))
 
 
 class Server:
@@ -56,17 +57,25 @@ class Server:
         """Keep what runs print below `folder`."""
         self._folder = folder
 
-    def start(self, *words: str | Path, paths: tuple[str, ...] = (), **more: str) -> Started:
-        """Start a run with these words and variables; modules may come from `paths`."""
+    def start(
+        self, *words: str | Path, paths: tuple[str, ...] = (), output: str = "", **more: str
+    ) -> Started:
+        """Start a run with these words and variables; modules may come from `paths`.
+
+        What it prints may go to a device, which is not read.
+        """
         folder = Path(tempfile.mkdtemp(dir=self._folder))
+        if output:
+            for name in ("out", "err"):
+                (folder / name).symlink_to(output)
         arguments = ([*map(str, words)], variables(**more), folder, paths)
         process = context().Process(target=run_child, args=arguments)
         process.start()
         return Started(process, folder)
 
-    def run(self, *words: str | Path, paths: tuple[str, ...] = (), **more: str) -> Outcome:
+    def run(self, *words: str | Path, **more: Any) -> Outcome:
         """Start a run and wait for its end."""
-        return self.start(*words, paths=paths, **more).wait()
+        return self.start(*words, **more).wait()
 
     def run_world(self, world_size: int, *words: str | Path) -> list[Outcome]:
         """Start a run of several processes as a launcher does, and wait for their ends."""

@@ -23,6 +23,7 @@ import yaml
 from tiny_run import PRETRAIN, RUN_FILE, Outcome, Trained, before_others, command
 
 CONFIGS, COMMANDS, PROGRAMS = 600, 400, 24
+BROKEN = "broken.yaml"
 MOST_MISTAKES = 16  # of one file; each has a line
 NO_TORCH = "raise ImportError('torch was imported before the mistake was found')\n"
 Run = Callable[[str, list[str]], Outcome]
@@ -52,6 +53,8 @@ class Box(NamedTuple):
         """Return every path below the folder, and of files size and time of change."""
         found = {}
         for path in self.folder.rglob("*"):
+            if path.name == BROKEN:  # written for each case
+                continue
             status = path.stat()
             # A file that came and went changes its folder's time, and is nothing left behind.
             times = (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns)
@@ -104,7 +107,7 @@ def run(box: Box, call_program: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def config_cases(box: Box, seed: int, count: int) -> Iterator[Case]:
     """Write broken run files, one after the other in the same place, and name who reads them."""
-    path = box.folder / "broken.yaml"
+    path = box.folder / BROKEN
     drawn = broken_configs.broken_files(random.Random(seed), box.tree)
     for index, (done, content) in enumerate(islice(drawn, count)):
         path.write_bytes(content)
@@ -137,15 +140,16 @@ def fault(case: Case, outcome: Outcome) -> str | None:
 def check_refused(box: Box, run: Run, cases: Iterator[Case]) -> None:
     """Call every case; fail with all that were not refused in a sentence or left a trace."""
     faults: list[str] = []
+    before = box.state()
     for case in cases:
-        before = box.state()
         try:
             outcome = run(case.program, case.words)
             found = fault(case, outcome)
         except BaseException as error:
             outcome, found = Outcome(1, "", ""), f"raised {error!r}"
-        if not found and box.state() != before:
-            found = f"wrote {sorted(set(box.state().items()) ^ set(before.items()))[0]}"
+        if (after := box.state()) != before:
+            found = found or f"wrote {sorted(set(after.items()) ^ set(before.items()))[0]}"
+            before = after
         if found:
             faults.append(ascii(f"{case.program} {case.done}: {found}: {outcome.err[:200]}"))
     assert faults == []

@@ -113,20 +113,14 @@ def test_a_longer_run_whose_past_is_unchanged_goes_on(pretrain: Call, tmp_path: 
     assert "resumes at step 3" in longer.out
 
 
-@pytest.mark.parametrize("output", ["no reader", "/dev/full"])
-def test_a_run_outlives_what_reads_its_output(
-    trained: Trained, tmp_path: Path, output: str
-) -> None:
-    """It takes all steps, writes the report and exits as the table says; the loss is on record."""
-    log = Path("/dev/full")
-    if output == "no reader":
-        log = tmp_path / "pipe"
-        os.mkfifo(log)
-        reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
-    with log.open("w") as writer:
-        if output == "no reader":
-            os.close(reader)
-        places = (f"data.root={trained.data}", f"run.dir={tmp_path / 'run'}")
+def without_reader(trained: Trained, run: Path) -> int:
+    """Train as a program whose output nobody reads any more; return its status."""
+    pipe = run.parent / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with pipe.open("w") as writer:
+        os.close(reader)
+        places = (f"data.root={trained.data}", f"run.dir={run}")
         done = subprocess.run(
             [sys.executable, str(PRETRAIN), "--config", str(trained.config), *places],
             stdout=writer,
@@ -135,10 +129,22 @@ def test_a_run_outlives_what_reads_its_output(
             cwd=ROOT,
             env=variables(),
         )
-    assert done.returncode == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
-    assert (tmp_path / "run" / "report.html").stat().st_size > 0
-    (line,) = (tmp_path / "run" / "health.jsonl").read_text().splitlines()
+    return done.returncode
+
+
+@pytest.mark.parametrize("output", ["no reader", "/dev/full"])
+def test_a_run_outlives_what_reads_its_output(
+    pretrain: Call, trained: Trained, tmp_path: Path, output: str
+) -> None:
+    """It takes all steps, writes the report and exits as the table says; the loss is on record."""
+    run = tmp_path / "run"
+    if output == "no reader":
+        assert without_reader(trained, run) == 0
+    else:
+        assert pretrain(output=output).status == 0
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+    assert (run / "report.html").stat().st_size > 0
+    (line,) = (run / "health.jsonl").read_text().splitlines()
     event = json.loads(line)
     assert (event["kind"], event["action"]) == ("output", "drop")
     assert "cannot be written" in event["reason"]

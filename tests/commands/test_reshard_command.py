@@ -7,15 +7,15 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked import context
+from killed_reshard import killed_reshard
 from spoilt_checkpoints import Bomb, seal
-from tiny_run import ROOT, Outcome, Trained, refusal, tree, variables
+from tiny_run import Outcome, Trained, refusal, tree
 
 pytestmark = pytest.mark.usefixtures("alone")  # rewriting joins a group of one and never leaves
 Call = Callable[..., Outcome]
@@ -149,47 +149,15 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert not list((run / "checkpoints").glob("*universal*"))
 
 
-KILLED = """
-import os, signal, sys
-from megatron_mode.__main__ import run_verb
-from megatron_mode.quiet import import_quietly
-import_quietly("megatron_mode.checkpoint.reshard.universal", 1)
-from megatron_mode.checkpoint.reshard import universal
-save, rename = universal.save_tensors, universal.rename_durably
-for left in map(int, sys.argv[2:]):
-    count = left
-    def dying(function):
-        def call(*args):
-            global count
-            count -= 1
-            if count < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args)
-        return call
-    universal.save_tensors, universal.rename_durably = dying(save), dying(rename)
-    child = os.fork()
-    if child == 0:
-        os._exit(run_verb(["reshard", sys.argv[1], "--json"]))
-    killed = os.WTERMSIG(os.waitpid(child, 0)[1])
-    found = [n for n in os.listdir(sys.argv[1] + "/checkpoints") if n.endswith("universal")]
-    print(killed, found)
-"""
-
-
 def test_a_kill_at_any_file_leaves_nothing_that_counts(verb: Call, run: Path) -> None:
     checkpoints = run / "checkpoints"
     before = {name: data for name, data in tree(checkpoints).items() if name.startswith("step")}
     saves = 1 + 4 * (2 * 6 + 5)
     points = (0, 1, 2, 23, saves - 1, saves)  # the last kill comes when only the name is missing
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(run), *map(str, points)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env=variables(),
-    )
-    assert done.stdout == "9 []\n" * len(points)
+    process = context().Process(target=killed_reshard, args=(run, points, run / "found.json"))
+    process.start()
+    process.join()
+    assert json.loads((run / "found.json").read_text()) == [[9, []]] * len(points)
     assert verb("reshard", run).status == 0
     after = {name: data for name, data in tree(checkpoints).items() if "universal" not in name}
     assert {name: data for name, data in after.items() if name.startswith("step")} == before

@@ -134,14 +134,14 @@ def saved_step(run_dir):
     return json.loads((run_dir / "checkpoints" / manifest).read_text())["step"]
 
 
-def endless(small_corpus, run_dir):
-    """Return the config of a run that only a signal ends, two ranks in a pipeline."""
+def endless(small_corpus, run_dir, pipeline=2):
+    """Return the config of a run that only a signal ends."""
     return resume_rank.make_config(
         small_corpus,
         run_dir,
         run={"dir": str(run_dir), "steps": 100_000, "eval_every_steps": 0, "threads": 1},
-        parallel={"tensor": 1, "pipeline": 2},
-        checkpoint={"every_steps": 0},
+        parallel={"tensor": 1, "pipeline": pipeline},
+        checkpoint={"every_steps": 0, "reshard": "auto"},
     )
 
 
@@ -165,6 +165,8 @@ def test_under_deepspeed_a_signalled_rank_or_launcher_loses_no_step(
     assert len(said) == 1
     assert f"stopped after step {stopped_at} of 100000 (SIGUSR1)" in said[0]
 
+    config = endless(small_corpus, run_dir, pipeline=1)
+    starter[2] = "1"
     second = launched([*starter, str(free_port())], config, run_dir, tmp_path / "second.log")
     second.after(stopped_at + 2)
     (launcher,) = (pid for pid, line in second.members().items() if "launcher.launch " in line)

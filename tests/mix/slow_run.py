@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -88,6 +89,7 @@ class Truth:
             self.pack(edited[entry["name"]], entry["packing"]) for entry in self.entries
         ]
         self.mode2 = mode2_flags(self.fraction, TOTAL)
+        self.flags_ahead = functools.cache(lambda rows: mode2_flags(self.clamped, rows))
 
     def pack(self, documents: Sequence[Document], packing: str) -> list[list[Token]]:
         if packing == "stream":
@@ -111,8 +113,7 @@ class Truth:
 
         def mode_row(tokens: int) -> int:
             row = -(-tokens // self.seq_len)
-            ahead = mode2_flags(self.clamped, max(row, TOTAL))[:row]
-            return sum(flag == mode2 for flag in ahead)
+            return sum(flag == mode2 for flag in self.flags_ahead(max(row, TOTAL))[:row])
 
         limit = entry.get("epochs_max")
         limit = None if limit is None or entry["when_dry"] == "repeat" else limit * size
