@@ -1,8 +1,8 @@
 """Break training steps down by what takes their time, as torch's profiler sees it.
 
 One process. Time inside an operation of torch counts for the part of the step that called it. What
-is left is Python, split into the model's modules (megatron-core's and ours) and the rest: DeepSpeed
-and our own step.
+is left is Python, of the model's modules (megatron-core's and ours) or of DeepSpeed and our step;
+DeepSpeed's part also has what it does with each gradient that arrives.
 
     python tests/bench/step_profile.py --config configs/run/tiny.yaml [--steps 20] [key.path=value]
 """
@@ -12,23 +12,26 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 UNTIMED_STEPS = 5
-LOADER, METRICS, HEALTH, OPTIMIZER = "loader", "metrics", "health", "optimizer and clipping"
-MODEL, STEP = "Python of the model", "DeepSpeed and other Python"
-LOSS, ATTENTION = "loss", "attention"
-PRODUCTS, ELEMENTS = "matrix products", "norms and element-wise"
-MARKS = (LOADER, METRICS, HEALTH, OPTIMIZER, MODEL, STEP)
+LOADER, METRICS, OPTIMIZER = "loader", "metrics", "optimizer, clipping and health"
+MODEL, STEP = "Python of the model", "DeepSpeed"
+LOSS, ATTENTION, PRODUCTS = "loss", "attention and rotary positions", "matrix products"
+ELEMENTS, COPIES = "norms and element-wise", "copies and zero-filling"
+MARKS = (LOADER, METRICS, OPTIMIZER, MODEL, STEP)
+COPYING = ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_")
 # What an operation, or the autograd function around it, says of its part of the step.
 SIGNS = {
     "ChunkedLoss": LOSS,
     "part: loss": LOSS,
     "scaled_dot_product": ATTENTION,
-    "RotateBackward": ATTENTION,
+    "Rotate": ATTENTION,
+    "AccumulateGrad": STEP,
     "aten::mm": PRODUCTS,
     "aten::addmm": PRODUCTS,
     "aten::bmm": PRODUCTS,
@@ -43,8 +46,9 @@ def part_of(event: Any) -> str:
             if sign in above.name:
                 return part
         if above.name in MARKS:
-            is_python = above is event or above.name not in (MODEL, STEP)
-            return str(above.name) if is_python else ELEMENTS
+            if above is event or above.name not in (MODEL, STEP):
+                return str(above.name)
+            return COPIES if event.name in COPYING else ELEMENTS
         above = above.cpu_parent
     return STEP
 
@@ -71,7 +75,6 @@ def profile(config: Path, overrides: list[str], steps: int, threads: int) -> Non
     from megatron_mode.report.step_metrics import StepTimer, metrics_line
 
     deepspeed, timer = engine.deepspeed, StepTimer()
-    engine._lets_through = marked(engine._lets_through, HEALTH)
     deepspeed._take_model_step = marked(deepspeed._take_model_step, OPTIMIZER)
     deepspeed.module.forward = marked(deepspeed.module.forward, MODEL)
     deepspeed.module.loss_fn.mode_loss.forward = marked(
@@ -97,12 +100,6 @@ def profile(config: Path, overrides: list[str], steps: int, threads: int) -> Non
     print(f"{1e3 * seconds / steps:.1f} ms a step, {steps} steps, profiled")
     for part, microseconds in found.most_common():
         print(f"| {part} | {microseconds / 1e4 / seconds:.1f} % |")
-    operations: Counter[tuple[str, str]] = Counter()
-    for event in events:
-        if event.thread == thread:
-            operations[part_of(event), event.name] += event.self_cpu_time_total
-    for (part, name), microseconds in operations.most_common(25):
-        print(f"{microseconds / 1e4 / seconds:5.1f} %  {part}: {name}")
 
 
 def main() -> None:
@@ -113,6 +110,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
+    warnings.simplefilter("ignore")
     profile(args.config, args.overrides, args.steps, args.threads)
 
 
