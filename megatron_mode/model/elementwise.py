@@ -94,7 +94,8 @@ class SwiGLU(torch.autograd.Function):
         out_F = torch.empty_like(gate_up_F)
         grad_gate_F, grad_up_F = out_F.chunk(2, dim=-1)
         torch.mul(grads[0], functional.silu(gate_F), out=grad_up_F)
-        grad_gate_F.copy_(torch.ops.aten.silu_backward(grads[0] * up_F, gate_F))
+        torch.mul(grads[0], up_F, out=grad_gate_F)
+        torch.ops.aten.silu_backward(grad_gate_F, gate_F, grad_input=grad_gate_F)
         return out_F
 
 
