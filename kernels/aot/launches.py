@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,10 +41,8 @@ class Launch:
 
     kernel: Any
     """The function that `triton.jit` made."""
-    constants: dict[str, Any]
-    """Compile-time arguments; a pointer that is None is one too."""
-    # What Triton takes where a launch names nothing else.
-    options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 3})
+    arguments: dict[str, Any]
+    """Compile-time arguments, a pointer that is None among them, and options of the launch."""
     multiplies: bool = False
     """It multiplies matrices: 16-bit operands must meet tensor cores."""
 
@@ -52,18 +50,16 @@ class Launch:
         """Return the Triton type of each argument, in order."""
         names = [parameter.name for parameter in self.kernel.params]
         return {
-            name: "constexpr" if name in self.constants else _argument_type(name, dtype)
+            name: "constexpr" if name in self.arguments else _argument_type(name, dtype)
             for name in names
         }
 
-    def attributes(self, dtype: str) -> dict[tuple[int], Any]:
-        """Return what Triton knows of divisible arguments, by position."""
-        fixed = {p.name for p in self.kernel.params if p.do_not_specialize}
-        return {
-            (position,): [["tt.divisibility", tiling.ALIGNMENT]]
-            for position, (name, kind) in enumerate(self.signature(dtype).items())
-            if (kind == "i32" or kind[0] == "*") and name not in fixed
-        }
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return what is no argument of the kernel, beside what Triton takes without being told."""
+        names = self.signature("bf16")
+        given = {name: value for name, value in self.arguments.items() if name not in names}
+        return {"num_warps": 4, "num_stages": 3, **given}
 
 
 def _argument_type(name: str, dtype: str) -> str:
@@ -77,19 +73,19 @@ def _argument_type(name: str, dtype: str) -> str:
 def launches(dtype: str, arch: int, *, divisible: bool) -> dict[str, Launch]:
     """Return every launch by name, with the tiles for a compute capability such as 90."""
     tile = tiling.matmul_tile(DTYPES[dtype], arch, aligned=divisible)
-    matmul = {"EVEN_D": divisible, "UPCAST": False, **tile.constexprs}
+    matmul = tiling.matmul_arguments(tile, even=divisible, interpreted=False)
     policy = {"WATCH_MODE1": True, "WATCH_MODE2": True, "DROP": False}
     forward = {"logits_ptr": None, "KEEP": False, **matmul}
     backward = {"logits_ptr": None, "KEPT": False, **matmul}
     return {
         "mode_prologue": Launch(mode_prologue, policy | tiling.PROLOGUE),
-        "lse_forward": Launch(lse_forward, forward, tile.options, True),
-        "lse_forward keep": Launch(lse_forward, {"KEEP": True, **matmul}, tile.options, True),
-        "merge_tiles": Launch(merge_tiles, dict(tiling.MERGE)),
-        "dlogits": Launch(dlogits, backward, tile.options, True),
-        "dlogits kept": Launch(dlogits, {"KEPT": True, **matmul}, tile.options),
-        "hidden_gradient": Launch(hidden_gradient, dict(tiling.HIDDEN_GRADIENT)),
-        "mode_weight_gradient": Launch(mode_weight_gradient, dict(tiling.MODE_WEIGHT_GRADIENT)),
+        "lse_forward": Launch(lse_forward, forward, multiplies=True),
+        "lse_forward keep": Launch(lse_forward, {"KEEP": True, **matmul}, multiplies=True),
+        "merge_tiles": Launch(merge_tiles, tiling.MERGE),
+        "dlogits": Launch(dlogits, backward, multiplies=True),
+        "dlogits kept": Launch(dlogits, {"KEPT": True, **matmul}),
+        "hidden_gradient": Launch(hidden_gradient, tiling.HIDDEN_GRADIENT),
+        "mode_weight_gradient": Launch(mode_weight_gradient, tiling.MODE_WEIGHT_GRADIENT),
     }
 
 
@@ -117,21 +113,25 @@ def measure(job: Job) -> Resources:
 def compile_launch(launch: Launch, job: Job) -> tuple[triton.compiler.CompiledKernel, str]:
     """Return the compiled kernel and the log of ptxas."""
     signature = launch.signature(job.dtype)
-    names = list(signature)
+    position = {name: index for index, name in enumerate(signature)}
+    fixed = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     source = ASTSource(
         fn=launch.kernel,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
-        attrs=launch.attributes(job.dtype) if job.divisible else {},
+        constexprs={
+            (position[name],): value for name, value in launch.arguments.items() if name in position
+        },
+        attrs={
+            (position[name],): [["tt.divisibility", tiling.ALIGNMENT]]
+            for name, kind in signature.items()
+            if job.divisible and (kind == "i32" or kind[0] == "*") and name not in fixed
+        },
     )
     knobs, log = triton.knobs, io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         # A kernel from the cache would bring no log.
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", job.arch, WARP_THREADS),
-            options={**launch.options, "enable_fp_fusion": tiling.FP_FUSION},
-        )
+        target = GPUTarget("cuda", job.arch, WARP_THREADS)
+        compiled = triton.compile(source, target=target, options=launch.options)
     return compiled, log.getvalue()

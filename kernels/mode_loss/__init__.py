@@ -2,7 +2,7 @@
 
     mode_loss()  op            checks, token order, choice of the implementation
        |
-       +-- triton     TritonLoss    triton_forward, triton_backward -> mode_kernels, lm_kernels
+       +-- triton     TritonLoss    triton_loss -> mode_kernels, lm_kernels
        +-- chunked    ChunkedLoss   chunked -> mode_terms, lm_pass
        +-- reference                reference: plain autograd, the oracle
 
@@ -29,12 +29,12 @@ Example:
 
 from megatron_mode.kernels.mode_loss.arguments import (
     Blocking,
+    Implementation,
     TargetRangeError,
     Targets,
     VocabShard,
 )
-from megatron_mode.kernels.mode_loss.contract import Implementation, why_no_triton
-from megatron_mode.kernels.mode_loss.op import LossOutput, mode_loss
+from megatron_mode.kernels.mode_loss.op import LossOutput, mode_loss, why_no_triton
 
 __all__ = [
     "Blocking",

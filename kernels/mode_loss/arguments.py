@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IMPLEMENTATIONS = ("triton", "chunked", "reference")
+TRITON_DTYPES = FLOAT_DTYPES[1:]
+Implementation = Literal["triton", "chunked", "reference"]
 
 
 @dataclass(frozen=True)
@@ -119,24 +120,20 @@ def validate_heads(
     Raises ValueError for a name, shape or device and TypeError for a dtype, naming argument,
     value, expectation.
     """
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation is {implementation!r}; expected triton, chunked or reference."
         )
-    device, dtypes = hidden_TBD.device, (hidden_TBD.dtype,)
-    _check("hidden", hidden_TBD, device, TRITON_DTYPES if implementation == "triton" else None)
-    _check("hidden", hidden_TBD, device, FLOAT_DTYPES)
-    _check("lm_weight", lm_weight_VD, device, dtypes)
+    device, dtype = hidden_TBD.device, hidden_TBD.dtype
+    _check(
+        "hidden", hidden_TBD, device, TRITON_DTYPES if implementation == "triton" else FLOAT_DTYPES
+    )
+    _check("lm_weight", lm_weight_VD, device, (dtype,))
     if hidden_TBD.dim() not in (2, 3):
-        raise ValueError(
-            f"hidden has shape {list(hidden_TBD.shape)}; expected [T, B, D] or [N, D]."
-        )
+        _refuse_shape("hidden", hidden_TBD, "[T, B, D] or [N, D]")
     hidden_size = hidden_TBD.shape[-1]
     if lm_weight_VD.dim() != 2 or lm_weight_VD.shape[1] != hidden_size:
-        raise ValueError(
-            f"lm_weight has shape {list(lm_weight_VD.shape)}; expected [V, {hidden_size}], "
-            "with the hidden size of hidden."
-        )
+        _refuse_shape("lm_weight", lm_weight_VD, f"[V, {hidden_size}], as hidden has {hidden_size}")
     if mode_weight_D is None or mode_bias is None:
         if mode_weight_D is not None or mode_bias is not None:
             raise ValueError("mode_weight and mode_bias: expected both, or None for both.")
@@ -144,7 +141,7 @@ def validate_heads(
     _check("mode_weight", mode_weight_D, device, FLOAT_DTYPES, (hidden_size,))
     _check("mode_bias", mode_bias, device, FLOAT_DTYPES)
     if mode_bias.numel() != 1:
-        raise ValueError(f"mode_bias has shape {list(mode_bias.shape)}; expected one element.")
+        _refuse_shape("mode_bias", mode_bias, "one element")
 
 
 def validate_targets(targets: Targets, shape: tuple[int, ...], device: torch.device) -> None:
@@ -161,29 +158,27 @@ def validate_targets(targets: Targets, shape: tuple[int, ...], device: torch.dev
         return
     _check("lm_rows", lm_rows_n, device, (torch.int64,))
     if lm_rows_n.dim() != 1:
-        raise ValueError(f"lm_rows has shape {list(lm_rows_n.shape)}; expected [n].")
+        _refuse_shape("lm_rows", lm_rows_n, "[n]")
     if device.type == "cpu" and len(lm_rows_n):  # a GPU checks an index where it is used
         first, last = int(lm_rows_n.min()), int(lm_rows_n.max())
         if first < 0 or last >= tokens:
             raise ValueError(f"lm_rows holds {first} to {last}; accepted are 0 to {tokens - 1}.")
 
 
-def validate_range(
-    target_N: Tensor, lm_weight_N: Tensor, vocab_size: int, names: Callable[[int], list[int]]
-) -> None:
+def validate_range(targets: Targets, vocab_size: int) -> None:
     """Raise TargetRangeError for the first target outside the vocabulary whose weight is not 0.
 
-    `names` maps the index of a token in hidden_ND to its index in the targets. On a GPU the check
-    runs on the device (`torch._assert_async`), so that the host does not wait: the process ends
-    with a CUDA assertion at a later call.
+    On a GPU the check runs on the device (`torch._assert_async`), so that the host does not wait:
+    the process ends with a CUDA assertion at a later call.
     """
-    outside_N = ((target_N < 0) | (target_N >= vocab_size)) & (lm_weight_N != 0)
-    if target_N.device.type != "cpu":
-        torch._assert_async(~outside_N.any(), f"a target is not within 0 to {vocab_size - 1}")
-    elif bool(outside_N.any()):
-        index = int(outside_N.nonzero()[0])
+    target_BT = targets.target_BT
+    outside_BT = ((target_BT < 0) | (target_BT >= vocab_size)) & (targets.lm_weight_BT != 0)
+    if target_BT.device.type != "cpu":
+        torch._assert_async(~outside_BT.any(), f"a target is not within 0 to {vocab_size - 1}")
+    elif bool(outside_BT.any()):
+        index = outside_BT.nonzero()[0].tolist()
         raise TargetRangeError(
-            f"target{names(index)} is {int(target_N[index])}; accepted are 0 to "
+            f"target{index} is {int(target_BT[tuple(index)])}; accepted are 0 to "
             f"{vocab_size - 1}: mend the token or give it LM weight 0."
         )
 
@@ -201,4 +196,8 @@ def _check(
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; expected {device}, where hidden is.")
     if shape is not None and tuple(value.shape) != shape:
-        raise ValueError(f"{name} has shape {list(value.shape)}; expected {list(shape)}.")
+        _refuse_shape(name, value, str(list(shape)))
+
+
+def _refuse_shape(name: str, value: Tensor, expected: str) -> NoReturn:
+    raise ValueError(f"{name} has shape {list(value.shape)}; expected {expected}.")

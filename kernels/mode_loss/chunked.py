@@ -11,21 +11,12 @@ Letters: N tokens, D hidden size, V columns of this shard.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_mode.kernels.mode_loss.contract import (
-    Choices,
-    Gradients,
-    ModeHead,
-    TokenLosses,
-    Upstream,
-    end_backward,
-    end_forward,
-)
 from megatron_mode.kernels.mode_loss.lm_pass import lm_pass
 from megatron_mode.kernels.mode_loss.mode_terms import (
     effective_lm_weight,
@@ -33,19 +24,7 @@ from megatron_mode.kernels.mode_loss.mode_terms import (
     mode_weight_gradient,
     token_losses,
 )
-from megatron_mode.kernels.mode_loss.tokens import TokenTargets, active_tokens
-
-
-class Kept(NamedTuple):
-    """Hold the gradients for upstream 1, and the mode weight; None where not wanted."""
-
-    dlogit_N: Tensor
-    """Gradient of mode_sum to the mode logit."""
-    hidden_ND: Tensor | None
-    """Gradient of lm_sum, summed over the shards; this rank's tokens under sequence parallelism."""
-    lm_weight_VD: Tensor | None
-    mode_weight_gradient_D: Tensor | None
-    mode_weight_D: Tensor | None
+from megatron_mode.kernels.mode_loss.tokens import Choices, LmTokens, TokenLosses, TokenTargets
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -62,9 +41,9 @@ class ChunkedLoss(torch.autograd.Function):
         choices: Choices,
     ) -> TokenLosses:
         """Return the losses; `hidden_ND` holds this rank's tokens under sequence parallelism."""
-        head, shard = ModeHead.of(mode_weight_D, mode_bias), choices.shard
+        shard = choices.shard
         all_ND = shard.all_tokens(hidden_ND)
-        mode = mode_terms(all_ND, head, targets, choices)
+        mode = mode_terms(all_ND, mode_weight_D, mode_bias, targets, choices)
         weight_N = effective_lm_weight(targets, mode.blocked_N, choices)
         tokens = active_tokens(all_ND, targets, weight_N)
         lm = lm_pass(tokens, lm_weight_VD, choices)
@@ -73,51 +52,54 @@ class ChunkedLoss(torch.autograd.Function):
             lm_hidden_ND = tokens.spread(lm.hidden_gradient_nD, len(all_ND))
             if shard.reduce is not None:
                 lm_hidden_ND = shard.reduce(lm_hidden_ND)
-        if head is not None and choices.wants.mode_weight:
+        if choices.wants.mode_weight:
             head_D = mode_weight_gradient(all_ND, mode.dlogit_N, targets.mode_weight_N)
+        ctx.choices = choices
         ctx.save_for_backward(
-            *Kept(mode.dlogit_N, lm_hidden_ND, lm.lm_weight_gradient_VD, head_D, mode_weight_D)
+            mode.dlogit_N, lm_hidden_ND, lm.lm_weight_gradient_VD, head_D, mode_weight_D
         )
         losses = token_losses(tokens, lm.nll_n, lm.lse_n, mode, choices)
-        return end_forward(
-            ctx, choices, losses, (hidden_ND, lm_weight_VD, mode_weight_D, mode_bias)
-        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*losses[2:])
+        return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the first four arguments."""
-        # What was kept may be spoilt where no other backward pass of this graph follows.
-        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
-        kept, up = Kept(*ctx.saved_tensors), Upstream(*gradients[:2])
-        return end_backward(ctx, scaled_gradients(kept, up, ctx.choices, in_place=in_place))
+    def backward(
+        ctx: Any, lm_up: Tensor | None, mode_up: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the first four arguments; autograd casts them to their dtypes."""
+        dlogit_N, lm_hidden_ND, lm_weight_VD, head_D, mode_weight_D = ctx.saved_tensors
+        wants, shard = ctx.choices.wants, ctx.choices.shard
+        hidden_ND, weight_VD, mode_D, bias = None, None, None, None
+        if lm_up is not None:
+            hidden_ND, weight_VD = _scale(lm_hidden_ND, lm_up), _scale(lm_weight_VD, lm_up)
+        if mode_weight_D is not None and mode_up is not None:
+            scaled_N = dlogit_N * mode_up
+            if wants.hidden:
+                factors = shard.own_tokens(scaled_N), mode_weight_D.to(scaled_N.dtype)
+                hidden_ND = (
+                    torch.outer(*factors) if hidden_ND is None else hidden_ND.addr_(*factors)
+                )
+            mode_D = head_D * mode_up if wants.mode_weight else None
+            bias = scaled_N.sum() if wants.mode_bias else None
+        return hidden_ND, weight_VD, mode_D, bias, None, None
 
 
-def scaled_gradients(kept: Kept, up: Upstream, choices: Choices, *, in_place: bool) -> Gradients:
-    """Return the gradients of the inputs; `in_place` spoils what was kept."""
-    wants = choices.wants
-    hidden_ND, weight_VD, mode_D, bias = None, None, None, None
-    if up.lm is not None:
-        hidden_ND = _scale(kept.hidden_ND, up.lm, in_place=in_place)
-        weight_VD = _scale(kept.lm_weight_VD, up.lm, in_place=in_place)
-    if kept.mode_weight_D is not None and up.mode is not None:
-        scaled_N = kept.dlogit_N * up.mode
-        if wants.hidden:
-            own_N = choices.shard.own_tokens(scaled_N)
-            mode_weight_D = kept.mode_weight_D.to(scaled_N.dtype)
-            if hidden_ND is None:
-                hidden_ND = torch.outer(own_N, mode_weight_D)
-            else:
-                hidden_ND = hidden_ND.addr_(own_N, mode_weight_D)
-        if kept.mode_weight_gradient_D is not None:
-            mode_D = kept.mode_weight_gradient_D * up.mode
-        if wants.mode_bias:
-            bias = scaled_N.sum()
-    return Gradients(hidden_ND, weight_VD, mode_D, bias)
+def active_tokens(hidden_ND: Tensor, targets: TokenTargets, weight_N: Tensor) -> LmTokens:
+    """Return the tokens with a weight; a CPU looks for them, a GPU would have to wait."""
+    if weight_N.device.type != "cpu":
+        return targets.lm_tokens(hidden_ND, weight_N)
+    rows_n = weight_N.nonzero().squeeze(1)
+    everything = len(rows_n) == len(weight_N)
+    return LmTokens.of(hidden_ND, targets.target_N, weight_N, None if everything else rows_n)
 
 
-def _scale(value: Tensor | None, up: Tensor, *, in_place: bool) -> Tensor | None:
+def _scale(value: Tensor | None, up: Tensor) -> Tensor | None:
     """Return the value times a scalar tensor, in the value's dtype."""
     if value is None:
         return None
-    return value.mul_(up) if in_place else (value * up).to(value.dtype)
+    # What was kept may be spoilt where no other backward pass of this graph follows.
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return (value * up).to(value.dtype)
+    return value.mul_(up)

@@ -14,15 +14,13 @@ Letters: n tokens, R tokens of a piece, D hidden size, V columns, C columns of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_mode.kernels.mode_loss.arguments import VocabShard
-from megatron_mode.kernels.mode_loss.contract import Choices, accumulation_dtype
-from megatron_mode.kernels.mode_loss.tokens import LmTokens
+from megatron_mode.kernels.mode_loss.tokens import Choices, LmTokens, accumulation_dtype
 
 # Measured with fp32 on two AVX2 cores at N = 2048, D = 512, V = 32768 (GFLOP/s of logits, dH, dW):
 # pieces of 128 tokens 110, 110, 134; of 256 121, 128, 132; of 512 134, 141, 126. 32 MiB is 256
@@ -59,21 +57,18 @@ def lm_pass(tokens: LmTokens, lm_weight_VD: Tensor, choices: Choices) -> LmResul
 
 def by_tokens(tokens: LmTokens, lm_weight_VD: Tensor, choices: Choices) -> LmResult:
     """Walk the tokens; the buffer holds R of them against all columns."""
-    shard, hidden_nD = choices.shard, tokens.hidden_nD
+    shard, wants, hidden_nD = choices.shard, choices.wants, tokens.hidden_nD
     count, columns = len(hidden_nD), shard.real_columns(len(lm_weight_VD))
     weight_VD = lm_weight_VD[:columns]
     rows = piece_rows(count, hidden_nD, len(lm_weight_VD), shard)
     buffer = hidden_nD.new_empty(columns * min(rows, count))
     nll_n, lse_n = hidden_nD.new_empty(count), hidden_nD.new_empty(count)
-    hidden_gradient_nD = torch.zeros_like(hidden_nD) if choices.wants.hidden else None
-    weight_gradient_VD = (
-        hidden_nD.new_zeros(lm_weight_VD.shape) if choices.wants.lm_weight else None
-    )
+    hidden_gradient_nD = torch.zeros_like(hidden_nD) if wants.hidden else None
+    weight_gradient_VD = hidden_nD.new_zeros(lm_weight_VD.shape) if wants.lm_weight else None
 
-    for begin, end in _pieces(count, rows):
-        piece = slice(begin, end)
+    for piece in _pieces(count, rows):
         hidden_RD = hidden_nD[piece]
-        logit_VR = buffer[: columns * (end - begin)].view(columns, end - begin)
+        logit_VR = buffer[: columns * len(hidden_RD)].view(columns, len(hidden_RD))
         torch.mm(weight_VD, hidden_RD.T, out=logit_VR)
         local_target_R = tokens.target_n[piece] - shard.start
         nll_n[piece], lse_n[piece], scale_R = _dlogits_in_place(logit_VR, local_target_R, choices)
@@ -93,11 +88,10 @@ def _dlogits_in_place(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn logits into dlogits but for a factor a token; return (nll_R, lse_R, factor_R)."""
     shard, columns = choices.shard, len(logit_VR)
-    owned_R = (local_target_R >= 0) & (local_target_R < columns)
-    index_1R = torch.where(owned_R, local_target_R, 0)[None]
+    owned_R, index_R = _owned(local_target_R, columns)
     if columns:
         maximum_R = logit_VR.amax(0)
-        target_logit_R = torch.where(owned_R, logit_VR.gather(0, index_1R)[0], 0)
+        target_logit_R = torch.where(owned_R, logit_VR.gather(0, index_R[None])[0], 0)
         logit_VR.sub_(maximum_R).exp_()
         sum_R = logit_VR.sum(0)
     else:
@@ -107,7 +101,7 @@ def _dlogits_in_place(
     if shard.merge is not None:
         all_maximum_R, all_sum_R, target_logit_R = shard.merge(
             torch.stack([maximum_R, sum_R, target_logit_R])
-        ).unbind()
+        )
     log_sum_R = all_sum_R.log()
     nll_R = (all_maximum_R - target_logit_R) + log_sum_R
     lse_R = all_maximum_R + log_sum_R
@@ -116,11 +110,11 @@ def _dlogits_in_place(
         return nll_R, lse_R, factor_R
     if shard.merge is None and not choices.z_weight:
         # p - onehot = (exp - sum * onehot) / sum: the division waits for the sides of size D.
-        logit_VR.scatter_add_(0, index_1R, torch.where(owned_R, -sum_R, 0)[None])
+        logit_VR.scatter_add_(0, index_R[None], torch.where(owned_R, -sum_R, 0)[None])
         return nll_R, lse_R, factor_R
     factor_R = factor_R * (maximum_R - all_maximum_R).exp() * (1 + 2 * choices.z_weight * lse_R)
     logit_VR.mul_(factor_R)
-    logit_VR.scatter_add_(0, index_1R, -owned_R[None].to(logit_VR.dtype))
+    logit_VR.scatter_add_(0, index_R[None], -owned_R[None].to(logit_VR.dtype))
     return nll_R, lse_R, torch.ones_like(factor_R)
 
 
@@ -130,41 +124,40 @@ def _multiply_over_columns(dlogit_VR: Tensor, weight_VD: Tensor, out_RD: Tensor)
     A library adds up a narrow product term by term: at D = 1 and V = 50257 its error was 9e-5,
     that of plain torch 5e-6. Blocks of columns, as a wide product has them, stay within twice that.
     """
-    hidden_size = weight_VD.shape[1]
-    if hidden_size >= NARROW:
+    if weight_VD.shape[1] >= NARROW:
         torch.mm(dlogit_VR.T, weight_VD, out=out_RD)
         return
     out_RD.zero_()
-    for begin, end in _pieces(len(weight_VD), NARROW_COLUMNS):
-        out_RD += dlogit_VR[begin:end].T @ weight_VD[begin:end]
+    for piece in _pieces(len(weight_VD), NARROW_COLUMNS):
+        out_RD += dlogit_VR[piece].T @ weight_VD[piece]
 
 
 def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, choices: Choices) -> LmResult:
     """Walk the columns twice; the buffer holds all tokens against C of them."""
-    shard, dtype = choices.shard, accumulation_dtype(tokens.hidden_nD)
+    shard, wants, dtype = choices.shard, choices.wants, accumulation_dtype(tokens.hidden_nD)
     count, columns = len(tokens.hidden_nD), shard.real_columns(len(lm_weight_VD))
     hidden_nD = operand(tokens.hidden_nD)
     budget = CPU_COLUMNS_BYTES if hidden_nD.device.type == "cpu" else GPU_LOGITS_BYTES
     width = max(budget // (dtype.itemsize * max(count, 1)), COLUMNS_MIN)
-    pieces = list(_pieces(columns, width)) if count else []
+    pieces = _pieces(columns, width) if count else []
     buffer = torch.empty(count * min(width, columns), dtype=dtype, device=hidden_nD.device)
 
-    def logits(begin: int, end: int) -> tuple[Tensor, Tensor]:
-        weight_CD = operand(lm_weight_VD[begin:end])
-        logit_nC = buffer[: count * (end - begin)].view(count, end - begin)
-        return product(hidden_nD, weight_CD.T, out=logit_nC), weight_CD
+    def logits(weight_CD: Tensor) -> Tensor:
+        logit_nC = buffer[: count * len(weight_CD)].view(count, len(weight_CD))
+        return product(hidden_nD, weight_CD.T, out=logit_nC)
 
     target_n = tokens.target_n - shard.start
     statistics_3n = torch.zeros(3, count, dtype=dtype, device=hidden_nD.device)
     statistics_3n[0] = -torch.inf
-    for begin, end in pieces:
-        _reduce_piece(logits(begin, end)[0], target_n - begin, statistics_3n)
+    for piece in pieces:
+        logit_nC = logits(operand(lm_weight_VD[piece]))
+        _reduce_piece(logit_nC, target_n - piece.start, statistics_3n)
     if shard.merge is not None and count:
         statistics_3n = shard.merge(statistics_3n)
-    maximum_n, sum_n, target_logit_n = statistics_3n.unbind()
+    maximum_n, sum_n, target_logit_n = statistics_3n
     nll_n, lse_n = (maximum_n - target_logit_n) + sum_n.log(), maximum_n + sum_n.log()
 
-    wants, weight_n1 = choices.wants, tokens.weight_n[:, None]
+    weight_n1 = tokens.weight_n[:, None]
     hidden_gradient_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=dtype) if wants.hidden else None
     # bf16 holds what fp32 does in range; fp16 does not, before the upstream gradient scales it.
     kept_dtype = torch.bfloat16 if lm_weight_VD.dtype == torch.bfloat16 else dtype
@@ -172,13 +165,14 @@ def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, choices: Choices) -> LmRe
         lm_weight_VD.new_zeros(lm_weight_VD.shape, dtype=kept_dtype) if wants.lm_weight else None
     )
     weighted_nD = (hidden_nD * weight_n1).to(hidden_nD.dtype) if wants.lm_weight else hidden_nD
-    for begin, end in pieces if wants.hidden or wants.lm_weight else []:
-        dlogit_nC, weight_CD = logits(begin, end)
-        _piece_dlogits(dlogit_nC, target_n - begin, lse_n, choices.z_weight)
+    for piece in pieces if wants.hidden or wants.lm_weight else []:
+        weight_CD = operand(lm_weight_VD[piece])
+        dlogit_nC = logits(weight_CD)
+        _piece_dlogits(dlogit_nC, target_n - piece.start, lse_n, choices.z_weight)
         if hidden_gradient_nD is not None:
             add_product(hidden_gradient_nD, dlogit_nC, weight_CD)
         if weight_gradient_VD is not None:
-            weight_gradient_VD[begin:end] = product(dlogit_nC.T, weighted_nD)
+            weight_gradient_VD[piece] = product(dlogit_nC.T, weighted_nD)
     if hidden_gradient_nD is not None:
         hidden_gradient_nD.mul_(weight_n1)
     return LmResult(nll_n, lse_n, hidden_gradient_nD, weight_gradient_VD)
@@ -186,10 +180,9 @@ def by_columns(tokens: LmTokens, lm_weight_VD: Tensor, choices: Choices) -> LmRe
 
 def _reduce_piece(logit_nC: Tensor, local_target_n: Tensor, statistics_3n: Tensor) -> None:
     """Fold a piece into (maximum, sum of exponentials, target logit); spoils the logits."""
-    maximum_n, sum_n, target_logit_n = statistics_3n.unbind()
-    owned_n = (local_target_n >= 0) & (local_target_n < logit_nC.shape[1])
-    index_n1 = torch.where(owned_n, local_target_n, 0)[:, None]
-    target_logit_n += torch.where(owned_n, logit_nC.gather(1, index_n1)[:, 0], 0)
+    maximum_n, sum_n, target_logit_n = statistics_3n
+    owned_n, index_n = _owned(local_target_n, logit_nC.shape[1])
+    target_logit_n += torch.where(owned_n, logit_nC.gather(1, index_n[:, None])[:, 0], 0)
     new_maximum_n = torch.maximum(maximum_n, logit_nC.amax(1))
     sum_n *= (maximum_n - new_maximum_n).exp_()
     sum_n += logit_nC.sub_(new_maximum_n[:, None]).exp_().sum(1)
@@ -200,12 +193,17 @@ def _piece_dlogits(
     logit_nC: Tensor, local_target_n: Tensor, lse_n: Tensor, z_weight: float
 ) -> None:
     """Turn the logits of a piece into dlogits for weight 1, in place."""
-    owned_n = (local_target_n >= 0) & (local_target_n < logit_nC.shape[1])
-    index_n1 = torch.where(owned_n, local_target_n, 0)[:, None]
+    owned_n, index_n = _owned(local_target_n, logit_nC.shape[1])
     logit_nC.sub_(lse_n[:, None]).exp_()
     if z_weight:
         logit_nC.mul_((1 + 2 * z_weight * lse_n)[:, None])
-    logit_nC.scatter_add_(1, index_n1, -owned_n[:, None].to(logit_nC.dtype))
+    logit_nC.scatter_add_(1, index_n[:, None], -owned_n[:, None].to(logit_nC.dtype))
+
+
+def _owned(local_target_n: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Return which targets are among the columns, and an index of a column for every token."""
+    owned_n = (local_target_n >= 0) & (local_target_n < columns)
+    return owned_n, torch.where(owned_n, local_target_n, 0)
 
 
 def piece_rows(tokens: int, hidden_ND: Tensor, local_columns: int, shard: VocabShard) -> int:
@@ -222,29 +220,27 @@ def piece_rows(tokens: int, hidden_ND: Tensor, local_columns: int, shard: VocabS
     return -(-tokens // max(-(-tokens // rows), 1))
 
 
-def _pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, total, max(size, 1)):
-        yield begin, min(begin + size, total)
+def _pieces(total: int, size: int) -> list[slice]:
+    return [slice(begin, min(begin + size, total)) for begin in range(0, total, max(size, 1))]
 
 
-def native_half(matrix: Tensor) -> bool:
-    """Tell whether the device multiplies the matrix's half precision faster than fp32.
+def operand(matrix: Tensor) -> Tensor:
+    """Return the matrix as the products of this device take it: half precision, or widened.
 
     A CPU without bf16 instructions multiplies fp32 5 to 80 times faster than bf16 (60 against
     0.8 to 14 GFLOP/s on one AVX2 core), so half precision is widened there, and fp16 on any CPU.
     """
+    is_half = matrix.dtype in (torch.bfloat16, torch.float16)
+    return matrix.float() if is_half and not native_half(matrix) else matrix
+
+
+def native_half(matrix: Tensor) -> bool:
+    """Tell whether the device multiplies the matrix's half precision faster than fp32."""
     if matrix.device.type != "cpu":
         return True
-    if matrix.dtype != torch.bfloat16:
-        return False
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-def operand(matrix: Tensor) -> Tensor:
-    """Return the matrix as the products of this device take it."""
-    if matrix.dtype in (torch.bfloat16, torch.float16) and not native_half(matrix):
-        return matrix.float()
-    return matrix
+    return matrix.dtype == torch.bfloat16 and bool(
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -13,13 +13,18 @@ loss begins. Inside the LM kernels the same product would cost 12 to 29 register
 extra row of the vocabulary on one tensor-parallel rank only. The mode term joins dH after dH was
 summed over the vocabulary shards, or it would count once a shard.
 
-Letters: N tokens, n tokens with an LM weight, D hidden size.
+Each kernel has its launcher below. Letters: N tokens, n tokens with an LM weight, D hidden size.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from megatron_mode.kernels.mode_loss import tiling
 from megatron_mode.kernels.mode_loss.lm_kernels import row_start
+from megatron_mode.kernels.mode_loss.mode_terms import ModeTerms, cap_candidates, no_mode_terms
+from megatron_mode.kernels.mode_loss.tokens import Choices, TokenTargets
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -167,3 +172,107 @@ def mode_weight_gradient(
         sum_ND += dlogit_N[:, None] * hidden_ND.to(tl.float32)
     sum_D = tl.sum(sum_ND, axis=0)
     tl.store(partial_ptr + row_start(block, 1, hidden_size) + column_D, sum_D, mask=inside_D)
+
+
+def launch_prologue(
+    hidden_ND: Tensor,
+    mode_weight_D: Tensor | None,
+    mode_bias: Tensor | None,
+    targets: TokenTargets,
+    choices: Choices,
+) -> ModeTerms:
+    """Return the mode terms; the cap, a sort, is applied in torch."""
+    count, hidden_size = hidden_ND.shape
+    if mode_weight_D is None or not count:
+        return no_mode_terms(targets)
+    weight_N, blocking = targets.mode_weight_N, choices.blocking
+    blocks = triton.cdiv(count, tiling.PROLOGUE["BLOCK_N"])
+    logit_N, bce_N, dlogit_N = (torch.empty_like(weight_N) for _ in range(3))
+    candidate_N = torch.empty_like(weight_N, dtype=torch.int8)
+    partial = weight_N.new_empty(blocks)
+    mode_prologue[(blocks,)](
+        hidden_ND,
+        mode_weight_D.contiguous(),
+        mode_bias,
+        targets.mode_label_N,
+        weight_N,
+        logit_N,
+        bce_N,
+        dlogit_N,
+        candidate_N,
+        partial,
+        count,
+        hidden_size,
+        hidden_ND.stride(0),
+        0.0 if blocking is None else blocking.threshold,
+        WATCH_MODE1=blocking is not None and blocking.watch_mode1,
+        WATCH_MODE2=blocking is not None and blocking.watch_mode2,
+        DROP=blocking is not None and blocking.mode and not blocking.capped,
+        **tiling.PROLOGUE,
+    )
+    blocked_N, mode_sum = candidate_N.bool(), partial.sum()
+    if blocking is not None and blocking.capped:
+        blocked_N = cap_candidates(blocked_N, logit_N, targets, blocking, choices.grid)
+        if blocking.mode:
+            bce_N, dlogit_N = bce_N.masked_fill(blocked_N, 0), dlogit_N.masked_fill(blocked_N, 0)
+            mode_sum = (weight_N * bce_N).sum()
+    return ModeTerms(mode_sum, logit_N, bce_N, dlogit_N, blocked_N)
+
+
+def launch_hidden_gradient(
+    out_ND: Tensor,
+    lm_gradient_nD: Tensor | None,
+    rows_n: Tensor | None,
+    mode_weight_D: Tensor | None,
+    dlogit_N: Tensor,
+    ups: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Write the gradient of this rank's hidden states; `ups` are upstream of LM and mode sum."""
+    count, hidden_size = out_ND.shape
+    lm_row_N = torch.full((count,), -1, dtype=torch.int32, device=out_ND.device)
+    if lm_gradient_nD is None:
+        lm_gradient_nD = dlogit_N.new_zeros(1, hidden_size)
+    else:
+        row_n = torch.arange(len(lm_gradient_nD), dtype=torch.int32, device=out_ND.device)
+        lm_row_N[slice(None) if rows_n is None else rows_n] = row_n
+    if not count:
+        return
+    zero = dlogit_N.new_zeros(())
+    if ups[1] is None or mode_weight_D is None:
+        mode_weight_D = dlogit_N.new_zeros(hidden_size)
+        dlogit_N = torch.zeros_like(dlogit_N)  # 0 * NaN would be NaN
+    blocks = triton.cdiv(count, tiling.HIDDEN_GRADIENT["BLOCK_N"])
+    strips = triton.cdiv(hidden_size, tiling.HIDDEN_GRADIENT["BLOCK_D"])
+    hidden_gradient[(blocks, strips)](
+        lm_gradient_nD,
+        lm_row_N,
+        dlogit_N,
+        mode_weight_D.contiguous(),
+        *(zero if up is None else up.float() for up in ups),
+        out_ND,
+        count,
+        hidden_size,
+        lm_gradient_nD.stride(0),
+        out_ND.stride(0),
+        **tiling.HIDDEN_GRADIENT,
+    )
+
+
+def launch_mode_weight_gradient(hidden_ND: Tensor, dlogit_N: Tensor, weight_N: Tensor) -> Tensor:
+    """Return sum_i dz_i hidden_i; partial sums are added in a fixed order."""
+    count, hidden_size = hidden_ND.shape
+    blocks = triton.cdiv(count, tiling.MODE_WEIGHT_GRADIENT["ROWS"])
+    strips = triton.cdiv(hidden_size, tiling.MODE_WEIGHT_GRADIENT["BLOCK_D"])
+    partial = dlogit_N.new_zeros(max(blocks, 1), hidden_size)
+    if count:
+        mode_weight_gradient[(blocks, strips)](
+            hidden_ND,
+            dlogit_N,
+            weight_N,
+            partial,
+            count,
+            hidden_size,
+            hidden_ND.stride(0),
+            **tiling.MODE_WEIGHT_GRADIENT,
+        )
+    return partial.sum(0)

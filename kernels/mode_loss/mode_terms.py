@@ -1,6 +1,6 @@
-"""Compute the mode terms in torch: logit, cross-entropy, gradient, blocking (design.md section 6).
+"""Compute the mode terms in torch: logit, cross-entropy, gradient, blocking.
 
-Letters: B rows, T row length, N = B*T tokens, D hidden size.
+Letters: B rows, T row length, N = B*T tokens, R tokens of a piece, D hidden size.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megatron_mode.kernels.mode_loss.arguments import Blocking
-from megatron_mode.kernels.mode_loss.contract import (
+from megatron_mode.kernels.mode_loss.tokens import (
     Choices,
-    ModeHead,
+    LmTokens,
+    TokenGrid,
     TokenLosses,
+    TokenTargets,
     accumulation_dtype,
 )
-from megatron_mode.kernels.mode_loss.tokens import LmTokens, TokenGrid, TokenTargets
 
 # Half-precision rows are widened, and rows without a mode weight cleared, this many at a time:
 # 2 MiB at D = 512.
@@ -37,12 +38,16 @@ class ModeTerms(NamedTuple):
 
 
 def mode_terms(
-    hidden_ND: Tensor, head: ModeHead | None, targets: TokenTargets, choices: Choices
+    hidden_ND: Tensor,
+    mode_weight_D: Tensor | None,
+    mode_bias: Tensor | None,
+    targets: TokenTargets,
+    choices: Choices,
 ) -> ModeTerms:
     """Return the mode terms; zeros without a head."""
-    if head is None:
+    if mode_weight_D is None or mode_bias is None:
         return no_mode_terms(targets)
-    logit_N = mode_logit(hidden_ND, head)
+    logit_N = mode_logit(hidden_ND, mode_weight_D, mode_bias)
     label_N, weight_N = targets.mode_label_N, targets.mode_weight_N
     counted_N = weight_N != 0
     blocked_N = torch.zeros_like(counted_N)
@@ -59,15 +64,13 @@ def mode_terms(
 def no_mode_terms(targets: TokenTargets) -> ModeTerms:
     """Return the terms of a model without a mode head."""
     zero_N = torch.zeros_like(targets.mode_weight_N)
-    nothing_N = torch.zeros_like(zero_N, dtype=torch.bool)
-    return ModeTerms(zero_N.new_zeros(()), zero_N, zero_N.clone(), zero_N.clone(), nothing_N)
+    return ModeTerms(zero_N.sum(), zero_N, zero_N.clone(), zero_N.clone(), zero_N.bool())
 
 
-def mode_logit(hidden_ND: Tensor, head: ModeHead) -> Tensor:
+def mode_logit(hidden_ND: Tensor, mode_weight_D: Tensor, mode_bias: Tensor) -> Tensor:
     """Return the mode logit z of each token, in fp32 (fp64 for fp64 hidden states)."""
     dtype = accumulation_dtype(hidden_ND)
-    weight_D = head.weight_D.to(dtype)
-    logit_N = head.bias.to(dtype).reshape(()).repeat(len(hidden_ND))
+    weight_D, logit_N = mode_weight_D.to(dtype), mode_bias.to(dtype).repeat(len(hidden_ND))
     for begin in range(0, len(hidden_ND), MODE_ROWS):
         rows = slice(begin, begin + MODE_ROWS)
         logit_N[rows] += hidden_ND[rows].to(dtype) @ weight_D
@@ -91,34 +94,32 @@ def blocked_tokens(
     """Return the mask of the confidently wrong tokens that lose a loss.
 
     A valid token (mode weight above 0) is a candidate where the logit of the wrong mode exceeds
-    the threshold. A row blocks at most floor(cap * its valid tokens) of its candidates, the largest
-    excess first, ties to the lower position. Labels of 0.5 and above are Mode 2.
+    the threshold. Labels of 0.5 and above are Mode 2.
     """
     is_mode2_N = targets.mode_label_N >= 0.5
     wrong_N = torch.where(is_mode2_N, -logit_N, logit_N)
-    candidate_N = (targets.mode_weight_N > 0) & (wrong_N > blocking.threshold)
-    if not blocking.watch_mode1:
-        candidate_N = candidate_N & is_mode2_N
-    if not blocking.watch_mode2:
-        candidate_N = candidate_N & ~is_mode2_N
+    watched_N = torch.where(is_mode2_N, blocking.watch_mode2, blocking.watch_mode1)
+    candidate_N = (targets.mode_weight_N > 0) & (wrong_N > blocking.threshold) & watched_N
     return cap_candidates(candidate_N, logit_N, targets, blocking, grid)
 
 
 def cap_candidates(
     candidate_N: Tensor, logit_N: Tensor, targets: TokenTargets, blocking: Blocking, grid: TokenGrid
 ) -> Tensor:
-    """Return the candidates that the cap leaves blocked."""
+    """Return the candidates that the cap leaves blocked.
+
+    A row blocks at most floor(cap * its valid tokens) of its candidates, the largest excess first,
+    ties to the lower position.
+    """
     if not blocking.capped:
         return candidate_N
-    rows = grid.rows
     numerator, denominator = blocking.cap
-    allowed_B = (rows(targets.mode_weight_N) > 0).sum(1) * numerator // denominator
+    allowed_B = (grid.rows(targets.mode_weight_N) > 0).sum(1) * numerator // denominator
     wrong_N = torch.where(targets.mode_label_N >= 0.5, -logit_N, logit_N)
     # Ordering by the logit is ordering by the excess over the one threshold, without rounding.
-    score_BT = rows(torch.where(candidate_N, wrong_N, -torch.inf))
+    score_BT = grid.rows(torch.where(candidate_N, wrong_N, -torch.inf))
     order_BT = score_BT.sort(dim=1, descending=True, stable=True).indices
-    ranks_BT = torch.arange(order_BT.shape[1], device=order_BT.device).expand_as(order_BT)
-    rank_BT = torch.empty_like(order_BT).scatter_(1, order_BT, ranks_BT)
+    rank_BT = order_BT.argsort(dim=1)
     return candidate_N & grid.flatten(rank_BT < allowed_B[:, None])
 
 

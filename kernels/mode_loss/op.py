@@ -5,15 +5,17 @@ Letters: B rows, T row length, N = B*T tokens, D hidden size, V vocabulary colum
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_mode.kernels.mode_loss.arguments import (
     Blocking,
+    Implementation,
     Targets,
     VocabShard,
     validate_heads,
@@ -21,15 +23,15 @@ from megatron_mode.kernels.mode_loss.arguments import (
     validate_targets,
 )
 from megatron_mode.kernels.mode_loss.chunked import ChunkedLoss
-from megatron_mode.kernels.mode_loss.contract import (
+from megatron_mode.kernels.mode_loss.reference import reference_loss
+from megatron_mode.kernels.mode_loss.tokens import (
     Choices,
-    Implementation,
+    TokenGrid,
     TokenLosses,
+    TokenTargets,
     Wants,
     accumulation_dtype,
 )
-from megatron_mode.kernels.mode_loss.reference import reference_loss
-from megatron_mode.kernels.mode_loss.tokens import TokenGrid, TokenTargets
 
 FULL_VOCABULARY = VocabShard()
 
@@ -88,49 +90,59 @@ def mode_loss(
     heads = (lm_weight_VD, mode_weight_D, mode_bias)
     validate_heads(hidden_TBD, *heads, implementation)
     grid = TokenGrid.of(hidden_TBD, 1 if shard.gather is None else shard.ranks)
-    vocab_size = shard.vocab_size
-    if vocab_size is None:
-        vocab_size = shard.start + len(lm_weight_VD)
     validate_targets(targets, grid.shape, hidden_TBD.device)
-    wants = Wants(*(_wants_gradient(value) for value in (hidden_TBD, *heads)))
-    choices = Choices(
-        grid, replace(shard, vocab_size=vocab_size), wants, z_weight, blocking, keep_logits_bytes
+    if check_targets or device_type == "cpu" or implementation == "reference":
+        columns = shard.start + len(lm_weight_VD)
+        validate_range(targets, columns if shard.vocab_size is None else shard.vocab_size)
+    with_grad = torch.is_grad_enabled()
+    wants = Wants(
+        *(with_grad and one is not None and one.requires_grad for one in (hidden_TBD, *heads))
     )
+    choices = Choices(grid, shard, wants, z_weight, blocking, keep_logits_bytes)
     hidden_ND = grid.flatten_hidden(hidden_TBD)
     tokens = TokenTargets.of(targets, grid, accumulation_dtype(hidden_ND))
-    if check_targets or device_type == "cpu" or implementation == "reference":
-        validate_range(tokens.target_N, tokens.lm_weight_N, vocab_size, grid.name)
+    bias = None if mode_bias is None else mode_bias.reshape(())
     # The dtypes are chosen above: autocast would round the fp32 mode logit and statistics.
     with torch.autocast(device_type, enabled=False):
-        losses = _function(implementation)(hidden_ND, *heads, tokens, choices)
-    return _output(TokenLosses(*losses), targets, grid)
-
-
-def _wants_gradient(value: Tensor | None) -> bool:
-    return value is not None and value.requires_grad and torch.is_grad_enabled()
-
-
-def _function(implementation: Implementation) -> Callable[..., tuple[Tensor, ...]]:
-    match implementation:
-        case "triton":
-            # Triton is imported where it is used: a machine without it has the other two.
-            from megatron_mode.kernels.mode_loss.triton_forward import TritonLoss
-
-            return cast(Callable[..., tuple[Tensor, ...]], TritonLoss.apply)
-        case "chunked":
-            return cast(Callable[..., tuple[Tensor, ...]], ChunkedLoss.apply)
-        case "reference":
-            return reference_loss
-
-
-def _output(losses: TokenLosses, targets: Targets, grid: TokenGrid) -> LossOutput:
+        losses = TokenLosses(
+            *_function(implementation)(
+                hidden_ND, lm_weight_VD, mode_weight_D, bias, tokens, choices
+            )
+        )
     mode_logit_BT = grid.unflatten(losses.mode_logit_N)
     return LossOutput(
-        lm_sum=losses.lm_sum,
-        mode_sum=losses.mode_sum,
-        z_loss_sum=losses.z_loss_sum,
+        *losses[:3],
         nll_BT=grid.unflatten(losses.nll_N),
         bce_BT=grid.unflatten(losses.bce_N),
         mode_logit_BT=torch.where(targets.mode_weight_BT != 0, mode_logit_BT, 0),
         blocked_BT=grid.unflatten(losses.blocked_N),
     )
+
+
+def _function(implementation: Implementation) -> Callable[..., Any]:
+    match implementation:
+        case "triton":
+            # Triton is imported where it is used: a machine without it has the other two.
+            from megatron_mode.kernels.mode_loss.triton_loss import TritonLoss
+
+            return TritonLoss.apply
+        case "chunked":
+            return ChunkedLoss.apply
+        case "reference":
+            return reference_loss
+
+
+def why_no_triton(device_type: str) -> str | None:
+    """Return why the Triton kernels cannot run on a device, or None where they can.
+
+    On a CPU they run in Triton's interpreter, which is chosen before Triton is imported.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "is not installed (pip install triton)"
+    if device_type == "cuda":
+        return None
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return None
+    return f"has no compiler for {device_type} (its interpreter runs under TRITON_INTERPRET=1)"

@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megatron_mode.kernels.mode_loss.arguments import VocabShard
-from megatron_mode.kernels.mode_loss.contract import (
+from megatron_mode.kernels.mode_loss.mode_terms import blocked_tokens
+from megatron_mode.kernels.mode_loss.tokens import (
     Choices,
-    ModeHead,
     TokenLosses,
+    TokenTargets,
     accumulation_dtype,
 )
-from megatron_mode.kernels.mode_loss.mode_terms import blocked_tokens
-from megatron_mode.kernels.mode_loss.tokens import TokenTargets
 
 
 def reference_loss(
@@ -40,36 +39,42 @@ def reference_loss(
     choices: Choices,
 ) -> TokenLosses:
     """Return both sums and the losses of each token; keeps all n x V logits."""
-    head, blocking = ModeHead.of(mode_weight_D, mode_bias), choices.blocking
-    lm_hidden_ND = hidden_ND
-    if choices.shard.reduce is not None:
-        lm_hidden_ND = cast(Callable[..., Tensor], _LmTokens.apply)(hidden_ND, choices.shard)
-    if choices.shard.gather is not None:
-        hidden_ND = cast(Callable[..., Tensor], _ModeTokens.apply)(hidden_ND, choices.shard)
-    mode_logit_N = torch.zeros_like(targets.mode_weight_N)
-    if head is not None:
-        mode_logit_N = reference_mode_logit(hidden_ND.detach(), head).detach()
+    shard, blocking = choices.shard, choices.blocking
+    lm_hidden_ND, all_tokens = hidden_ND, cast(Callable[..., Tensor], _AllTokens.apply)
+    if shard.reduce is not None:
+        # Each shard knows a part of the gradient of all tokens.
+        lm_hidden_ND = all_tokens(hidden_ND, shard, shard.reduce)
+    if shard.gather is not None:
+        # Every rank knows the full gradient of all tokens.
+        hidden_ND = all_tokens(
+            hidden_ND, shard, lambda value_ND: shard.own_tokens(value_ND).clone()
+        )
     lm_weight_N, mode_weight_N = targets.lm_weight_N, targets.mode_weight_N
-    blocked_N = torch.zeros_like(mode_logit_N, dtype=torch.bool)
-    if blocking is not None and head is not None:
-        blocked_N = blocked_tokens(mode_logit_N, targets, blocking, choices.grid)
-        lm_weight_N = lm_weight_N.masked_fill(blocked_N & blocking.lm, 0)
-        mode_weight_N = mode_weight_N.masked_fill(blocked_N & blocking.mode, 0)
+    zero_N = torch.zeros_like(lm_weight_N)
+    bce_N, mode_sum, mode_logit_N, blocked_N = zero_N, zero_N.sum(), zero_N, zero_N.bool()
+    if mode_weight_D is not None and mode_bias is not None:
+        mode_logit_N = _mode_logit(hidden_ND.detach(), mode_weight_D, mode_bias).detach()
+        if blocking is not None:
+            blocked_N = blocked_tokens(mode_logit_N, targets, blocking, choices.grid)
+            lm_weight_N = lm_weight_N.masked_fill(blocked_N & blocking.lm, 0)
+            mode_weight_N = mode_weight_N.masked_fill(blocked_N & blocking.mode, 0)
+        rows_n = mode_weight_N.nonzero().squeeze(1)
+        bce_n = binary_cross_entropy_with_logits(
+            _mode_logit(hidden_ND[rows_n], mode_weight_D, mode_bias),
+            targets.mode_label_N[rows_n],
+            reduction="none",
+        )
+        bce_N = zero_N.index_copy(0, rows_n, bce_n.detach())
+        mode_sum = (mode_weight_N[rows_n] * bce_n).sum()
 
     lm_rows_n = lm_weight_N.nonzero().squeeze(1)
     nll_n, lse_n = _negative_log_likelihood(
-        lm_hidden_ND[lm_rows_n], lm_weight_VD, targets.target_N[lm_rows_n], choices.shard
+        lm_hidden_ND[lm_rows_n], lm_weight_VD, targets.target_N[lm_rows_n], shard
     )
     weight_n = lm_weight_N[lm_rows_n]
     z_loss_sum = (weight_n * choices.z_weight * lse_n.square()).sum()
-    lm_sum = (weight_n * nll_n).sum() + z_loss_sum
-
-    zero_N = torch.zeros_like(lm_weight_N)
-    bce_N, mode_sum = zero_N, zero_N.sum()
-    if head is not None:
-        bce_N, mode_sum = _mode_loss(hidden_ND, head, targets.mode_label_N, mode_weight_N)
     return TokenLosses(
-        lm_sum=lm_sum,
+        lm_sum=(weight_n * nll_n).sum() + z_loss_sum,
         mode_sum=mode_sum,
         z_loss_sum=z_loss_sum.detach(),
         nll_N=zero_N.index_copy(0, lm_rows_n, nll_n.detach()),
@@ -79,22 +84,10 @@ def reference_loss(
     )
 
 
-def _mode_loss(
-    hidden_ND: Tensor, head: ModeHead, label_N: Tensor, weight_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (bce_N detached, mode_sum differentiable)."""
-    rows_n = weight_N.nonzero().squeeze(1)
-    bce_n = binary_cross_entropy_with_logits(
-        reference_mode_logit(hidden_ND[rows_n], head), label_N[rows_n], reduction="none"
-    )
-    bce_N = torch.zeros_like(weight_N).index_copy(0, rows_n, bce_n.detach())
-    return bce_N, (weight_N[rows_n] * bce_n).sum()
-
-
-def reference_mode_logit(hidden_ND: Tensor, head: ModeHead) -> Tensor:
+def _mode_logit(hidden_ND: Tensor, mode_weight_D: Tensor, mode_bias: Tensor) -> Tensor:
     """Return the mode logit z of each token, in fp32 (fp64 for fp64 hidden states)."""
     dtype = accumulation_dtype(hidden_ND)
-    return hidden_ND.to(dtype) @ head.weight_D.to(dtype) + head.bias.to(dtype).reshape(())
+    return hidden_ND.to(dtype) @ mode_weight_D.to(dtype) + mode_bias.to(dtype)
 
 
 def _negative_log_likelihood(
@@ -128,28 +121,16 @@ def _negative_log_likelihood(
     return lse_n - all_target_logit_n, lse_n
 
 
-class _LmTokens(torch.autograd.Function):
-    """Take all tokens; each shard knows a part of their gradient: sum it over the shards."""
+class _AllTokens(torch.autograd.Function):
+    """Take all tokens; `own` turns their gradient into that of this rank's tokens."""
 
     @staticmethod
-    def forward(ctx: Any, own_ND: Tensor, shard: VocabShard) -> Tensor:
-        ctx.shard = shard
+    def forward(
+        ctx: Any, own_ND: Tensor, shard: VocabShard, own: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.own = own
         return own_ND.view_as(own_ND) if shard.gather is None else shard.gather(own_ND)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.shard.reduce(gradients[0]), None
-
-
-class _ModeTokens(torch.autograd.Function):
-    """Take all tokens; every rank knows their full gradient: keep that of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, own_ND: Tensor, shard: VocabShard) -> Tensor:
-        assert shard.gather is not None
-        ctx.shard = shard
-        return shard.gather(own_ND)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.shard.own_tokens(gradients[0]).clone(), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.own(gradients[0]), None, None

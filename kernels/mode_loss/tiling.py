@@ -6,22 +6,19 @@ and shared memory decide here, not time.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Fused multiply-add stays on: Triton asks for the choice to be made.
-FP_FUSION = True
 ALIGNMENT = 16
 """Bytes of a pointer, and elements of a stride or size, that the launcher specialises on."""
 
 
 @dataclass(frozen=True)
 class MatmulTile:
-    """Hold the launch options of `lse_forward` and `dlogits`."""
+    """Hold the tile and the launch options of `lse_forward` and `dlogits`."""
 
     BLOCK_N: int
     BLOCK_V: int
@@ -29,21 +26,6 @@ class MatmulTile:
     GROUP_N: int
     num_warps: int
     num_stages: int
-
-    @property
-    def constexprs(self) -> dict[str, int]:
-        """Return the compile-time arguments of the kernel."""
-        return {
-            "BLOCK_N": self.BLOCK_N,
-            "BLOCK_V": self.BLOCK_V,
-            "BLOCK_D": self.BLOCK_D,
-            "GROUP_N": self.GROUP_N,
-        }
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Return the launch options that are no arguments of the kernel."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 HOPPER = MatmulTile(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, GROUP_N=8, num_warps=8, num_stages=3)
@@ -58,10 +40,12 @@ FULL_PRECISION = MatmulTile(
 # Small, so that small inputs meet several tiles, blocks and groups.
 INTERPRETER = MatmulTile(BLOCK_N=32, BLOCK_V=64, BLOCK_D=32, GROUP_N=2, num_warps=1, num_stages=1)
 
-PROLOGUE = {"BLOCK_N": 16, "BLOCK_D": 256}
-MERGE = {"BLOCK_N": 128}
-HIDDEN_GRADIENT = {"BLOCK_N": 32, "BLOCK_D": 128}
-MODE_WEIGHT_GRADIENT = {"ROWS": 512, "BLOCK_N": 32, "BLOCK_D": 128}
+# Fused multiply-add stays on: Triton asks for the choice to be made.
+FUSED = {"enable_fp_fusion": True}
+PROLOGUE = {"BLOCK_N": 16, "BLOCK_D": 256, **FUSED}
+MERGE = {"BLOCK_N": 128, **FUSED}
+HIDDEN_GRADIENT = {"BLOCK_N": 32, "BLOCK_D": 128, **FUSED}
+MODE_WEIGHT_GRADIENT = {"ROWS": 512, "BLOCK_N": 32, "BLOCK_D": 128, **FUSED}
 
 
 def matmul_tile(dtype: torch.dtype, capability: int, *, aligned: bool) -> MatmulTile:
@@ -76,14 +60,24 @@ def matmul_tile(dtype: torch.dtype, capability: int, *, aligned: bool) -> Matmul
     return HOPPER if capability in (90, 100, 103) else AMPERE
 
 
-def is_aligned(*matrices: Tensor) -> bool:
-    """Tell whether pointers and row strides are divisible, and D by every tile's BLOCK_D."""
-    return all(
+def tile_of(*matrices: Tensor) -> MatmulTile:
+    """Return the tile for the operands' dtype, device and alignment."""
+    aligned = all(
         matrix.data_ptr() % ALIGNMENT == 0
         and matrix.stride(0) % ALIGNMENT == 0
-        and matrix.shape[1] % HOPPER.BLOCK_D == 0
+        and matrix.shape[1] % HOPPER.BLOCK_D == 0  # a multiple of every tile's BLOCK_D
         for matrix in matrices
     )
+    capability = 0  # the interpreter
+    if matrices[0].device.type != "cpu":
+        major, minor = torch.cuda.get_device_capability(matrices[0].device)
+        capability = major * 10 + minor
+    return matmul_tile(matrices[0].dtype, capability, aligned=aligned)
+
+
+def matmul_arguments(tile: MatmulTile, *, even: bool, interpreted: bool) -> dict[str, Any]:
+    """Return compile-time arguments and options of a matrix kernel; `even`: BLOCK_D divides D."""
+    return {"EVEN_D": even, "UPCAST": interpreted, **asdict(tile), **FUSED}
 
 
 def padded_columns(columns: int) -> int:
@@ -97,29 +91,3 @@ def padded_columns(columns: int) -> int:
 def rows_contiguous(matrix: Tensor) -> Tensor:
     """Return the matrix with the elements of a row side by side; rows may stand apart."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def tile_of(hidden_nD: Tensor, weight_VD: Tensor) -> MatmulTile:
-    """Return the tile for the operands' dtype, device and alignment."""
-    aligned = is_aligned(hidden_nD, weight_VD)
-    capability = 0  # the interpreter
-    if hidden_nD.device.type != "cpu":
-        major, minor = torch.cuda.get_device_capability(hidden_nD.device)
-        capability = major * 10 + minor
-    return matmul_tile(hidden_nD.dtype, capability, aligned=aligned)
-
-
-def matmul_arguments(tile: MatmulTile, hidden_nD: Tensor) -> dict[str, Any]:
-    """Return compile-time arguments and launch options of a matrix kernel."""
-    return {
-        "EVEN_D": hidden_nD.shape[1] % tile.BLOCK_D == 0,
-        "UPCAST": hidden_nD.device.type == "cpu",
-        "enable_fp_fusion": FP_FUSION,
-        **tile.constexprs,
-        **tile.options,
-    }
-
-
-def launch_device(tensor: Tensor) -> AbstractContextManager[None]:
-    """Make the tensor's GPU the current one: Triton launches there, wherever the tensors are."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

@@ -1,6 +1,6 @@
-"""Put targets into the token order of the hidden states, and pick the tokens of the LM loss.
+"""Hold what the implementations take beside hidden states and heads, and what they return.
 
-The hidden states are never copied for an order: targets [B, T] follow them instead.
+The hidden states are never copied for an order of tokens: targets [B, T] follow them instead.
 
 Letters: B rows, T row length, N = B*T tokens, D hidden size, n tokens with an LM weight.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mode.kernels.mode_loss.arguments import Targets
+from megatron_mode.kernels.mode_loss.arguments import Blocking, Targets, VocabShard
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TokenGrid:
     """Token order is (B, T) rather than (T, B)."""
 
     @classmethod
-    def of(cls, hidden_TBD: Tensor, sequence_shards: int = 1) -> TokenGrid:
+    def of(cls, hidden_TBD: Tensor, sequence_shards: int) -> TokenGrid:
         """Return the grid of hidden states [T / sequence_shards, B, D] or [N / shards, D]."""
         if hidden_TBD.dim() == 2:
             return cls((hidden_TBD.shape[0] * sequence_shards,), rows_first=True)
@@ -51,29 +51,11 @@ class TokenGrid:
 
     def unflatten(self, value_N: Tensor) -> Tensor:
         """Return values of the tokens in the shape of the targets."""
-        if self.rows_first:
-            return value_N.view(self.shape)
-        return value_N.view(self.shape[::-1]).T
+        return value_N.view(self.shape) if self.rows_first else value_N.view(self.shape[::-1]).T
 
     def rows(self, value_N: Tensor) -> Tensor:
         """Return values of the tokens as [B, T]; [1, N] beside hidden_ND."""
         return value_N[None] if len(self.shape) == 1 else self.unflatten(value_N)
-
-    def flatten_rows(self, row_n: Tensor) -> Tensor:
-        """Return indices b * T + t as indices into hidden_ND."""
-        if self.rows_first:
-            return row_n
-        rows, length = self.shape
-        return row_n % length * rows + row_n // length
-
-    def name(self, index: int) -> list[int]:
-        """Return the index in the targets of token `index` of hidden_ND."""
-        if len(self.shape) == 1:
-            return [index]
-        rows, length = self.shape
-        return (
-            [index // length, index % length] if self.rows_first else [index % rows, index // rows]
-        )
 
 
 class TokenTargets(NamedTuple):
@@ -88,19 +70,35 @@ class TokenTargets(NamedTuple):
     @classmethod
     def of(cls, targets: Targets, grid: TokenGrid, dtype: torch.dtype) -> TokenTargets:
         """Return the targets of a call."""
-        rows_n = targets.lm_rows_n
+
         # Contiguous: the kernels walk them by index, and a slice or an expanded value is strided.
+        def flat(value_BT: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+            return grid.flatten(value_BT).detach().to(dtype).contiguous()
+
+        row_n = targets.lm_rows_n
+        if row_n is not None and not grid.rows_first:
+            rows, length = grid.shape
+            row_n = row_n % length * rows + row_n // length
         return cls(
-            grid.flatten(targets.target_BT).long().contiguous(),
-            grid.flatten(targets.lm_weight_BT).detach().to(dtype).contiguous(),
-            grid.flatten(targets.mode_label_BT).detach().to(dtype).contiguous(),
-            grid.flatten(targets.mode_weight_BT).detach().to(dtype).contiguous(),
-            None if rows_n is None else grid.flatten_rows(rows_n),
+            flat(targets.target_BT, torch.int64),
+            flat(targets.lm_weight_BT),
+            flat(targets.mode_label_BT),
+            flat(targets.mode_weight_BT),
+            row_n,
         )
+
+    def lm_tokens(self, hidden_ND: Tensor, weight_N: Tensor) -> LmTokens:
+        """Return the tokens that the loader named, or all, their hidden states cleared of NaN.
+
+        A token of weight 0 may hold NaN, and 0 * NaN would reach the gradient of the LM weight.
+        """
+        tokens = LmTokens.of(hidden_ND, self.target_N, weight_N, self.lm_rows_n)
+        cleared_nD = torch.where(tokens.weight_n[:, None] != 0, tokens.hidden_nD, 0)
+        return tokens._replace(hidden_nD=cleared_nD)
 
 
 class LmTokens(NamedTuple):
-    """Hold the tokens of the LM loss."""
+    """Hold the tokens of the LM loss, with their weights after blocking."""
 
     hidden_nD: Tensor
     target_n: Tensor
@@ -125,22 +123,39 @@ class LmTokens(NamedTuple):
         return spread_N.index_copy_(0, self.rows_n, value_n)
 
 
-def named_tokens(
-    hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor, rows_n: Tensor | None
-) -> LmTokens:
-    """Return the tokens that the loader named, or all, their hidden states cleared of NaN.
+class Wants(NamedTuple):
+    """Say which inputs need a gradient."""
 
-    A token of weight 0 may hold NaN, and 0 * NaN would reach the gradient of the LM weight.
-    """
-    tokens = LmTokens.of(hidden_ND, target_N, weight_N, rows_n)
-    cleared_nD = torch.where(tokens.weight_n[:, None] != 0, tokens.hidden_nD, 0)
-    return tokens._replace(hidden_nD=cleared_nD)
+    hidden: bool
+    lm_weight: bool
+    mode_weight: bool
+    mode_bias: bool
 
 
-def active_tokens(hidden_ND: Tensor, targets: TokenTargets, weight_N: Tensor) -> LmTokens:
-    """Return the tokens with a weight; a CPU looks for them, a GPU would have to wait."""
-    if weight_N.device.type != "cpu":
-        return named_tokens(hidden_ND, targets.target_N, weight_N, targets.lm_rows_n)
-    rows_n = weight_N.nonzero().squeeze(1)
-    everything = len(rows_n) == len(weight_N)
-    return LmTokens.of(hidden_ND, targets.target_N, weight_N, None if everything else rows_n)
+@dataclass(frozen=True)
+class Choices:
+    """Hold everything of a call that is no tensor."""
+
+    grid: TokenGrid
+    shard: VocabShard
+    wants: Wants
+    z_weight: float
+    blocking: Blocking | None
+    keep_logits_bytes: int
+
+
+class TokenLosses(NamedTuple):
+    """Hold the values of LossOutput in the token order of hidden_ND; only the sums have a graph."""
+
+    lm_sum: Tensor
+    mode_sum: Tensor
+    z_loss_sum: Tensor
+    nll_N: Tensor
+    bce_N: Tensor
+    mode_logit_N: Tensor
+    blocked_N: Tensor
+
+
+def accumulation_dtype(hidden_ND: Tensor) -> torch.dtype:
+    """Return the dtype of statistics and sums: fp64 for fp64 hidden states, else fp32."""
+    return torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32

@@ -52,7 +52,7 @@ from megatron_mode.kernels.aot.resources import Job
 for name, launch in launches("bf16", 80, divisible=False).items():
     kinds = launch.signature("bf16")
     ones = {argument: 1 for argument, kind in kinds.items() if kind == "i32"}
-    launch = dataclasses.replace(launch, constants=launch.constants | ones)
+    launch = dataclasses.replace(launch, arguments=launch.arguments | ones)
     compile_launch(launch, Job(name, 80, False, "bf16"))
 """
 

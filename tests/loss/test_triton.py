@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mode.config.fields import BlockingConfig
 from megatron_mode.kernels.mode_loss import VocabShard, mode_loss, tiling
 from megatron_mode.kernels.mode_loss.lm_kernels import row_start
-from megatron_mode.kernels.mode_loss.triton_backward import SLICE_BYTES, slice_columns
+from megatron_mode.kernels.mode_loss.triton_loss import SLICE_BYTES, slice_columns
 from megatron_mode.loss.blocking import blocking_of
 
 AXES = {
@@ -168,12 +168,12 @@ def test_rows_without_lm_weight_cost_no_flops(implementation, make_case, run_cas
 
 
 def test_slices_of_the_vocabulary_add_up(make_case, run_case, monkeypatch):
-    from megatron_mode.kernels.mode_loss import triton_backward
+    from megatron_mode.kernels.mode_loss import triton_loss
 
     case = make_case(20, 8, 300)
     gradients = []
     for slice_bytes in (2**30, 1):
-        monkeypatch.setattr(triton_backward, "SLICE_BYTES", slice_bytes)
+        monkeypatch.setattr(triton_loss, "SLICE_BYTES", slice_bytes)
         for keep in (0, 2**30):
             leaves = case.leaves()
             output = run_case(leaves, implementation="triton", keep_logits_bytes=keep)
