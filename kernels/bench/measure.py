@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_mode.kernels.bench.implementations import Implementation, Loss
-from megatron_mode.kernels.bench.problem import Case, Inputs, MeasurementError, make_inputs
+from megatron_mode.kernels.bench.problem import Case, Inputs, make_inputs
 
 PROCESS = Path("/proc/self")
 # Enough to load libraries and to compile; for calls that take minutes.
@@ -113,22 +113,16 @@ def extra_bytes(implementation: Implementation, case: Case, short_warm_up: bool)
 
 def _extra_resident_bytes(implementation: Implementation, inputs: Inputs) -> int:
     """Read the kernel's own high-water mark: no allocation of any library escapes it."""
-    try:
-        # Freed blocks below 32 MiB stay with glibc and would be used again unseen.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-        (PROCESS / "clear_refs").write_text("5")  # the mark falls to what is resident now
-        before = _status_bytes("VmRSS")
-    except OSError as error:
-        raise MeasurementError(f"{error.filename} cannot be used: {error.strerror}") from error
+    # Freed blocks below 32 MiB stay with glibc and would be used again unseen.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    (PROCESS / "clear_refs").write_text("5")  # the mark falls to what is resident now
+    before = _status_bytes("VmRSS")
     call_seconds(implementation.loss, inputs)
     return max(_status_bytes("VmHWM") - before, 0)
 
 
 def _status_bytes(key: str) -> int:
-    for line in (PROCESS / "status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    raise MeasurementError(f"{PROCESS / 'status'} has no {key}")
+    lines = (PROCESS / "status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[key].split()[0]) * 1024

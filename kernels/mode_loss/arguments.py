@@ -128,12 +128,10 @@ def validate_heads(
     _check(
         "hidden", hidden_TBD, device, TRITON_DTYPES if implementation == "triton" else FLOAT_DTYPES
     )
-    _check("lm_weight", lm_weight_VD, device, (dtype,))
     if hidden_TBD.dim() not in (2, 3):
         _refuse_shape("hidden", hidden_TBD, "[T, B, D] or [N, D]")
     hidden_size = hidden_TBD.shape[-1]
-    if lm_weight_VD.dim() != 2 or lm_weight_VD.shape[1] != hidden_size:
-        _refuse_shape("lm_weight", lm_weight_VD, f"[V, {hidden_size}], as hidden has {hidden_size}")
+    _check("lm_weight", lm_weight_VD, device, (dtype,), ("V", hidden_size))
     if mode_weight_D is None or mode_bias is None:
         if mode_weight_D is not None or mode_bias is not None:
             raise ValueError("mode_weight and mode_bias: expected both, or None for both.")
@@ -156,9 +154,7 @@ def validate_targets(targets: Targets, shape: tuple[int, ...], device: torch.dev
     lm_rows_n, tokens = targets.lm_rows_n, math.prod(shape)
     if lm_rows_n is None:
         return
-    _check("lm_rows", lm_rows_n, device, (torch.int64,))
-    if lm_rows_n.dim() != 1:
-        _refuse_shape("lm_rows", lm_rows_n, "[n]")
+    _check("lm_rows", lm_rows_n, device, (torch.int64,), ("n",))
     if device.type == "cpu" and len(lm_rows_n):  # a GPU checks an index where it is used
         first, last = int(lm_rows_n.min()), int(lm_rows_n.max())
         if first < 0 or last >= tokens:
@@ -188,15 +184,21 @@ def _check(
     value: Tensor,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...] | None,
-    shape: tuple[int, ...] | None = None,
+    shape: tuple[int | str, ...] | None = None,
 ) -> None:
+    """Check a tensor; a letter in `shape` stands for any size."""
     if dtypes is not None and value.dtype not in dtypes:
         accepted = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} has dtype {value.dtype}; expected {accepted}.")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; expected {device}, where hidden is.")
-    if shape is not None and tuple(value.shape) != shape:
-        _refuse_shape(name, value, str(list(shape)))
+    if shape is not None and (
+        value.dim() != len(shape)
+        or any(
+            isinstance(size, int) and size != n for size, n in zip(shape, value.shape, strict=True)
+        )
+    ):
+        _refuse_shape(name, value, f"[{', '.join(map(str, shape))}]")
 
 
 def _refuse_shape(name: str, value: Tensor, expected: str) -> NoReturn:

@@ -109,14 +109,7 @@ def mode_loss(
                 hidden_ND, lm_weight_VD, mode_weight_D, bias, tokens, choices
             )
         )
-    mode_logit_BT = grid.unflatten(losses.mode_logit_N)
-    return LossOutput(
-        *losses[:3],
-        nll_BT=grid.unflatten(losses.nll_N),
-        bce_BT=grid.unflatten(losses.bce_N),
-        mode_logit_BT=torch.where(targets.mode_weight_BT != 0, mode_logit_BT, 0),
-        blocked_BT=grid.unflatten(losses.blocked_N),
-    )
+    return _output(losses, targets, grid)
 
 
 def _function(implementation: Implementation) -> Callable[..., Any]:
@@ -130,6 +123,17 @@ def _function(implementation: Implementation) -> Callable[..., Any]:
             return ChunkedLoss.apply
         case "reference":
             return reference_loss
+
+
+def _output(losses: TokenLosses, targets: Targets, grid: TokenGrid) -> LossOutput:
+    mode_logit_BT = grid.unflatten(losses.mode_logit_N)
+    return LossOutput(
+        *losses[:3],
+        nll_BT=grid.unflatten(losses.nll_N),
+        bce_BT=grid.unflatten(losses.bce_N),
+        mode_logit_BT=torch.where(targets.mode_weight_BT != 0, mode_logit_BT, 0),
+        blocked_BT=grid.unflatten(losses.blocked_N),
+    )
 
 
 def why_no_triton(device_type: str) -> str | None:

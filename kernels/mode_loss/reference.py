@@ -42,10 +42,8 @@ def reference_loss(
     shard, blocking = choices.shard, choices.blocking
     lm_hidden_ND, all_tokens = hidden_ND, cast(Callable[..., Tensor], _AllTokens.apply)
     if shard.reduce is not None:
-        # Each shard knows a part of the gradient of all tokens.
         lm_hidden_ND = all_tokens(hidden_ND, shard, shard.reduce)
     if shard.gather is not None:
-        # Every rank knows the full gradient of all tokens.
         hidden_ND = all_tokens(
             hidden_ND, shard, lambda value_ND: shard.own_tokens(value_ND).clone()
         )
@@ -122,7 +120,10 @@ def _negative_log_likelihood(
 
 
 class _AllTokens(torch.autograd.Function):
-    """Take all tokens; `own` turns their gradient into that of this rank's tokens."""
+    """Take all tokens; `own` turns their gradient into that of this rank's tokens.
+
+    Of the LM term each shard knows a part of that gradient, of the mode term every rank all of it.
+    """
 
     @staticmethod
     def forward(

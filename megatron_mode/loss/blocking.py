@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import assert_never
 
 from megatron_mode.config.fields import BlockingConfig
 from megatron_mode.kernels.mode_loss import Blocking
 
 # Makes floor(cap * tokens) exact for caps of up to nine decimals: 0.29 * 100 is below 29 in floats.
 CAP_DENOMINATOR_MAX = 10**9
+# Whether a blocked token loses its LM loss, and whether its mode loss, by policy.
+BLOCKED_LOSSES = {
+    "none": (False, False),
+    "lm": (True, False),
+    "mode": (False, True),
+    "both": (True, True),
+}
 
 
 def blocked_losses(config: BlockingConfig) -> tuple[bool, bool]:
     """Tell whether a blocked token loses its LM loss, and whether its mode loss."""
-    match config.policy:
-        case "none":
-            return False, False
-        case "lm":
-            return True, False
-        case "mode":
-            return False, True
-        case "both":
-            return True, True
-        case _:
-            assert_never(config.policy)
+    return BLOCKED_LOSSES[config.policy]
 
 
 def blocking_of(config: BlockingConfig, *, active: bool) -> Blocking | None:

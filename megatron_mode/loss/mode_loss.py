@@ -5,7 +5,7 @@ Letters: B rows, T row length, D hidden size, V vocabulary columns of this rank.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -28,29 +28,24 @@ from megatron_mode.loss.vocab_parallel import vocab_shard
 REDUCE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
-def choose_implementation(name: str, device_type: str) -> Implementation:
+def choose_implementation(
+    name: Implementation | Literal["auto"], device_type: str
+) -> Implementation:
     """Return the implementation for `loss.implementation` on a device: the one place of choice.
 
     `auto` is `triton` on a GPU where it is installed, else `chunked`. On a CPU `triton` runs in its
-    interpreter, for tests. Raises ConfigError where `triton` cannot run, and for an unknown name.
+    interpreter, for tests. Raises ConfigError where `triton` cannot run.
     """
-    if name == "auto" and device_type != "cuda":
-        return "chunked"  # without importing Triton to be told no
-    if name in ("auto", "triton"):
-        reason = why_no_triton(device_type)
-        if name == "auto":
-            return "triton" if reason is None else "chunked"
-        if reason is None:
-            return "triton"
+    if name == "auto":
+        # `and`: a CPU does not import Triton to learn that it has no compiler.
+        has_triton = device_type == "cuda" and why_no_triton(device_type) is None
+        return "triton" if has_triton else "chunked"
+    reason = why_no_triton(device_type) if name == "triton" else None
+    if reason is not None:
         raise ConfigError(
             f"loss.implementation is 'triton', which {reason}: set loss.implementation=auto."
         )
-    if name in ("chunked", "reference"):
-        return cast(Implementation, name)
-    raise ConfigError(
-        f"loss.implementation is {name!r}; accepted are auto, triton, chunked and reference: set "
-        "loss.implementation=auto."
-    )
+    return name
 
 
 class ModeLoss(nn.Module):

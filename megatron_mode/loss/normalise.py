@@ -2,27 +2,25 @@
 
     loss = sum(a * nll) / A + mode_weight * sum(c * bce) / C
 
-with A and C the weights of the whole global batch. The engine averages the losses of the
+with A and C the weights of the global batch. The engine averages the losses of the
 micro-batches and of the data-parallel ranks; the scale undoes both averages.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class BlockedShares:
-    """Hold the shares of A and C that blocking took from the whole global batch of a step."""
+class BlockedShares(NamedTuple):
+    """Hold the shares of A and C that blocking took from the global batch of a step."""
 
     lm: float = 0.0
     mode: float = 0.0
 
 
-@dataclass(frozen=True)
-class LossScales:
+class LossScales(NamedTuple):
     """Hold the factors of lm_sum and mode_sum."""
 
     lm: float
@@ -59,6 +57,6 @@ def scaled_loss(lm_sum: Tensor, mode_sum: Tensor, scales: LossScales) -> Tensor:
 def _scale(weight_total: float, blocked_share: float, averages: int) -> float:
     if weight_total == 0:
         return 0.0
-    # A step that was blocked whole leaves nothing to divide by: it does not rescale the next one.
+    # A step whose tokens were all blocked leaves nothing to divide by: it rescales no other.
     unblocked_share = 1 - blocked_share if blocked_share < 1 else 1.0
     return averages / (weight_total * unblocked_share)

@@ -8,7 +8,6 @@ added afterwards. Letters: N tokens, n tokens of a piece, D hidden size.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -30,22 +29,18 @@ def vocab_shard(
     """Place this rank's rows of the LM head; every rank of the group must call it.
 
     The shards follow each other in rank order and may differ in size; `vocab_size` counts the
-    columns without padding. One rank or no group is the whole vocabulary. With
+    columns without padding. One rank or no group holds the complete vocabulary. With
     `sequence_parallel` the hidden states are this rank's equal part of the tokens: they are
     gathered, and their gradient is reduced and scattered. `reduce_dtype` is that of the sum over
     the ranks; None: fp32.
     """
     if group is None or dist.get_world_size(group) == 1:
         return VocabShard(vocab_size=vocab_size)
-    local = torch.tensor([local_columns], device=device)
-    columns = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(columns, local, group=group)
-    ends = list(itertools.accumulate(int(count) for count in columns))
-    rank, ranks = dist.get_rank(group), len(columns)
-
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     collectives = _Collectives(group, rank, ranks, reduce_dtype)
+    columns = collectives.all_gather(torch.tensor([local_columns], device=device))
     return VocabShard(
-        start=ends[rank] - local_columns,
+        start=int(columns[:rank].sum()),
         vocab_size=vocab_size,
         ranks=ranks,
         merge=collectives.merge,
@@ -65,9 +60,7 @@ class _Collectives:
     reduce_dtype: torch.dtype | None
 
     def merge(self, partial_3n: Tensor) -> Tensor:
-        gathered = [torch.empty_like(partial_3n) for _ in range(self.ranks)]
-        dist.all_gather(gathered, partial_3n.contiguous(), group=self.group)
-        return merge_statistics(gathered)
+        return merge_statistics(self._gather(partial_3n))
 
     def all_reduce(self, value_ND: Tensor) -> Tensor:
         summed_ND = value_ND.to(self.reduce_dtype or value_ND.dtype, copy=True)
@@ -75,17 +68,19 @@ class _Collectives:
         return summed_ND.to(value_ND.dtype)
 
     def reduce_scatter(self, value_ND: Tensor) -> Tensor:
-        parts = list(
-            value_ND.to(self.reduce_dtype or value_ND.dtype).contiguous().chunk(self.ranks)
-        )
+        value_dtype = self.reduce_dtype or value_ND.dtype
+        parts = value_ND.to(value_dtype).contiguous().chunk(self.ranks)
         own_ND = torch.empty_like(parts[self.rank])
-        dist.reduce_scatter(own_ND, parts, group=self.group)
+        dist.reduce_scatter(own_ND, list(parts), group=self.group)
         return own_ND.to(value_ND.dtype)
 
     def all_gather(self, own_ND: Tensor) -> Tensor:
-        parts = [torch.empty_like(own_ND) for _ in range(self.ranks)]
-        dist.all_gather(parts, own_ND.contiguous(), group=self.group)
-        return torch.cat(parts)
+        return torch.cat(self._gather(own_ND))
+
+    def _gather(self, own: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(own) for _ in range(self.ranks)]
+        dist.all_gather(parts, own.contiguous(), group=self.group)
+        return parts
 
 
 def merge_statistics(shards_3n: list[Tensor]) -> Tensor:
