@@ -7,6 +7,7 @@ that it looks at is wrong already.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ def build_config(
     lines = list(mistakes)
     wrong: set[Location] = {(section,) for section in broken}
     config: Config | None = None
-    values = as_declared(Config, tree)
+    values = copy.deepcopy(tree)
     while config is None:
         try:
             config = Config.model_validate(as_declared(Config, values), strict=True)
@@ -114,8 +115,6 @@ def _mend(values: Tree, location: Location, missing: bool) -> None:
     for key in keys[:-1]:
         if key not in here and not isinstance(key, int):
             return  # an earlier mistake took the list out
-        if isinstance(here[key], tuple):
-            here[key] = list(here[key])
         here = here[key]
     if not missing:
         here.pop(keys[-1], None)

@@ -1,8 +1,8 @@
 """Decide which row of which source a run takes at which step, and read it.
 
-    step 17 ── x global_rows ──> row indices 272 .. 287                          steps
+    step 17 ── x global_rows ──> row indices 272 .. 287                          order
                                         │
-              floor(F(i + 1)) > floor(F(i)) ?                                    schedule, floors
+              floor(F(i + 1)) > floor(F(i)) ?                                    schedule
                    │ no                      │ yes
                 Mode 1                    Mode 2
                    └── row of the mode ──────┘

@@ -95,8 +95,7 @@ class Order:
         self._size, self._keys = np.array(self.sizes, np.int64), np.array(keys, np.uint64)
         self._parts = {mode: self._apportionment(mode) for mode in (1, 2)}
         self._mode_rows = {mode: self.integral.mode_rows(mode, total_rows) for mode in (1, 2)}
-        for mode in (1, 2):
-            self._check_supply(mode)
+        self._check_supply()
 
     def rows(self, begin_row: int, end_row: int) -> Rows:
         """Return the rows begin_row .. end_row - 1 of the run.
@@ -236,31 +235,32 @@ class Order:
             given = row >= 0
             out.source_row[at[given]] = row[given]
 
-    def _check_supply(self, mode: int) -> None:
+    def _check_supply(self) -> None:
         """Refuse a run whose plan asks a mode for more rows than its sources give."""
-        needed, given = self._mode_rows[mode], self._parts[mode].rows_max
         for source, row in self.dry_rows():
-            if self.configs[source].when_dry == "error" and self.modes[source] == mode:
-                name, epochs = self.configs[source].name, self.configs[source].epochs_max
+            config, mode = self.configs[source], self.modes[source]
+            if config.when_dry == "error":
                 raise DataError(
-                    f"source '{name}' in mix.mode{mode}.sources runs dry after epochs_max {epochs} "
-                    f"at {self.at(row)} and its when_dry is error; raise epochs_max, lower its "
-                    "weight or run.steps, or set when_dry to share or repeat"
+                    f"source '{config.name}' in mix.mode{mode}.sources runs dry after epochs_max "
+                    f"{config.epochs_max} at {self.at(row)} and its when_dry is error; raise "
+                    "epochs_max, lower its weight or run.steps, or set when_dry to share or repeat"
                 )
-        if given is None or needed <= given:
-            return
-        row = self.integral.row_of(mode, given)
-        if self._parts[mode].is_starved:
-            raise ConfigError(
-                f"no source in mix.mode{mode}.sources has a weight at {self.at(row)}, where "
-                f"mix.mode2_fraction plans Mode {mode} rows; set an earlier onset_tokens, or "
-                "weight_points that leave one source above 0"
+        for mode, part in self._parts.items():
+            needed, given = self._mode_rows[mode], part.rows_max
+            if given is None or needed <= given:
+                continue
+            at = self.at(self.integral.row_of(mode, given))
+            if part.is_starved:
+                raise ConfigError(
+                    f"no source in mix.mode{mode}.sources has a weight at {at}, where "
+                    f"mix.mode2_fraction plans Mode {mode} rows; set an earlier onset_tokens, or "
+                    "weight_points that leave one source above 0"
+                )
+            raise DataError(
+                f"mode {mode} runs dry at {at}: the run needs {needed:,} Mode {mode} rows and "
+                f"mix.mode{mode}.sources gives {given:,} within epochs_max; raise or unset "
+                "epochs_max, add a source, change mix.mode2_fraction or lower run.steps"
             )
-        raise DataError(
-            f"mode {mode} runs dry at {self.at(row)}: the run needs {needed:,} Mode {mode} rows "
-            f"and mix.mode{mode}.sources gives {given:,} within epochs_max; raise or unset "
-            "epochs_max, add a source, change mix.mode2_fraction or lower run.steps"
-        )
 
     def at(self, row: int) -> str:
         """Say where a row of the run is, for messages."""
