@@ -1,7 +1,7 @@
-"""Time how long a checkpoint holds training up, and how long it takes to go on from one.
+"""Time how long a checkpoint holds training up, and how long it takes to resume from one.
 
 Saves of the same state alternate between waiting for the disk and writing in the background; then
-a new process goes on from the last one and takes a step. Prints one JSON object. Rows are cut to
+a new process resumes from the last one and takes a step. Prints one JSON object. Rows are cut to
 256 tokens and steps to one row, which changes nothing that is saved.
 
     python tests/bench/checkpoint.py --model 125m --data data/tiny --rounds 5

@@ -29,7 +29,7 @@ def test_another_content_is_damage(manifest, tmp_path):
 
 
 def test_a_file_that_is_not_let_be_read_is_none(manifest, tmp_path, monkeypatch):
-    """It would be set aside, and the next start would go on without it."""
+    """It would be set aside, and the next start would resume without it."""
 
     def denied(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

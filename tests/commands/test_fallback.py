@@ -171,7 +171,7 @@ def test_a_run_stopped_for_lack_of_an_older_checkpoint_says_what_works(
     assert left_out == [3, 4]
 
 
-def test_a_checkpoint_without_an_update_goes_on_elsewhere(
+def test_a_checkpoint_without_an_update_resumes_elsewhere(
     pretrain: Call, verb: Call, server: Server, trained: Trained, tmp_path: Path, alone: None
 ) -> None:
     """The optimizer has no moments yet, and none are made up."""

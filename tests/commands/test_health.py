@@ -1,4 +1,4 @@
-"""Processes that are stopped, disks that are full: how a run ends, and that it then goes on."""
+"""Processes that are stopped, disks that are full: how a run ends, and that it then resumes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def wait_for_lines(run, count, started):
 
 
 def test_a_disk_that_is_full_at_the_last_save_is_told(pretrain, mount, tmp_path):
-    """No step is in work then; the run goes on from its beginning where there is room again."""
+    """No step is in work then; the run resumes from its beginning where there is room again."""
     run = tmp_path / "run"
     run.mkdir()
     disk = mount(run / "checkpoints", "size=100k")
@@ -49,7 +49,7 @@ def test_a_disk_that_is_full_at_the_last_save_is_told(pretrain, mount, tmp_path)
 @pytest.mark.distributed
 @pytest.mark.parametrize("stopped", [3, 0], ids=["a-rank", "rank-0-which-holds-the-store"])
 def test_a_stopped_rank_ends_the_run_with_its_name_and_stacks(stopped, server, trained, tmp_path):
-    """No rank waits for ever in a collective; started again, the run goes on to its end."""
+    """No rank waits for ever in a collective; started again, the run resumes to its end."""
     run = tmp_path / "run"
     words = (
         "--config",
@@ -97,7 +97,7 @@ def test_a_stopped_rank_ends_the_run_with_its_name_and_stacks(stopped, server, t
 
 
 def test_a_disk_that_fills_with_checkpoints_loses_nothing(pretrain, mount, tmp_path):
-    """The run ends in a sentence; with room again it goes on to the metrics of a whole one."""
+    """The run ends in a sentence; with room again its metrics are those of an unbroken one."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     words = ("run.steps=6", "run.eval_every_steps=0")
     words = (*words, "checkpoint.every_steps=1", "checkpoint.keep=4")

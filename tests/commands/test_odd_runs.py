@@ -78,7 +78,7 @@ def test_a_finished_run_is_not_trained_again(pretrain: Call, trained: Trained) -
     assert json.loads((trained.run / "summary.json").read_text()) == summary
 
 
-def test_a_killed_run_goes_on(server: Server, trained: Trained, tmp_path: Path) -> None:
+def test_a_killed_run_resumes(server: Server, trained: Trained, tmp_path: Path) -> None:
     """Killed without warning, at whatever moment, it takes each step once."""
     run = tmp_path / "run"
     places = ("--config", trained.config, f"data.root={trained.data}", f"run.dir={run}")
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on(server: Server, trained: Trained, tmp_path: Path) 
     assert trained_steps(outcome, run) == list(range(1, newest + 4))
 
 
-def test_a_longer_run_whose_past_is_unchanged_goes_on(pretrain: Call, tmp_path: Path) -> None:
+def test_a_longer_run_whose_past_is_unchanged_resumes(pretrain: Call, tmp_path: Path) -> None:
     """The ramp ended with the run; saying so lets it be prolonged. 0.50 is 0.5."""
     ramp = "mix.mode2_fraction={shape: linear, start: 0.25, end: 0.75}"
     assert pretrain(ramp).status == 0

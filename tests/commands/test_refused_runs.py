@@ -1,4 +1,4 @@
-"""A run that cannot go on, or may not be resumed, says so in one sentence and changes nothing."""
+"""A run that cannot continue, or may not resume, says so in one sentence and changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of damaged checkpoints: try to go on, say what it was told."""
+"""What each rank does in the tests of damaged checkpoints: try to resume, say what it was told."""
 
 from __future__ import annotations
 

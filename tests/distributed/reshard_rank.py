@@ -107,7 +107,7 @@ def state_of(engine):
 
 
 def train_and_save(process, sizes, folders):
-    """For each (variant, folder): train, save, go on; return [(losses after, state when saved)]."""
+    """For each (variant, folder): train, save, continue; return [(losses after, saved state)]."""
     from megatron_mode.checkpoint.save import random_state
     from megatron_mode.engine.build import join_group
 
@@ -128,7 +128,7 @@ def train_and_save(process, sizes, folders):
 
 
 def load_and_train(process, sizes, cases):
-    """For each (variant, universal folder): load it and go on; return losses and states."""
+    """For each (variant, universal folder): load it and continue; return losses and states."""
     from megatron_mode.checkpoint.resume import restore
     from megatron_mode.engine.build import join_group
 

@@ -45,7 +45,7 @@ def random_flips(run, count, seed):
 
 
 def check_refused(config, run, damages):
-    """Every rank has to name file and tag for each damage, and go on without."""
+    """Every rank has to name file and tag for each damage, and resume without."""
     results = gloo_world.run_world(4, damage_rank.attempts, config, damages)
     for said in results:
         assert said[-1] == "went on at step 6"
@@ -147,7 +147,7 @@ def test_a_model_that_differs_from_the_saved_one_is_refused(trained, tmp_path):
 
 
 @pytest.mark.distributed
-def test_fallback_goes_on_from_the_checkpoint_before_and_ends_alike(trained, tmp_path):
+def test_fallback_resumes_from_the_checkpoint_before_and_ends_alike(trained, tmp_path):
     config, run = trained
     whole = (run / "metrics.jsonl").read_text()
     run = shutil.copytree(run, tmp_path / "run")
@@ -169,7 +169,7 @@ def test_fallback_goes_on_from_the_checkpoint_before_and_ends_alike(trained, tmp
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_training_goes_on_while_a_checkpoint_is_written(asynchronous, small_corpus, tmp_path):
+def test_training_continues_while_a_checkpoint_is_written(asynchronous, small_corpus, tmp_path):
     """And stands still for all of it where `checkpoint.asynchronous` is off."""
     config = resume_rank.make_config(
         small_corpus,

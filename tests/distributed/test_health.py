@@ -28,10 +28,10 @@ NARROW = {"tensor": 1, "pipeline": 2, "schedule": "dualpipev"}
 TURNED = {**NARROW, "tensor": 2, "sequence_parallel": True}
 RUNS = {
     "planned": [(RANKS[0], STEPS, None, {**SPIKE, "leave_out_steps": [BAD]}, 3)],
-    # The second start goes on after the step.
+    # The second start resumes after the step.
     "skip": [(RANKS[0], 6, "nan", {**SPIKE, **SKIP}, 3), (RANKS[0], STEPS, None, SPIKE, 3)],
     "rollback": [(RANKS[0], STEPS, "nan", {**SPIKE, "non_finite": "rollback"}, 3)],
-    # The second start goes on before the step, and judges it by losses of the first.
+    # The second start resumes before the step, and judges it by losses of the first.
     "stop": [(RANKS[0], STEPS, "nan", SPIKE, 3), (RANKS[0], STEPS, "spike", SPIKE, 3)],
     "wide": [(RANKS[1], STEPS, "nan", {"non_finite": "rollback", "rollback_steps": 2}, 2)],
     "too-many": [(RANKS[1], STEPS, "nan", {**SKIP, "max_skips": 0}, 3)],
@@ -146,7 +146,7 @@ def left_out(folder):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["skip", "rollback", "stop"])
-def test_the_run_goes_on_as_if_the_step_had_been_left_out_from_the_start(runs, name):
+def test_the_run_resumes_as_if_the_step_had_been_left_out_from_the_start(runs, name):
     """Skipped and resumed, rolled back, stopped and started again: the same bits."""
     folder, ends = runs
     assert ends[name][-1] is None
@@ -280,7 +280,7 @@ def test_a_process_whose_peers_do_not_come_says_where_it_waited():
 @pytest.mark.distributed
 @pytest.mark.parametrize("error", [SystemExit(), OSError(5, "Input/output error")])
 def test_a_reader_that_dies_ends_the_run_in_a_sentence(error, small_corpus, tmp_path):
-    """Started again without the cause, the run goes on to the metrics of an undisturbed one."""
+    """Started again without the cause, the run resumes to the metrics of an undisturbed one."""
     run = tmp_path / "run"
     config = resume_rank.make_config(
         small_corpus,

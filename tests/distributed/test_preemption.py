@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves the same step on all ranks, and goes on to the same bits."""
+"""A run that is asked to stop saves the same step on all ranks, and resumes to the same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run goes on at another layout, by command or by itself."""
+"""A run resumes at another layout, by command or by itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = ("loss", "lm_loss", "mode_loss", "grad_norm", "tokens_seen", "learning_ra
 
 @pytest.fixture(scope="module")
 def runs(small_corpus, tmp_path_factory):
-    """Train six steps at one layout, and three, after which other layouts go on."""
+    """Train six steps at one layout, and three, after which other layouts resume."""
     folder = tmp_path_factory.mktemp("runs")
     for name, steps in (("whole", 6), ("short", 3)):
         settings = {"dir": str(folder / name), "steps": steps}
@@ -55,7 +55,7 @@ def check_same_run(whole, other):
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_at_another_layout_by_itself(small_corpus, runs, tmp_path):
+def test_a_run_resumes_at_another_layout_by_itself(small_corpus, runs, tmp_path):
     """`never` refuses and names the command; `auto` replaces a damaged folder by a sound one."""
     run = tmp_path / "run"
     shutil.copytree(runs / "short", run)
@@ -92,7 +92,7 @@ def test_a_made_folder_that_smuggles_code_is_refused_by_name(name, small_corpus,
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_from_what_the_command_made(small_corpus, runs, tmp_path):
+def test_a_run_resumes_from_what_the_command_made(small_corpus, runs, tmp_path):
     """It is taken under `never` too, not written again, and goes with its checkpoint."""
     run = tmp_path / "run"
     shutil.copytree(runs / "short", run)

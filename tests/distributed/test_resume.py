@@ -1,4 +1,4 @@
-"""A run that was cut off goes on to the same bits; one that does not belong is refused."""
+"""A run that was cut off resumes to the same bits; one that does not belong is refused."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_run_leaves_no_shared_memory_behind(runs):
 
 
 @pytest.mark.distributed
-def test_bf16_goes_on_to_the_same_bits(small_corpus, tmp_path):
+def test_bf16_resumes_to_the_same_bits(small_corpus, tmp_path):
     """Its master weights and moments lie in other files than those of fp32."""
     layout = {"tensor": 1, "pipeline": 1}  # two data ranks
     precision = {"steps": 6, "eval_every_steps": 2, "eval_rows": 4, "precision": "bf16"}

@@ -93,7 +93,7 @@ def test_verdicts_follow_the_rule(
 
 
 @given(st.lists(st.one_of(LOSSES, BAD), min_size=2, max_size=40), st.data())
-def test_a_restored_judge_goes_on_alike(losses: list[float], data: st.DataObject) -> None:
+def test_a_restored_judge_resumes_alike(losses: list[float], data: st.DataObject) -> None:
     """What the judge says after a resume, or when its choices are planned, does not change."""
     settings = {"non_finite": "skip", "spike": "skip", "spike_window_steps": 4, "max_skips": 50}
     config = HealthConfig.model_validate(settings)

@@ -94,9 +94,9 @@ def test_an_exchange_ends_when_both_sides_have_come():
     to, back = Message("activation", 0, 1), Message("gradient", 1, 0)
     first = [Pass(3.0, 1), (to,), Pass(1.0, 1), (back,), Pass(2.0, -1)]
     second = [Pass(1.0, 1), (to,), Pass(5.0, -1), (back,)]
-    # 0 comes to `to` at 3, then works to 4; 1 works from 3 to 8; 0 goes on from 8 to 10.
+    # 0 comes to `to` at 3, then works to 4; 1 works from 3 to 8; 0 continues from 8 to 10.
     assert finish_times([first, second]) == [10.0, 8.0]
-    # Launched together, nothing goes on before all have arrived.
+    # Launched together, nothing continues before all have arrived.
     assert finish_times([[Pass(1.0, 1), (to, back)], [(to, back), Pass(1.0, 0)]]) == [1.0, 2.0]
 
 

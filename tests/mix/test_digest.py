@@ -76,7 +76,7 @@ def test_a_step_that_was_left_out_stands_twice() -> None:
     assert digest.hex != plain.hex
 
 
-def test_resumed_chain_goes_on_and_a_changed_row_shows() -> None:
+def test_resumed_chain_continues_and_a_changed_row_shows() -> None:
     order = order_of(config_with(start="0.4"))
     whole = OrderDigest()
     whole.update(order.rows(0, 8))

@@ -71,7 +71,7 @@ def test_nohup_keeps_its_meaning(request_):
     assert request_.reason is Reason.NONE
 
 
-def test_a_blocking_read_goes_on_after_a_signal(request_):
+def test_a_blocking_read_continues_after_a_signal(request_):
     """What libraries read or write is not torn by EINTR: the handler is set with SA_RESTART."""
     read, write = os.pipe()
     child = os.fork()

@@ -43,7 +43,7 @@ def whole(cluster, run_file, tmp_path_factory):
     return found
 
 
-def test_usr1_saves_requeues_and_goes_on_to_the_same_bits_through_deepspeed(
+def test_usr1_saves_requeues_and_resumes_to_the_same_bits_through_deepspeed(
     cluster, run_file, whole, tmp_path
 ):
     arguments = (*TWO_NODES, BATCH, "--config", run_file, f"run.dir={tmp_path}")
@@ -58,7 +58,7 @@ def test_usr1_saves_requeues_and_goes_on_to_the_same_bits_through_deepspeed(
     assert metrics(tmp_path) == whole
 
 
-def test_a_higher_partition_preempts_and_the_job_goes_on_to_the_same_bits(
+def test_a_higher_partition_preempts_and_the_job_resumes_to_the_same_bits(
     cluster, run_file, whole, tmp_path
 ):
     job = cluster.submit(*TWO_NODES, BATCH, "--config", run_file, f"run.dir={tmp_path}")

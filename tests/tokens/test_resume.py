@@ -101,7 +101,7 @@ def test_twenty_kills(tmp_path: Path, model_path: Path, inputs: list[Path]) -> N
     check_kills(tmp_path, model_path, inputs, kills=20, seed=time.time_ns() % 1000)
 
 
-def test_a_killed_merge_goes_on(tmp_path: Path, model_path: Path, inputs: list[Path]) -> None:
+def test_a_killed_merge_resumes(tmp_path: Path, model_path: Path, inputs: list[Path]) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     options = ["--tokenizer", model_path, "--workers", "2", "--valid-share", "0.1"]
