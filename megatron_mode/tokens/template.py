@@ -26,26 +26,23 @@ class Part(NamedTuple):
     """Hold a control piece or a stretch of text, with the role it belongs to."""
 
     text: str
-    role: str
-    is_control: bool
+    is_control: bool = False
+    role: str = "none"
     is_trained: bool = True
 
 
 def parts(document: Document, rendering: Rendering) -> list[Part]:
     """Return what a document is made of, in order, starting with <|doc|>."""
-    result = [Part("<|doc|>", "none", True)]
+    result = [Part("<|doc|>", True)]
     if document.mode == 1:
-        return [*result, Part(document.text, "none", False)]
+        return [*result, Part(document.text)]
     messages = document.dialogue
-    for index, (role, content, is_trained) in enumerate(messages):
+    for number, (role, content, is_trained) in enumerate(messages, start=1):
         if rendering == "chat":
-            result.append(Part(f"<|{role}|>", role, True, is_trained))
-            result.append(Part(content, role, False, is_trained))
-            result.append(Part("<|end|>", role, True, is_trained))
+            pieces = [(f"<|{role}|>", True), (content, False), ("<|end|>", True)]
         else:
-            last = index == len(messages) - 1
-            separator = "" if last else BLANK_LINE
-            result.append(Part(content + separator, role, False, is_trained))
+            pieces = [(content + BLANK_LINE * (number < len(messages)), False)]
+        result += [Part(text, is_control, role, is_trained) for text, is_control in pieces]
     return result
 
 
