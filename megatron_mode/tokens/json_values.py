@@ -174,11 +174,12 @@ def takes_null(schema: Any) -> bool:
     if not isinstance(schema, dict):
         return False
     kinds, values = schema.get("type"), schema.get("enum")
+    choices = [schema.get("anyOf"), schema.get("oneOf")]
     return (
         kinds == "null"
         or schema.get("nullable") is True
         or (isinstance(kinds, list) and "null" in kinds)
         or (isinstance(values, list) and None in values)
         or any(key in schema and schema[key] is None for key in MEANT_NULLS)
-        or any(takes_null(one) for key in ("anyOf", "oneOf") for one in schema.get(key) or ())
+        or any(takes_null(one) for held in choices if isinstance(held, list) for one in held)
     )

@@ -209,6 +209,8 @@ def test_nulls_that_are_meant_stay() -> None:
     assert both(USER, asked)[1].content.endswith('{"x":null,"y":null}}]')
     padded = {**USER, "tool_calls": None}
     assert read(padded, asked, tools=tools)[-1].content.endswith('"arguments":{"x":null}}]')
+    odd = [{"name": "f", "parameters": {"properties": {"x": {"anyOf": 3}}}}]
+    assert read(padded, asked, tools=odd)[-1].content.endswith('"arguments":{}}]')
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
