@@ -70,6 +70,7 @@ def assemble_source(assembly: Assembly) -> list[dict[str, Any]]:
         return [read_info(assembly.result, name) for name in names]
     scratch = assembly.result.with_name(SCRATCH_FOLDER) / assembly.source
     count = 1 + assembly.total("bytes") // buckets.BUCKET_BYTES
+    count = min(count, buckets.MOST_BUCKETS)
     try:
         documents = Buckets(scratch / "documents", count, RECORD)
         for unit in assembly.units:

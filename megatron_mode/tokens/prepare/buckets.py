@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from megatron_mode.tokens.prepare.units import Block, Records
 
 BUCKET_BYTES = 4 << 20
-"""Size of a bucket, on average."""
+"""Size of a bucket, on average; buckets of a source beyond 16 GiB are larger."""
+MOST_BUCKETS = 1 << 12  # each unit is appended to all of them
 SCANNED_ENTRIES = 1 << 16
 # An id: a document that has it (0 and its position), or a number that is taken behind it (1).
 IS_DOCUMENT, IS_TAKEN = 0, 1

@@ -43,7 +43,7 @@ RECORD = np.dtype(
 UNITS_FOLDER = "units"
 LINE_BITS = 40
 """`at` is the input index above this many bits of the line number."""
-UNIT_BYTES = 12 << 20
+UNIT_BYTES = 8 << 20
 """Records and payload of a unit; writing one takes about three times as much memory."""
 SHOWN_BAD_LINES = 10
 
