@@ -248,7 +248,7 @@ def check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not 0 <= value <= 1:
             option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} is {value}; accepted is 0 to 1, so give a share.")
+            raise ConfigError(f"{option} is {value}; use a share from 0 to 1.")
     paths = [os.path.realpath(path) for path in args.input or ()]
     for path in paths:
         if paths.count(path) > 1:

@@ -16,7 +16,7 @@ import pytest
 WriteLines = Callable[[Path, list[Any]], Path]
 
 MEASURE = Path(__file__).with_name("memory_of.py")
-MOST_BYTES = 600 << 20
+MOST_BYTES = 300 << 20
 # Units and all that is bounded are made small, so that growth would show at a small input.
 SMALL_PROGRAM = """
 import sys
@@ -90,9 +90,8 @@ def test_sixteen_times_the_input(tmp_path: Path) -> None:
         options = ["--tokenizer", model, "--workers", "2", "--out", tmp_path / f"d{times}"]
         peaks.append(peak_bytes(*verb, *options, "--input", *inputs))
     assert max(peaks) - own < MOST_BYTES, (own, peaks)
-    # From the size on at which units fill. Pages of mapped files count too, of which the kernel
-    # keeps more where it has room: 1.05 without them, 1.1 to 1.2 with 24 GB free.
-    assert peaks[2] < 1.3 * peaks[1], (own, peaks)
+    # From the size on at which units and buckets fill: 220 and 234 MB were measured.
+    assert peaks[2] < 1.15 * peaks[1], (own, peaks)
 
 
 def repeat(path: Path, folder: Path, times: int) -> Path:

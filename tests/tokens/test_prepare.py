@@ -233,7 +233,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, run_prepare: RunPrepare, tra
 def test_numbers_out_of_range(
     tmp_path: Path, run_prepare: RunPrepare, option: str, value: str, accepted: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{option}.* is .*accepted is .*{accepted}"):
+    with pytest.raises(ConfigError, match=f"{option}.* is .*; use .*{accepted}"):
         run_prepare("--out", tmp_path / "d", "--sample", option, value)
 
 
