@@ -33,7 +33,7 @@ RELATIVE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 class Probe:
     """Hold the fixed batch of a run."""
 
-    def __init__(self, order: Order, reader: RowReader, sources: Sequence[Source] = ()) -> None:
+    def __init__(self, order: Order, reader: RowReader, sources: Sequence[Source]) -> None:
         """Take the run's first rows; `sources` are checked where their losses differ."""
         rows = order.rows(0, min(PROBE_ROWS, order.total_rows))
         self._sources, self._rows = rows.source.tolist(), rows.source_row.tolist()

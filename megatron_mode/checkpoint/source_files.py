@@ -101,9 +101,11 @@ class DataCheck:
         self.check()
 
     def _compare_samples(self) -> None:
-        before = _read_record(self._record)
+        before: Any = {}
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            before = json.loads(self._record.read_text(encoding="utf-8"))
         for path, digest in self._files.items():
-            known = before.get(path.name)
+            known = before.get(path.name) if isinstance(before, dict) else None
             if not isinstance(known, dict) or known.get("sha256") != digest:
                 known = {"sha256": digest, "complete": False}  # new, or prepared again
             sample = sampled_digest([path])
@@ -127,12 +129,3 @@ class DataCheck:
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: the next start checks again
             write_whole(self._record, json.dumps(self._known, indent=1) + "\n")
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """Read data.json; {} where there is none that can be used."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
