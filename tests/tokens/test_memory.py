@@ -90,8 +90,9 @@ def test_sixteen_times_the_input(tmp_path: Path) -> None:
         options = ["--tokenizer", model, "--workers", "2", "--out", tmp_path / f"d{times}"]
         peaks.append(peak_bytes(*verb, *options, "--input", *inputs))
     assert max(peaks) - own < MOST_BYTES, (own, peaks)
-    # From the size on at which units and buckets fill: 220 and 234 MB were measured.
-    assert peaks[2] < 1.15 * peaks[1], (own, peaks)
+    # From the size on at which units and buckets fill. Whether the peaks of two workers meet is
+    # chance: 220 and 234 MB were measured, and 236 and 281 MB on a busier machine.
+    assert peaks[2] < 1.25 * peaks[1], (own, peaks)
 
 
 def repeat(path: Path, folder: Path, times: int) -> Path:
