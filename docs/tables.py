@@ -31,7 +31,7 @@ def metric_rows() -> Iterator[tuple[str, ...]]:
     yield "key", "unit", "meaning", "chart"
     for metric in METRICS.values():
         chart = metric.chart.title if metric.chart else ""
-        yield f"`{metric.key}`", metric.unit, metric.meaning, chart
+        yield f"`{metric.key}`", metric.unit, metric.meaning.replace("|", "\\|"), chart
 
 
 TABLES = {

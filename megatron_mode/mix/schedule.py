@@ -19,11 +19,11 @@ import math
 from bisect import bisect_right
 from decimal import ROUND_FLOOR, Context, Decimal, localcontext
 from fractions import Fraction
-from typing import NamedTuple, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 import numpy as np
 
-from megatron_mode.config.mix import Mode2FractionConfig
+from megatron_mode.config.mix import Mode2FractionConfig, Shape
 from megatron_mode.mix.floors import IntArray, floor_quadratic, settle
 
 DIGITS = 60
@@ -31,6 +31,9 @@ UNDECIDED = Decimal("1e-40")
 PI = Decimal(
     "3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803"
 )
+
+
+Form = Literal["line", "cosine"]
 
 
 class Segment(NamedTuple):
@@ -44,7 +47,7 @@ class Segment(NamedTuple):
     start: Fraction
     stop: Fraction
     area: Fraction
-    cosine: bool
+    form: Form
 
     @property
     def curve(self) -> Fraction:
@@ -79,6 +82,16 @@ def _knots(config: Mode2FractionConfig, total_tokens: int) -> list[tuple[int, Fr
     assert_never(config.shape)
 
 
+def _form(shape: Shape) -> Form:
+    """Return the form of a shape's pieces; both cover (start + stop) / 2 of their length."""
+    match shape:
+        case "constant" | "piecewise" | "step" | "linear":
+            return "line"
+        case "cosine":
+            return "cosine"
+    assert_never(shape)
+
+
 class Integral:
     """Integrate a schedule over rows: F(i) is the planned number of Mode 2 rows before row i."""
 
@@ -91,12 +104,12 @@ class Integral:
         for (begin, start), (end, stop) in itertools.pairwise(knots):
             if begin < end:
                 length = Fraction(end - begin, seq_len)
-                cosine = config.shape == "cosine" and start != stop
+                form: Form = _form(config.shape) if start != stop else "line"
                 at = Fraction(begin, seq_len)
-                self.segments.append(Segment(at, length, start, stop, area, cosine))
+                self.segments.append(Segment(at, length, start, stop, area, form))
                 area += (start + stop) / 2 * length
         at, last = Fraction(knots[-1][0], seq_len), knots[-1][1]
-        self.segments.append(Segment(at, zero, last, last, area, False))
+        self.segments.append(Segment(at, zero, last, last, area, "line"))
         self._begins = [piece.begin for piece in self.segments]
 
     def planned(self, row: int) -> float:
@@ -145,10 +158,13 @@ class Integral:
 
 def _floors(piece: Segment, row: int, count: int) -> IntArray:
     """Return floor(F) at `row` .. `row + count`, all of them in one segment."""
-    if piece.cosine:
-        return _cosine_floors(piece, row, count)
-    slope = piece.start + 2 * piece.curve * (row - piece.begin)
-    return floor_quadratic(_value(piece, row)[0], slope, piece.curve, count)
+    match piece.form:
+        case "line":
+            slope = piece.start + 2 * piece.curve * (row - piece.begin)
+            return floor_quadratic(_value(piece, row)[0], slope, piece.curve, count)
+        case "cosine":
+            return _cosine_floors(piece, row, count)
+    assert_never(piece.form)
 
 
 def _cosine_floors(piece: Segment, row: int, count: int) -> IntArray:
@@ -177,15 +193,21 @@ def _cosine_floors(piece: Segment, row: int, count: int) -> IntArray:
 def _value(piece: Segment, row: int) -> tuple[Fraction, Decimal | None]:
     """Return F(row) as a rational and, inside a cosine, the wave to subtract from it."""
     d = row - piece.begin
-    if not piece.cosine:
-        return piece.area + (piece.start + piece.curve * d) * d, None
-    rational = piece.area + (piece.start + piece.stop) / 2 * d
-    if d == 0:
-        return rational, None
+    match piece.form:
+        case "line":
+            return piece.area + (piece.start + piece.curve * d) * d, None
+        case "cosine":
+            rational = piece.area + (piece.start + piece.stop) / 2 * d
+            return rational, _wave(piece, d) if d else None
+    assert_never(piece.form)
+
+
+def _wave(piece: Segment, d: Fraction) -> Decimal:
+    """Return (stop - start)/2 * L/pi * sin(pi*d/L)."""
     with localcontext(Context(prec=DIGITS)):
         # sin(pi - x) = sin(x) keeps the series short and the argument's error small.
         wave = _sin(PI * _decimal(min(d, piece.length - d) / piece.length))
-        return rational, wave * _decimal((piece.stop - piece.start) * piece.length / 2) / PI
+        return wave * _decimal((piece.stop - piece.start) * piece.length / 2) / PI
 
 
 def _exact_floor(piece: Segment, row: int) -> int:

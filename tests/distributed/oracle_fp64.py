@@ -1,7 +1,7 @@
 """Restate the model, its loss and AdamW in plain fp64 torch, one process, nothing shared with us.
 
-Written from the papers (Llama 2, RoFormer, AdamW) and design.md section 6, with loops where loops
-are clearer. Weights come in under their global names; layouts of fused matrices follow
+Written from the papers (Llama 2, RoFormer, AdamW), with loops where loops are clearer. Weights come
+in under their global names; layouts of fused matrices follow
 megatron-core: QKV rows are [group, (H/G query heads, key, value), K], gate rows precede up rows.
 """
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from decimal import Decimal
 from fractions import Fraction
+from typing import get_args
 
 import mpmath
 import numpy as np
@@ -13,14 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mode.config.mix import Mode2FractionConfig
+from megatron_mode.config.mix import Mode2FractionConfig, Shape
 from megatron_mode.mix.schedule import Integral
 
 TRILLION = 10**12
+LINES, CURVES = ("constant", "linear", "step", "piecewise"), ("cosine",)
 
 
 def oracle_fraction(config: Mode2FractionConfig, x: Fraction, total_tokens: int) -> Fraction:
-    """Follow design.md word by word; for a cosine the caller must not be inside the ramp."""
+    """Integrate the share; for a cosine the caller must not be inside the ramp."""
     start = Fraction(config.start)
     if config.shape == "constant":
         return start
@@ -82,6 +84,10 @@ def decimals(digits: int) -> st.SearchStrategy[Decimal]:
     return st.integers(0, 10**digits).map(lambda n: Decimal(n).scaleb(-digits))
 
 
+def test_every_shape_meets_an_oracle() -> None:
+    assert sorted(LINES + CURVES) == sorted(get_args(Shape))
+
+
 @st.composite
 def schedules(draw: st.DrawFn, shapes: tuple[str, ...]) -> Mode2FractionConfig:
     shape = draw(st.sampled_from(shapes))
@@ -112,7 +118,7 @@ def check(config: Mode2FractionConfig, begin: int, count: int, seq_len: int) -> 
 
 
 @given(
-    config=schedules(("constant", "linear", "step", "piecewise")),
+    config=schedules(LINES),
     begin=st.one_of(st.integers(0, 300), st.integers(TRILLION - 10**6, TRILLION)),
     seq_len=st.sampled_from([1, 7, 128, 4096]),
 )
@@ -124,7 +130,7 @@ def test_rational_floors_equal_exact_midpoint_sums(
 
 
 @given(
-    config=schedules(("cosine",)),
+    config=schedules(CURVES),
     begin=st.one_of(st.integers(0, 300), st.integers(10**11, TRILLION)),
     seq_len=st.sampled_from([1, 128, 4096]),
 )

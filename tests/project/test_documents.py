@@ -177,7 +177,7 @@ def test_places_of_a_task_name_its_example(task):
             assert example in text_of(place) or example in place, f"{place} has no {example!r}"
 
 
-@pytest.mark.parametrize("task", ["a schedule shape"])
+@pytest.mark.parametrize("task", ["a schedule shape", "a metric"])
 def test_no_place_of_a_task_is_missing(task, sources):
     """A file that names the example and is not on the list would be found too late."""
     for example, places in places_of(task):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from megatron_mode.report.metrics import token_metrics, token_sums
 from megatron_mode.report.registry import CHARTS, METRICS
 
 
@@ -15,3 +16,7 @@ def test_every_chart_has_a_curve_and_every_curve_a_label():
     assert all(metric.label for metric in drawn)
     labels = [(metric.chart, metric.label) for metric in drawn]
     assert len(labels) == len(set(labels))
+
+
+def test_every_figure_of_tokens_has_an_entry():
+    assert token_metrics(token_sums([])).keys() <= METRICS.keys()
