@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 from unittest import mock
 
 VALID_SOURCES = ("prose-valid", "chat-valid-plain", "chat-valid-chat")
@@ -58,7 +60,8 @@ def make_config(data_root, run_dir, **sections):
 def run_training(process, config, die_at_step=None):
     """Train; return the first step that was taken (0-based), None where none was left.
 
-    With `die_at_step`, leave at the beginning of that step as kill -9 would.
+    With `die_at_step`, leave at the beginning of that step as kill -9 would, once the checkpoint
+    that is due before it is complete.
     """
     from megatron_mode.engine.step import Engine
     from megatron_mode.train import train
@@ -67,6 +70,10 @@ def run_training(process, config, die_at_step=None):
 
     def noting(self, step, micro_batches):
         if step == die_at_step:
+            due = step - step % config.checkpoint.every_steps
+            folder = Path(config.run.dir, f"checkpoints/step-{due:08d}")
+            while due and not folder.exists():
+                time.sleep(0.01)
             os._exit(9)
         taken.append(step)
         return train_step(self, step, micro_batches)
