@@ -49,7 +49,10 @@ class CommandParser(argparse.ArgumentParser):
             option = word.partition("=")[0]
             # argparse takes a word with a space for a value, as in --prompt "--- a rule".
             if option.startswith("--") and option not in known and " " not in option:
-                self.error(f"{option} is not an option{suggest(option, known)}")
+                near = suggest(option, [name for name in known if name != "--help"])
+                is_run = any(action.dest == "overrides" for action in self._actions)
+                key = "; set a key of the run file as in run.steps=4" if is_run else ""
+                self.error(f"{option} is not an option{near or key}")
             if option in known and word == f"{option}=--":
                 # Python 3.11 takes the `--` out and hands the option an empty list.
                 self.error(f"argument {option}: expected one argument")

@@ -19,6 +19,7 @@ FREE_KEYS = (
     "batch.micro_rows", "parallel.tensor", "parallel.pipeline", "parallel.schedule",
     "parallel.activation_checkpointing", "parallel.sequence_parallel", "loss.check_targets",
 )  # fmt: skip
+MOST_NAMED = 8
 END_KEY = "mix.mode2_fraction.end_tokens"
 # The order's own record judges these, by what they do to the rows.
 ORDER_KEYS = ("mix.mode1.", "mix.mode2.", "mix.mode2_fraction.", "mix.edits.")
@@ -53,11 +54,14 @@ def check_resumable(
 
 def refuse(manifest: Manifest, differing: Iterable[str]) -> None:
     """Raise CheckpointError where a run and a checkpoint differ."""
-    if said := "; ".join(differing):
-        raise CheckpointError(
-            f"the checkpoint at step {manifest.step} belongs to another run: {said} -- restore "
-            "these or start a new run.dir"
-        )
+    said = list(differing)
+    if not said:
+        return
+    rest = f"; and {len(said) - MOST_NAMED} more" if len(said) > MOST_NAMED else ""
+    raise CheckpointError(
+        f"the checkpoint at step {manifest.step} belongs to another run: "
+        f"{'; '.join(said[:MOST_NAMED])}{rest} -- restore these or start a new run.dir"
+    )
 
 
 def setting_differences(manifest: Manifest, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -72,7 +76,8 @@ def setting_differences(manifest: Manifest, settings: Mapping[str, Any]) -> dict
 
 def _difference(key: str, given: Any, saved: Any) -> str:
     """Name both values; of content digests only the files that differ."""
-    if isinstance(given, Mapping) and isinstance(saved, Mapping):
+    if isinstance(given, Mapping | None) and isinstance(saved, Mapping | None):
+        given, saved = given or {}, saved or {}
         files = [name for name in sorted({*given, *saved}) if given.get(name) != saved.get(name)]
         return f"{key} is not that of the checkpoint ({', '.join(files)})"
     return f"{key} is {given!r} but the checkpoint has {saved!r}"

@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"text": "".join(texts[given:]), "tokens": tokens}, ensure_ascii=False))
     else:
         print_tokens(zip(texts, probabilities, strict=True), legend=True)
+        if (made := len(ids) - given) < args.tokens:
+            print(f"The model ended the document after {made} of {args.tokens} tokens.")
     return 0
 
 

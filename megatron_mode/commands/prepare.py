@@ -51,7 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
     parser.description = DESCRIPTION
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to write: data.root")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write or replace: data.root",
+    )
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument(
         "--input",
