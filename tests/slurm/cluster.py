@@ -14,6 +14,8 @@ WRAPPER = Path(__file__).with_name("private_slurm.sh")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "ip")
 NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
 START_SECONDS, JOB_SECONDS = 60, 150
+# A Unix socket's name has at most 107 bytes; SLURM_FOLDER/spool.node1/node1_JOB.STEP is one.
+LONGEST_FOLDER = 65
 # Ends of a job; a requeued one passes through COMPLETING to PENDING.
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY"}
 
@@ -38,6 +40,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         """Start Slurm; `folder` gets its state and the logs of jobs."""
+        assert len(str(folder)) <= LONGEST_FOLDER, f"{folder}: Slurm's sockets have long names"
         self.folder = folder
         self._log = (folder / "wrapper.log").open("w")
         # `cat` ends when its input does: even if this process is killed, Slurm goes.

@@ -26,12 +26,15 @@ def processes_of(folder):
     return found
 
 
-def test_a_killed_test_run_leaves_no_daemon_and_no_shared_memory(tmp_path):
+def test_a_killed_test_run_leaves_no_daemon_and_no_shared_memory(tmp_path_factory):
     if reason := cluster.reason_to_skip():
         pytest.skip(reason)  # whether that may be is what the other tests say
+    tmp_path = tmp_path_factory.mktemp("killed")
     started = cluster.Cluster(tmp_path)
     job = started.submit("--wrap", "touch /dev/shm/left-by-a-job; sleep 100")
-    while started.facts(job)["JobState"] != "RUNNING":
+    deadline = time.monotonic() + 60
+    while (facts := started.facts(job))["JobState"] != "RUNNING":
+        assert time.monotonic() < deadline, facts
         time.sleep(0.1)
     assert len(processes_of(tmp_path)) >= 5
     os.kill(started._wrapper.pid, signal.SIGKILL)
