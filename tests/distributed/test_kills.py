@@ -83,8 +83,10 @@ def check_left(run):
 
 
 def last_step(run):
-    lines = metrics(run)
-    return lines[-1]["step"] if lines else 0
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a run may be in the middle of a line
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def kill_once(config, run, draw, step, seconds):
