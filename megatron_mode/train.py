@@ -167,7 +167,7 @@ def announce(run: Run, first_step: int, notes: Sequence[str]) -> None:
     print(
         f"{config.model.name}: {count.total / 1e6:.2f}M parameters "
         f"(mode head {count.mode_head:,}), {run.engine.layout}, "
-        f"{run.engine.accumulation_steps} x {config.batch.micro_rows} rows a step and data rank\n"
+        f"micro-batches of {config.batch.micro_rows} rows, {run.engine.accumulation_steps} a step\n"
         f"loss: {run.engine.step_loss.mode_loss.implementation}; {run.folder} {begin}"
     )
     if run.engine.layout.pipeline > 1:

@@ -28,7 +28,7 @@ ORDER_KEYS = ("mix.mode1.", "mix.mode2.", "mix.mode2_fraction.", "mix.edits.")
 def check_resumable(
     manifest: Manifest, config: Config, precision: str, order_differences: Mapping[str, str]
 ) -> None:
-    """Refuse to resume under another model, recipe or order, naming every differing key.
+    """Refuse to resume under another model, recipe or order; name the first differing keys.
 
     `order_differences` are those of the order's settings, a sentence for each key.
     """

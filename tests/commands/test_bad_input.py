@@ -107,6 +107,7 @@ def test_prepare_refuses_a_full_disk(verb: Call, tmp_path: Path, small_disk: Pat
     ("words", "fragment"),
     [
         (["--cofnig", "x"], "--cofnig is not an option; did you mean --config?"),
+        (["--stepz", "4"], "--stepz is not an option; set a key of the run file as in run.steps=4"),
         (["run.stesp=3"], "time_margin_seconds; did you mean steps?"),
         (["parallel.tensor=3"], "parallel.tensor is 3; accepted: a divisor of "
          "model.attention_heads = 2 and of model.kv_heads = 1; use 1"),

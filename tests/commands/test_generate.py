@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_run import Outcome, Trained
 
+from megatron_mode.commands import generate as generate_command
 from megatron_mode.commands.generate import continuation, sample
 
 pytestmark = pytest.mark.usefixtures("alone")  # scoring joins a group of one and never leaves
@@ -92,6 +93,15 @@ def test_colour_is_for_terminals(
     assert "\x1b[48;2;" in verb(*words).out
     monkeypatch.setenv("NO_COLOR", "1")
     assert verb(*words).out == plain.out
+
+
+def test_an_early_end_is_said(
+    verb: Call, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_command, "continuation", lambda *_, **__: iter([5]))
+    words = ("generate", trained.run, "--prompt", "The sea", "--tokens")
+    assert verb(*words, "3").out.endswith("The model ended the document after 1 of 3 tokens.\n")
+    assert "ended the document" not in verb(*words, "1").out
 
 
 class Script:

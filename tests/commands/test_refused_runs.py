@@ -7,9 +7,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from forked_pretrain import Server
 from tiny_run import Outcome, Trained, refusal, tree
+
+from megatron_mode.checkpoint.resumable import refuse, setting_differences
+from megatron_mode.errors import CheckpointError
 
 Call = Callable[..., Outcome]
 
@@ -40,6 +46,17 @@ def test_resuming_another_run_names_every_differing_key(
     for key in changes:
         assert f"{key} is " in sentence
     assert tree(run) == before
+
+
+def test_a_refusal_stays_short() -> None:
+    """Digests of files are not printed, and of many differences only the first."""
+    manifest: Any = SimpleNamespace(step=3, order={"files": {"chat.bin": 64 * "a"}})
+    expected = {"files": "files is not that of the checkpoint (chat.bin)"}
+    assert setting_differences(manifest, {}) == expected
+    refuse(manifest, [])
+    with pytest.raises(CheckpointError, match=r"k6; k7; and 3 more -- restore these") as caught:
+        refuse(manifest, [f"k{number}" for number in range(11)])
+    assert "k8" not in str(caught.value)
 
 
 def test_resuming_with_other_data_is_refused(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import equality_rank
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SEQ_LEN, ROWS = 192, 2
@@ -33,19 +30,9 @@ class Storages(TorchDispatchMode):
         return sum(size for weak, size in self.seen.values() if not weak.expired())
 
 
-def write_scores_out(query, key, value, dropout, causal, *, attn_mask, scale):
-    """Attend as torch's CPU kernel does, through all T x T scores."""
-    with sdpa_kernel([SDPBackend.MATH]):
-        out = scaled_dot_product_attention(
-            query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=True
-        )
-    return out, None
-
-
 def kept_bytes(process, choices):
     """Return {choice: (bytes kept, bytes kept with scores written out)}."""
     from megatron_mode.engine.build import build_engine, build_mesh, join_group
-    from megatron_mode.model import attention_cores
 
     join_group(process, 1)
     layout, found = None, {}
@@ -60,8 +47,8 @@ def kept_bytes(process, choices):
         rows = equality_rank.make_batches(ROWS, SEQ_LEN)[0]
         input_BT, position_BT = (torch.stack([row[n] for row in rows]) for n in (0, 5))
         counts = []
-        for kernel in (attention_cores.CPU_KERNEL, write_scores_out):
-            with mock.patch.object(attention_cores, "CPU_KERNEL", kernel), Storages() as storages:
+        for backends in ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH]):
+            with sdpa_kernel(backends), Storages() as storages:
                 heads = stage((input_BT, position_BT))
             counts.append(storages.alive_bytes())
             del heads

@@ -8,6 +8,7 @@ from __future__ import annotations
 import cmath
 import functools
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_mode.model import attention_cores
 from megatron_mode.model.attention import AttentionContext, Rotate, attention_context, rotate
 
 
@@ -46,6 +48,7 @@ def cases(draw_):
         groups=draw_(st.sampled_from([1, 2, 3])),
         heads_a_group=draw_(st.integers(1, 3)),
         head_size=draw_(st.sampled_from([2, 4, 6])),
+        block=draw_(st.integers(1, 30)),
         dtype=draw_(st.sampled_from([torch.float32, torch.float64])),
         scale=draw_(st.sampled_from([None, 0.3])),
         seed=draw_(st.integers(0, 2**20)),
@@ -55,20 +58,23 @@ def cases(draw_):
 @settings(max_examples=40)
 @given(cases())
 def test_attention_equals_a_loop_over_tokens(case):
-    """For any documents and head ratios."""
+    """For any documents, head ratios and query blocks."""
     B, K = len(case.position_BT), case.head_size
     heads = case.groups * case.heads_a_group
     inputs = draw(case.length, B, heads, case.groups, K, case.dtype, case.seed)
     context, bound = attention_context(case.position_BT, K, BASE, case.dtype), 2e-5
     if case.dtype == torch.float64:
         context, bound = exact_context(case.position_BT, K), 1e-12
-    assert_equals_loops(inputs, case.position_BT, context=context, scale=case.scale, bound=bound)
+    with mock.patch.object(attention_cores, "CPU_BLOCK_TOKENS", case.block):
+        assert_equals_loops(
+            inputs, case.position_BT, context=context, scale=case.scale, bound=bound
+        )
 
 
-@pytest.mark.parametrize("length", [191, 192, 257, 530, 800])
+@pytest.mark.parametrize("length", [255, 256, 257, 530])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_long_rows_equal_a_loop_over_tokens(length, dtype):
-    """torch's kernel for CPUs takes blocks of 32, 64 or 256 queries, by length, and of 512 keys."""
+    """Around the length at which a CPU cuts the queries into blocks; one document crosses it."""
     position_BT = positions_of([{3, 200, length - 1}], length)
     inputs = draw(length, 1, 2, 1, 4, dtype)
     context, bound = attention_context(position_BT, 4, BASE, dtype), 1e-4
@@ -84,7 +90,8 @@ def test_a_token_sees_its_own_document_up_to_itself(case):
     K = case.head_size
     inputs = draw(case.length, len(case.position_BT), case.groups, case.groups, K, torch.float32)
     context = attention_context(case.position_BT, K, BASE, torch.float32)
-    output_TBX = core()(*inputs, context)
+    with mock.patch.object(attention_cores, "CPU_BLOCK_TOKENS", case.block):
+        output_TBX = core()(*inputs, context)
     t = case.seed % case.length
     for b in range(len(case.position_BT)):
         gradients = torch.autograd.grad(output_TBX[t, b].sum(), inputs, retain_graph=True)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mode.config.fields import LossConfig, ModelConfig
 from megatron_mode.config.presets import find_configs, read_mapping
 from megatron_mode.kernels.mode_loss import Targets
 from megatron_mode.loss.mode_loss import ModeLoss
-from megatron_mode.model import attention_cores
 from megatron_mode.model.size import (
     Parameters,
     TokenFlops,
@@ -96,14 +93,6 @@ def outer_flops(matrix, left, right, *_, **__):
     return 2 * left[0] * right[0]
 
 
-def products_of_attention(query, key, value, _, __, *, attn_mask, scale):
-    """Attend by products of matrices, which the counter sees; the fused kernel hides them."""
-    attended = scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=True
-    )
-    return attended, None
-
-
 def count_flops(decoder, model):
     """Return FLOPs a token by component, as the operations that ran have them.
 
@@ -118,7 +107,6 @@ def count_flops(decoder, model):
     input_BT = torch.randint(0, model.vocab_size, (ROWS, model.seq_len))
     position_BT = torch.arange(model.seq_len).expand(ROWS, -1)
     with (
-        mock.patch.object(attention_cores, "CPU_KERNEL", products_of_attention),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False, custom_mapping=formulas) as counter,
     ):
